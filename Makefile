@@ -1,0 +1,68 @@
+PYTHON ?= python3
+# The machine's own interpreter for `make gpu`, which sets nothing up and needs no network.
+GPU_PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+GPU_OUT := $(or $(OUT),out/gpu)
+
+# Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench aot gpu clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: $(STAMP) ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
+	$(PY) examples/digits.py
+
+# Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
+test: $(STAMP) ## run the tests in WORKERS processes (default 2)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
+
+lint: $(STAMP) ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy reattn/
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## time the operator on this machine
+	$(PY) -m pytest benchmarks/ --benchmark-only
+
+aot: $(STAMP) ## compile every default kernel configuration for five GPU architectures, no GPU needed
+	$(PY) -m reattn.kernels.compile_report
+
+# Each part has its own time limit, together under nine minutes. Tests that fail do not keep the table from being
+# measured, but the target still fails.
+gpu: SHELL := bash
+gpu: export PYTHONUNBUFFERED := 1
+gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device; torch %s sees none" % torch.__version__)'
+	@mkdir -p "$(GPU_OUT)"
+	timeout -k 5 40 $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@set -o pipefail; status=0; \
+	timeout -s INT -k 10 320 $(GPU_PYTHON) -m pytest tests -q --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
+	    2>&1 | tee "$(GPU_OUT)/tests.log" || status=1; \
+	timeout -s INT -k 10 140 $(GPU_PYTHON) -m benchmarks.gpu_table --out "$(GPU_OUT)" \
+	    2>&1 | tee "$(GPU_OUT)/table.log" || status=1; \
+	exit $$status
+
+clean: ## remove everything that these targets made, the virtual environment too
+	rm -rf $(VENV) out build dist reattn.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name an interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "reattn needs Python 3.10 or newer, $(PYTHON) is %d.%d; name another: make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing the pinned packages of constraints.txt into $(VENV); the first time takes a few minutes."
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@

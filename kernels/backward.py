@@ -1,0 +1,234 @@
+"""The backward kernels: one query-major (delta, query, mixing parameters), one key-major (key, value)."""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    accumulate,
+    dot_rows,
+    dropout,
+    is_finite,
+    load_matrix,
+    load_mixing,
+    load_rows,
+    load_vector,
+    mean_over_heads,
+    mix_heads,
+    per_row_pointers,
+    poison_rows,
+    probabilities,
+    store_partial_sums,
+    store_rows,
+    to_head_major,
+    to_row_major,
+    zero_rows,
+)
+
+
+@triton.jit
+def grad_dot_out_kernel(grad, out, partial_ptr, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Sum of grad * out over a block of rows and a chunk of head_dim, by head, into (programs, HEADS_PADDED)."""
+    batch = tl.program_id(1)
+    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    grad_main, grad_tail = load_rows(grad, batch, rows, chunk, SHAPE)
+    out_main, out_tail = load_rows(out, batch, rows, chunk, SHAPE)
+    total = tl.sum(tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), axis=2), axis=1)
+    if SHAPE.DIM_TAIL > 0:
+        total += tl.sum(tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=2), axis=1)
+    program = (tl.program_id(2) * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)
+    tl.store(partial_ptr + program.to(tl.int64) * SHAPE.HEADS_PADDED + heads, total)
+
+
+@triton.jit
+def load_parameters(mixing, seed_ptr, centre, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """Weights [g, h] and [h, g] in the dots' dtype, the centred shift, gamma, beta, the coupling; what is absent is the shift."""
+    weights, shift = load_mixing(mixing, centre, SHAPE)
+    weights_back = load_matrix(mixing.weight, SHAPE.HEADS, 1, SHAPE)
+    gamma, beta, coupled, constant = shift, shift, shift, shift
+    if mixing.gamma is not None:
+        gamma = load_vector(mixing.gamma, SHAPE)
+        beta = load_vector(mixing.beta, SHAPE)
+    if mixing.coupled is not None:
+        coupled = load_matrix(mixing.coupled, SHAPE.HEADS, 1, SHAPE).to(dtype)
+        if seed_ptr is not None:
+            constant = load_vector(mixing.constant, SHAPE)
+    return weights.to(dtype), weights_back.to(dtype), shift, gamma, beta, coupled, constant
+
+
+@triton.jit
+def gradient_tile(
+    q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
+    mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Recomputes a tile of maps and carries the output's gradient back through norm and mixing.
+
+    Head-major: P, P after dropout, the gradient of the latter. Row-major: P after dropout, centred, in the inputs' dtype; the
+    mixed tile over its root mean square, where there is a norm; the gradients of the normalised and of the mixed tile.
+    """
+    weights, weights_back, shift, gamma, _, coupled, constant = parameters
+    scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+    probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
+    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+    centred = to_row_major((kept - 1.0 / k.seqlen).to(weights.dtype), SHAPE)
+    grad_normed = to_row_major(dot_rows(grad_tile, grad, rows, v_tile, v, columns, batch, SHAPE), SHAPE)
+    unit = grad_normed
+    grad_mixed = grad_normed
+    if mixing.gamma is not None:
+        mixed = mix_heads(weights, centred, SHAPE) + shift
+        inverse_rms = tl.rsqrt(mean_over_heads(mixed * mixed, SHAPE) + eps)
+        unit = mixed * inverse_rms
+        scaled = grad_normed * gamma
+        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
+    grad_kept = mix_heads(weights_back, grad_mixed.to(weights.dtype), SHAPE)
+    if mixing.coupled is not None:
+        grad_kept += mix_heads(coupled, centred, SHAPE)
+        if seed_ptr is not None:
+            grad_kept += constant
+    return probs, kept, to_head_major(grad_kept, SHAPE), centred, unit, grad_normed, grad_mixed
+
+
+@triton.jit
+def backward_query_kernel(
+    q,
+    k,
+    v,
+    grad,
+    grad_q,
+    mixing,
+    lse_ptr,
+    delta_ptr,
+    seed_ptr,
+    grad_shift_ptr,
+    grad_gamma_ptr,
+    grad_beta_ptr,
+    grad_weight_ptr,
+    scale,
+    scale_log2,
+    eps,
+    dropout_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of query rows, all heads: delta = sum_j P dP and the parameters' partial sums in one sweep, dQ in a second.
+
+    delta is not rowsum(dO * O), as in attention without mixing: the heads are coupled. Summed from the very products it is
+    subtracted from later, it leaves dS exactly zero where the softmax is saturated. Partial sums for shift, gamma and beta
+    go to (programs, PACK * HEADS_PADDED), for the weights to (programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED).
+    """
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    batch = tl.program_id(1)
+    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, rows, 0, SHAPE)
+    grad_tile = load_rows(grad, batch, rows, 0, SHAPE)
+    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse = tl.load(lse_block, mask=inside, other=0.0)
+    parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
+
+    delta = tl.zeros((SHAPE.HEADS_PADDED, BLOCK_M), dtype=tl.float32)
+    grad_shift = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
+    grad_gamma = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
+    grad_beta = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
+    # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all operands.
+    grad_weight = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), dtype=tl.float32)
+    for start in range(0, k.seqlen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, batch, columns, 0, SHAPE)
+        v_tile = load_rows(v, batch, columns, 0, SHAPE)
+        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
+            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+        )  # fmt: skip
+        delta += tl.sum(kept * grad_kept, axis=2)
+        grad_shift += tl.sum(grad_mixed, axis=2)
+        if mixing.gamma is not None:
+            grad_gamma += tl.sum(grad_normed * unit, axis=2)
+            grad_beta += tl.sum(grad_normed, axis=2)
+        grad_mixed = tl.permute(grad_mixed.to(centred.dtype), (0, 2, 1))
+        grad_weight += tl.dot(centred, grad_mixed, input_precision=SHAPE.PRECISION)
+
+    if SHAPE.PACK > 1:
+        delta = tl.where(is_finite(lse), delta, float("nan"))
+    delta_block, _ = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+    # Every chunk's program stores the same values here.
+    tl.store(delta_block, delta, mask=inside)
+    program = batch * tl.num_programs(0) + tl.program_id(0)
+    store_partial_sums(
+        grad_shift_ptr, grad_weight_ptr, program, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0)
+    )
+    if mixing.gamma is not None:
+        index = program.to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
+        tl.store(grad_gamma_ptr + index, tl.sum(grad_gamma, axis=0))
+        tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
+
+    dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
+    for start in range(0, k.seqlen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, batch, columns, chunk, SHAPE)
+        v_tile = load_rows(v, batch, columns, chunk, SHAPE)
+        probs, kept, grad_kept, centred, _, _, _ = gradient_tile(
+            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+        )  # fmt: skip
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(centred.dtype)
+        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
+    store_rows(grad_q, batch, rows, chunk, dq_main * scale, dq_tail * scale, SHAPE)
+
+
+@triton.jit
+def backward_key_kernel(
+    q,
+    k,
+    v,
+    grad,
+    grad_k,
+    grad_v,
+    mixing,
+    lse_ptr,
+    delta_ptr,
+    seed_ptr,
+    scale,
+    scale_log2,
+    eps,
+    dropout_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of keys, all heads: dK and dV in one sweep over the query rows."""
+    batch = tl.program_id(1)
+    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_tile = load_rows(k, batch, columns, 0, SHAPE)
+    v_tile = load_rows(v, batch, columns, 0, SHAPE)
+    parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
+    weights, _, shift, gamma, beta, _, _ = parameters
+
+    dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
+    dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
+    for start in range(0, q.seqlen, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, batch, rows, chunk, SHAPE)
+        grad_tile = load_rows(grad, batch, rows, chunk, SHAPE)
+        lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+        delta_block, _ = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+        lse = tl.load(lse_block, mask=inside, other=0.0)
+        delta = tl.load(delta_block, mask=inside, other=0.0)
+        probs, kept, grad_kept, centred, unit, _, _ = gradient_tile(
+            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+        )  # fmt: skip
+        if mixing.gamma is not None:
+            normed = unit * gamma + beta
+        else:
+            normed = mix_heads(weights, centred, SHAPE) + shift
+        normed = poison_rows(to_head_major(normed.to(weights.dtype), SHAPE), lse, SHAPE)
+        dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_tile, SHAPE)
+        # Rows outside the sequence have no gradient and no query: every term they add is zero.
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(weights.dtype)
+        dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
+    store_rows(grad_k, batch, columns, chunk, dk_main * scale, dk_tail * scale, SHAPE)
+    store_rows(grad_v, batch, columns, chunk, dv_main, dv_tail, SHAPE)

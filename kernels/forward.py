@@ -1,0 +1,122 @@
+"""The forward kernel, and the sums over all maps from which batch statistics are known."""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    accumulate,
+    dot_rows,
+    dropout,
+    load_mixing,
+    load_rows,
+    load_vector,
+    mean_over_heads,
+    mix_heads,
+    per_row_pointers,
+    poison_rows,
+    probabilities,
+    row_lse,
+    store_partial_sums,
+    store_rows,
+    to_head_major,
+    to_row_major,
+    zero_rows,
+)
+
+
+@triton.jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    mixing,
+    lse_ptr,
+    seed_ptr,
+    scale_log2,
+    eps,
+    dropout_p,
+    LSE_KNOWN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of query rows, all heads: the LSE in one sweep over the keys (unless known), the output in a second."""
+    batch = tl.program_id(1)
+    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, rows, 0, SHAPE)
+    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    if LSE_KNOWN:
+        lse = tl.load(lse_block, mask=inside, other=0.0)
+    else:
+        lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
+        tl.store(lse_block, lse, mask=inside)
+
+    centre = 1.0 / k.seqlen
+    weights, shift = load_mixing(mixing, centre, SHAPE)
+    weights = weights.to(q.ptr.dtype.element_ty)
+    if mixing.gamma is not None:
+        gamma = load_vector(mixing.gamma, SHAPE)
+        beta = load_vector(mixing.beta, SHAPE)
+    out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
+    for start in range(0, k.seqlen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, batch, columns, 0, SHAPE)
+        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
+        probs = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+        # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
+        normed = mix_heads(weights, to_row_major((probs - centre).to(weights.dtype), SHAPE), SHAPE) + shift
+        if mixing.gamma is not None:
+            normed = normed * tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + eps) * gamma + beta
+        normed = to_head_major(normed.to(weights.dtype), SHAPE)
+        v_tile = load_rows(v, batch, columns, chunk, SHAPE)
+        out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
+    store_rows(
+        out, batch, rows, chunk, poison_rows(out_main, lse, SHAPE), poison_rows(out_tail, lse, SHAPE), SHAPE
+    )
+
+
+@triton.jit
+def statistics_kernel(
+    q,
+    k,
+    lse_ptr,
+    seed_ptr,
+    sums_ptr,
+    products_ptr,
+    scale_log2,
+    dropout_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of query rows: the LSE, and sums over its maps of P - 1/seqlen_k and of the products of every two heads.
+
+    Partial sums, added up afterwards in a fixed order: (programs, PACK * HEADS_PADDED) and its square.
+    """
+    batch = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, rows, 0, SHAPE)
+    lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
+    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    tl.store(lse_block, lse, mask=inside)
+
+    centre = 1.0 / k.seqlen
+    sums = tl.zeros((BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED), dtype=tl.float32)
+    products = tl.zeros(
+        (BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, SHAPE.PACK * SHAPE.HEADS_PADDED), dtype=tl.float32
+    )
+    for start in range(0, k.seqlen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, batch, columns, 0, SHAPE)
+        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        probs = dropout(tl.exp2(scores - lse[:, :, None]), seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+        inside = (rows < q.seqlen)[None, :, None] & (columns < k.seqlen)[None, None, :]
+        centred = to_row_major(tl.where(inside, probs - centre, 0.0), SHAPE)
+        sums += tl.sum(centred, axis=2)
+        centred = centred.to(q.ptr.dtype.element_ty)
+        products += tl.dot(centred, tl.permute(centred, (0, 2, 1)), input_precision=SHAPE.PRECISION)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    store_partial_sums(sums_ptr, products_ptr, program, tl.sum(sums, axis=0), tl.sum(products, axis=0))

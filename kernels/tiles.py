@@ -1,0 +1,268 @@
+"""Tiles, and the steps on them that the kernels share.
+
+Two arrangements of a tile of maps occur. *Head-major* ``[HEADS_PADDED, BLOCK_M, BLOCK_N]`` suits the products with query, key and
+value: one dot batched over the heads. *Row-major* ``[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]`` suits mixing: one dot for every
+row, with the heads as the axis summed over, and the norm's reduction over heads within a warp. A dot sums over at least
+16 terms, so with fewer than 16 padded heads PACK rows share one, and the mixing weights stand repeated down a block diagonal.
+
+head_dim is covered by two powers of two, DIM_MAIN and DIM_TAIL (0 for none): 33 is 32 + 16, not 64. Where all of it does not fit
+on chip, it is cut in CHUNKS of DIM_MAIN instead: products over head_dim load one after the other, and each chunk of an output
+is a program of its own.
+
+Maps are centred at 1 / seqlen_k before they are rounded to the dot's dtype: rounding then scales with what differs between
+keys, not with the constant part, which enters in float32 through the shift.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class View(NamedTuple):
+    """A (batch, heads, seqlen, head_dim) tensor as kernels take it: pointer, the four strides in elements, seqlen."""
+
+    ptr: Any
+    strides: Any
+    seqlen: Any
+
+
+class Mixing(NamedTuple):
+    """Pointers to float32 parameters, None where there is none: weight (heads, heads), shift, gamma, beta (heads,); and what
+    batch statistics add to the maps' gradient, coupled (heads, heads) and constant (heads,)."""
+
+    weight: Any
+    shift: Any
+    gamma: Any = None
+    beta: Any = None
+    coupled: Any = None
+    constant: Any = None
+
+
+class Shape(NamedTuple):
+    """The compile-time constants of a problem; see the module's docstring."""
+
+    HEADS: int
+    HEADS_PADDED: int
+    PACK: int
+    HEAD_DIM: int
+    DIM_MAIN: int
+    DIM_TAIL: int
+    CHUNKS: int
+    PRECISION: str
+
+
+@triton.jit
+def row_pointers(view, batch, rows, SHAPE: tl.constexpr):
+    """The first element of every head's rows, int64 throughout, and which lie inside: [HEADS_PADDED, ROWS, 1]."""
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+    rows = rows[None, :, None]
+    offsets = heads.to(tl.int64) * view.strides[1] + rows.to(tl.int64) * view.strides[2]
+    return view.ptr + batch.to(tl.int64) * view.strides[0] + offsets, (heads < SHAPE.HEADS) & (rows < view.seqlen)
+
+
+@triton.jit
+def load_rows(view, batch, rows, chunk, SHAPE: tl.constexpr):
+    """A chunk of head_dim of every head's rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL])."""
+    base, inside = row_pointers(view, batch, rows, SHAPE)
+    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
+    main = tl.load(base + dims.to(tl.int64) * view.strides[3], mask=inside & (dims < SHAPE.HEAD_DIM), other=0.0)
+    tail = main
+    if SHAPE.DIM_TAIL > 0:
+        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
+        tail = tl.load(base + dims.to(tl.int64) * view.strides[3], mask=inside & (dims < SHAPE.HEAD_DIM), other=0.0)
+    return main, tail
+
+
+@triton.jit
+def store_rows(view, batch, rows, chunk, main, tail, SHAPE: tl.constexpr):
+    """Writes what ``load_rows`` reads, in the tensor's dtype."""
+    base, inside = row_pointers(view, batch, rows, SHAPE)
+    dtype = view.ptr.dtype.element_ty
+    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
+    tl.store(base + dims.to(tl.int64) * view.strides[3], main.to(dtype), mask=inside & (dims < SHAPE.HEAD_DIM))
+    if SHAPE.DIM_TAIL > 0:
+        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
+        tl.store(base + dims.to(tl.int64) * view.strides[3], tail.to(dtype), mask=inside & (dims < SHAPE.HEAD_DIM))
+
+
+@triton.jit
+def per_row_pointers(ptr, batch, rows, seqlen, SHAPE: tl.constexpr):
+    """Pointers into a contiguous (batch, heads, seqlen) tensor, and which lie inside: [HEADS_PADDED, ROWS]."""
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None]
+    offsets = (batch.to(tl.int64) * SHAPE.HEADS + heads) * seqlen + rows[None, :]
+    return ptr + offsets, (heads < SHAPE.HEADS) & (rows[None, :] < seqlen)
+
+
+@triton.jit
+def load_matrix(ptr, row_stride, column_stride, SHAPE: tl.constexpr):
+    """A heads x heads matrix, PACK times down the diagonal: [PACK * HEADS_PADDED, PACK * HEADS_PADDED], float32."""
+    index = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)
+    head = index % SHAPE.HEADS_PADDED
+    same_row = (index // SHAPE.HEADS_PADDED)[:, None] == (index // SHAPE.HEADS_PADDED)[None, :]
+    mask = same_row & (head < SHAPE.HEADS)[:, None] & (head < SHAPE.HEADS)[None, :]
+    return tl.load(ptr + head[:, None] * row_stride + head[None, :] * column_stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_vector(ptr, SHAPE: tl.constexpr):
+    """A vector over heads, PACK times: [1, PACK * HEADS_PADDED, 1], float32."""
+    head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
+    return tl.load(ptr + head, mask=head < SHAPE.HEADS, other=0.0)[None, :, None]
+
+
+@triton.jit
+def load_mixing(mixing, centre, SHAPE: tl.constexpr):
+    """The mixing weights [g, h], and the shift with what centring took from the maps: float32."""
+    weights = load_matrix(mixing.weight, 1, SHAPE.HEADS, SHAPE)
+    return weights, load_vector(mixing.shift, SHAPE) + (tl.sum(weights, axis=1) * centre)[None, :, None]
+
+
+@triton.jit
+def store_partial_sums(vector_ptr, matrix_ptr, program, vector, matrix):
+    """This program's sums into (programs, SIZE) and (programs, SIZE, SIZE), contiguous."""
+    index = tl.arange(0, vector.shape[0])
+    tl.store(vector_ptr + program.to(tl.int64) * vector.shape[0] + index, vector)
+    matrix_ptr += program.to(tl.int64) * vector.shape[0] * vector.shape[0]
+    tl.store(matrix_ptr + index[:, None] * vector.shape[0] + index[None, :], matrix)
+
+
+@triton.jit
+def dot_heads(a_tile, b_tile, SHAPE: tl.constexpr):
+    """a @ b^T for every head: [HEADS_PADDED, M, DIM] x [HEADS_PADDED, N, DIM] -> [HEADS_PADDED, M, N], float32."""
+    product = tl.dot(a_tile[0], tl.permute(b_tile[0], (0, 2, 1)), input_precision=SHAPE.PRECISION)
+    if SHAPE.DIM_TAIL > 0:
+        product += tl.dot(a_tile[1], tl.permute(b_tile[1], (0, 2, 1)), input_precision=SHAPE.PRECISION)
+    return product
+
+
+@triton.jit
+def dot_rows(a_tile, a, a_rows, b_tile, b, b_rows, batch, SHAPE: tl.constexpr):
+    """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk."""
+    if SHAPE.CHUNKS == 1:
+        product = dot_heads(a_tile, b_tile, SHAPE)
+    else:
+        product = tl.zeros((SHAPE.HEADS_PADDED, a_rows.shape[0], b_rows.shape[0]), dtype=tl.float32)
+        for chunk in range(SHAPE.CHUNKS):
+            product += dot_heads(
+                load_rows(a, batch, a_rows, chunk, SHAPE), load_rows(b, batch, b_rows, chunk, SHAPE), SHAPE
+            )
+    return product
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """Accumulators for a block of rows: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL]), float32."""
+    main = tl.zeros((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_MAIN), dtype=tl.float32)
+    tail = main
+    if SHAPE.DIM_TAIL > 0:
+        tail = tl.zeros((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_TAIL), dtype=tl.float32)
+    return main, tail
+
+
+@triton.jit
+def accumulate(main, tail, weights, tile, SHAPE: tl.constexpr):
+    """weights @ tile for every head, added: [HEADS_PADDED, M, N] x [HEADS_PADDED, N, DIM] -> [HEADS_PADDED, M, DIM]."""
+    main += tl.dot(weights, tile[0], input_precision=SHAPE.PRECISION)
+    if SHAPE.DIM_TAIL > 0:
+        tail += tl.dot(weights, tile[1], input_precision=SHAPE.PRECISION)
+    return main, tail
+
+
+@triton.jit
+def to_row_major(tile, SHAPE: tl.constexpr):
+    """[HEADS_PADDED, BLOCK_M, BLOCK_N] -> [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
+    by_row = tl.permute(tile, (1, 0, 2))
+    return tl.reshape(by_row, (tile.shape[1] // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, tile.shape[2]))
+
+
+@triton.jit
+def to_head_major(tile, SHAPE: tl.constexpr):
+    """[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N] -> [HEADS_PADDED, BLOCK_M, BLOCK_N]."""
+    by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
+    return tl.permute(by_row, (1, 0, 2))
+
+
+@triton.jit
+def mix_heads(weights, tile, SHAPE: tl.constexpr):
+    """weights @ tile over the heads of every row: [HEADS, HEADS] x [ROWS, HEADS, BLOCK_N] -> [ROWS, HEADS, BLOCK_N], float32."""
+    weights = tl.broadcast_to(weights.to(tile.dtype)[None, :, :], (tile.shape[0], weights.shape[0], weights.shape[1]))
+    return tl.dot(weights, tile, input_precision=SHAPE.PRECISION)
+
+
+@triton.jit
+def mean_over_heads(tile, SHAPE: tl.constexpr):
+    """Mean over the heads of every row, in place of each: row-major in and out."""
+    by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
+    mean = tl.sum(by_row, axis=1, keep_dims=True) * (1.0 / SHAPE.HEADS)
+    return tl.reshape(tl.broadcast_to(mean, by_row.shape), tile.shape)
+
+
+@triton.jit
+def is_finite(tile):
+    """Neither infinite nor NaN."""
+    return tl.abs(tile) < float("inf")
+
+
+@triton.jit
+def probabilities(scores, lse, columns, seqlen_k, SHAPE: tl.constexpr):
+    """exp2(scores - lse), zero at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
+
+    Rows that share a mixing dot are kept apart by zero weights, which do not stop a NaN: a row whose softmax is NaN is zero
+    here, and ``poison_rows`` makes its results NaN again.
+    """
+    exponents = scores - lse[:, :, None]
+    if SHAPE.PACK > 1:
+        exponents = tl.where(is_finite(lse)[:, :, None], exponents, float("-inf"))
+    return tl.where((columns < seqlen_k)[None, None, :], tl.exp2(exponents), 0.0)
+
+
+@triton.jit
+def poison_rows(tile, lse, SHAPE: tl.constexpr):
+    """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: head-major."""
+    if SHAPE.PACK > 1:
+        poisoned = tl.max(tl.where(is_finite(lse), 0, 1), axis=0) > 0
+        tile = tl.where(poisoned[None, :, None], float("nan"), tile)
+    return tile
+
+
+@triton.jit
+def row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
+    running_max = tl.full((SHAPE.HEADS_PADDED, rows.shape[0]), float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros((SHAPE.HEADS_PADDED, rows.shape[0]), dtype=tl.float32)
+    for start in range(0, k.seqlen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, batch, columns, 0, SHAPE)
+        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=2))
+        # A row of -inf so far would give inf - inf.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp2(running_max - finite_max)
+        running_sum += tl.sum(tl.exp2(scores - finite_max[:, :, None]), axis=2)
+        running_max = new_max
+    return running_max + tl.log2(running_sum)
+
+
+@triton.jit
+def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexpr):
+    """Drops and rescales a head-major tile; what is drawn depends on seed and position alone, not on the tiling."""
+    if seed_ptr is None:
+        return probs
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+    zero = tl.zeros(probs.shape, dtype=tl.int32)
+    bits, _, _, _ = tl.philox(
+        tl.load(seed_ptr),
+        zero + columns[None, None, :],
+        zero + rows[None, :, None],
+        zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
+        zero,
+    )
+    return tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
+
+
+@triton.jit
+def uint_to_uniform_float(bits):
+    """Uniform in [0, 1) from the upper 24 of 32 random bits."""
+    return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)

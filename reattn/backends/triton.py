@@ -1,0 +1,302 @@
+"""The Triton backend: launches the kernels of ``reattn.kernels`` on canonical tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from reattn.backends import Request
+
+try:
+    import triton
+
+    from reattn.kernels import backward as backward_kernels
+    from reattn.kernels import configs
+    from reattn.kernels import forward as forward_kernels
+    from reattn.kernels.tiles import Mixing, View
+
+    INTERPRETED = triton.knobs.runtime.interpret
+    _import_error = ""
+except ImportError as error:
+    INTERPRETED = False
+    _import_error = str(error)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEADS = 32
+MAX_HEAD_DIM = 128
+MIN_CAPABILITY = (8, 0)
+
+
+def not_supported(request: Request) -> list[str]:
+    """Every reason why the kernels cannot serve the request; empty when they can."""
+    reasons = []
+    if _import_error:
+        reasons.append(f"triton or reattn.kernels cannot be imported ({_import_error})")
+    elif request.device.type == "cuda":
+        if torch.version.hip:
+            reasons.append("AMD GPUs are not supported")
+        elif (capability := torch.cuda.get_device_capability(request.device)) < MIN_CAPABILITY:
+            reasons.append(f"needs compute capability 8.0 or higher, got {'.'.join(map(str, capability))}")
+    elif not (INTERPRETED and request.device.type == "cpu"):
+        reasons.append(f"needs a CUDA device, got {request.device.type}")
+    if request.dtype is not None and request.dtype not in DTYPES:
+        reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
+    if request.heads is not None and request.heads > MAX_HEADS:
+        reasons.append(f"takes at most {MAX_HEADS} heads, got {request.heads}")
+    if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {request.head_dim}")
+    if request.masked:
+        reasons.append("does not take attn_mask or is_causal")
+    return reasons
+
+
+def statistics(
+    query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`reattn.backends.FusedBackend`."""
+    query, key = _readable(query), _readable(key)
+    batch, heads, seqlen, _ = query.shape
+    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32)
+
+    def launch(tile: configs.Tile) -> tuple[Tensor, Tensor]:
+        shape = _shape(query, tile)
+        packed = shape.PACK * shape.HEADS_PADDED
+        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
+        sums = query.new_empty(batch * blocks, packed, dtype=torch.float32)
+        products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
+        _run(
+            forward_kernels.statistics_kernel,
+            (blocks, batch),
+            tile,
+            _view(query),
+            _view(key),
+            lse,
+            seed,
+            sums,
+            products,
+            scale * _LOG2E,
+            dropout_p,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            SHAPE=shape,
+        )
+        return _unpack_vector(sums, shape), _unpack_matrix(products, shape)
+
+    return *_tiled("statistics", query, launch), lse
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    lse: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`reattn.backends.FusedBackend`."""
+    dtype = query.dtype
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    batch, heads, seqlen, _ = query.shape
+    out = _empty_heads_last(query)
+    known = lse is not None
+    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone()
+
+    def launch(tile: configs.Tile) -> None:
+        shape = _shape(query, tile)
+        _run(
+            forward_kernels.forward_kernel,
+            (triton.cdiv(seqlen, tile.BLOCK_M), batch, shape.CHUNKS),
+            tile,
+            _view(query),
+            _view(key),
+            _view(value),
+            _view(out),
+            _mixing(weight, shift, gamma, beta),
+            lse,
+            seed,
+            scale * _LOG2E,
+            eps,
+            dropout_p,
+            LSE_KNOWN=known,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            SHAPE=shape,
+        )
+
+    _tiled("forward", query, launch)
+    return out.to(dtype), lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    coupled: Tensor | None,
+    constant: Tensor | None,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`reattn.backends.FusedBackend`."""
+    dtype = query.dtype
+    grad, query, key, value = (_readable(tensor) for tensor in (grad, query, key, value))
+    batch, heads, seqlen, _ = query.shape
+    seqlen_k = key.shape[2]
+    grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
+    delta = torch.empty_like(lse)
+    mixing = _mixing(weight, shift, gamma, beta, coupled, constant)
+    views = tuple(_view(tensor) for tensor in (query, key, value, grad))
+    scalars = (scale, scale * _LOG2E, eps, dropout_p)
+
+    def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shape = _shape(query, tile)
+        packed = shape.PACK * shape.HEADS_PADDED
+        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
+        vectors = query.new_empty(3 if gamma is not None else 1, batch * blocks, packed, dtype=torch.float32)
+        products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
+        _run(
+            backward_kernels.backward_query_kernel,
+            (blocks, batch, shape.CHUNKS),
+            tile,
+            *views,
+            _view(grad_query),
+            mixing,
+            lse,
+            delta,
+            seed,
+            vectors[0],
+            None if gamma is None else vectors[1],
+            None if gamma is None else vectors[2],
+            products,
+            *scalars,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            SHAPE=shape,
+        )
+        grad_shift, *grad_norm = (_unpack_vector(vector, shape).float() for vector in vectors)
+        # The kernel sums products of the centred maps.
+        grad_weight = _unpack_matrix(products, shape).float() + grad_shift / seqlen_k
+        grad_gamma, grad_beta = grad_norm or (shift.new_empty(0), shift.new_empty(0))
+        return grad_weight, grad_shift, grad_gamma, grad_beta
+
+    def launch_key(tile: configs.Tile) -> None:
+        shape = _shape(query, tile)
+        _run(
+            backward_kernels.backward_key_kernel,
+            (triton.cdiv(seqlen_k, tile.BLOCK_N), batch, shape.CHUNKS),
+            tile,
+            *views,
+            _view(grad_key),
+            _view(grad_value),
+            mixing,
+            lse,
+            delta,
+            seed,
+            *scalars,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            SHAPE=shape,
+        )
+
+    grad_parameters = _tiled("backward_query", query, launch_query)
+    _tiled("backward_key", query, launch_key)
+    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), *grad_parameters
+
+
+def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
+    """See :class:`reattn.backends.FusedBackend`."""
+    grad, out = _readable(grad), _readable(out)
+    batch, heads, seqlen, _ = out.shape
+
+    def launch(tile: configs.Tile) -> Tensor:
+        shape = _shape(out, tile)
+        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
+        partial = out.new_empty(shape.CHUNKS, batch, blocks, shape.HEADS_PADDED, dtype=torch.float32)
+        _run(
+            backward_kernels.grad_dot_out_kernel,
+            (blocks, batch, shape.CHUNKS),
+            tile,
+            _view(grad),
+            _view(out),
+            partial,
+            BLOCK_M=tile.BLOCK_M,
+            SHAPE=shape,
+        )
+        return partial.sum((0, 1, 2), dtype=torch.float64)[:heads].float()
+
+    return _tiled("grad_dot_out", out, launch)
+
+
+_LOG2E = math.log2(math.e)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """float32 for bfloat16 under the interpreter, whose bfloat16 arithmetic is wrong; else the tensor as it is."""
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def _empty_heads_last(like: Tensor) -> Tensor:
+    batch, heads, seqlen, head_dim = like.shape
+    return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
+
+
+def _view(tensor: Tensor) -> View:
+    return View(tensor, tensor.stride(), tensor.shape[2])
+
+
+def _mixing(*parameters: Tensor | None) -> Mixing:
+    return Mixing(*(None if tensor is None else tensor.contiguous() for tensor in parameters))
+
+
+def _shape(query: Tensor, tile: configs.Tile) -> Any:
+    tf32 = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return configs.shape(query.shape[1], query.shape[3], tile.dim, "tf32" if tf32 else "ieee")
+
+
+def _unpack_vector(partial: Tensor, shape: Any) -> Tensor:
+    """(programs, PACK * HEADS_PADDED) -> (heads,), float64, summed in a fixed order."""
+    total = partial.sum(0, dtype=torch.float64).view(shape.PACK, shape.HEADS_PADDED)
+    return total.sum(0)[: shape.HEADS]
+
+
+def _unpack_matrix(partial: Tensor, shape: Any) -> Tensor:
+    """(programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED) -> (heads, heads): the blocks on the diagonal, float64."""
+    total = partial.sum(0, dtype=torch.float64)
+    total = total.view(shape.PACK, shape.HEADS_PADDED, shape.PACK, shape.HEADS_PADDED)
+    return total.diagonal(dim1=0, dim2=2).sum(-1)[: shape.HEADS, : shape.HEADS]
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else MIN_CAPABILITY
+    return 10 * major + minor
+
+
+def _tiled(kernel: str, query: Tensor, launch: Any) -> Any:
+    tile = configs.tile(kernel, _arch(query.device), query.element_size(), query.shape[1], query.shape[3])
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        return launch(tile)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: Any, **constants: Any) -> None:
+    if 0 not in grid:
+        kernel[grid](*args, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -1,0 +1,743 @@
+"""DeepViT: vision transformers whose blocks re-mix their attention maps over the heads.
+
+Source: "DeepViT: Towards Deeper Vision Transformer" (Zhou et al., 2021, arXiv 2103.11886) and its official code.
+State dict keys are the official ones, except inside ``attn``, where :class:`reattn.ReAttention` names its own.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from reattn.module import ReAttention
+
+STEM_CHANNELS = 64
+
+
+def to_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
+    """``size`` or ``(height, width)`` as ``(height, width)``; ``ValueError`` for anything else."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name} must be a positive int or a pair (height, width) of them, got {size!r}")
+    return pair
+
+
+def select_blocks(indices: int | Sequence[int] | None, depth: int, name: str) -> list[int]:
+    """Block indices in ascending order: None selects all, an int the last so many, a sequence those it names
+    (negative ones count from the end). ``ValueError`` names the argument when it does not fit ``depth``."""
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        if not 0 <= indices <= depth:
+            raise ValueError(f"{name} must be between 0 and the depth of {depth} blocks, got {indices}")
+        return list(range(depth - indices, depth))
+    outside = [index for index in indices if not -depth <= index < depth]
+    if outside:
+        raise ValueError(f"{name} must lie in [{-depth}, {depth}) for {depth} blocks, got {outside}")
+    return sorted({index % depth for index in indices})
+
+
+def resample_pos_embed(
+    pos_embed: Tensor,
+    new_grid: tuple[int, int],
+    old_grid: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 1,
+) -> Tensor:
+    """Resample learned positions to another grid of patches (bicubic, antialiased, computed in float32).
+
+    Args:
+        pos_embed: ``(1, num_prefix_tokens + old_height * old_width, dim)``, any float dtype.
+        new_grid: ``(height, width)`` in patches.
+        old_grid: the grid ``pos_embed`` was learned on; None takes it to be square.
+        num_prefix_tokens: leading tokens without a place on the grid, kept as they are.
+
+    Returns:
+        ``(1, num_prefix_tokens + new_height * new_width, dim)`` in the dtype of ``pos_embed``.
+
+    Raises:
+        ValueError: the number of positions is not that of ``old_grid``, or is no square when that is None.
+    """
+    prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    num_patches = patches.shape[1]
+    if old_grid is None:
+        side = round(num_patches**0.5)
+        old_grid = (side, side)
+    if old_grid[0] * old_grid[1] != num_patches:
+        raise ValueError(
+            f"pos_embed of shape {tuple(pos_embed.shape)} holds {num_patches} patch positions, "
+            f"which do not fill a grid of {old_grid[0]} x {old_grid[1]}"
+        )
+    if old_grid == tuple(new_grid):
+        return pos_embed
+    grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([prefix, patches], dim=1)
+
+
+@contextmanager
+def discard_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Let the batch norms of ``module`` update throw-away copies of their running statistics."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
+
+def checkpointed(block: nn.Module, tokens: Tensor) -> Tensor:
+    """``block(tokens)``, recomputed in the backward pass instead of keeping its activations.
+
+    The recomputation runs on copies of the running statistics: otherwise every training step would update them twice.
+    A compiled graph has its mutations in the forward pass only, and needs no such care.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(block, tokens, use_reentrant=False)
+    return checkpoint(
+        block,
+        tokens,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), discard_running_statistics(block)),
+    )
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, each sample's input is zeroed with probability ``drop_prob``, and scaled by
+    ``1 / (1 - drop_prob)`` otherwise; the identity in eval (Huang et al., 2016, arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"drop_prob must lie in [0, 1), got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep_prob = 1.0 - self.drop_prob
+        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        return x * (mask / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+class SelfAttention(nn.Module):
+    """Multi-head softmax attention, with the shapes, keywords and ``qkv``/``proj`` keys of :class:`ReAttention`.
+
+    Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads, attn_head_dim: heads, and channels of each; None means ``dim // num_heads``.
+        qkv_bias, proj_bias: whether the two projections add a bias.
+        qk_norm: normalise queries and keys over ``head_dim`` with ``norm_layer``.
+        attn_drop, proj_drop: dropout of the softmax and of the output.
+
+    Raises:
+        ValueError: ``dim`` is not divisible by ``num_heads`` and ``attn_head_dim`` is None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        *,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_head_dim: int | None = None,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got dim={dim} and num_heads={num_heads}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim or dim // num_heads
+        inner_dim = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(inner_dim, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        return self.q_norm(query), self.k_norm(key), value
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``(batch, seqlen, dim) -> (batch, seqlen, dim)``; the masks are those of scaled_dot_product_attention."""
+        query, key, value = self._split_heads(x)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The softmax maps of ``x (batch, seqlen, dim)`` without dropout, ``(batch, heads, seqlen, seqlen)``.
+
+        Returned twice, so that the answer has the form of :meth:`ReAttention.attention_maps`.
+        """
+        query, key, _ = self._split_heads(x)
+        maps = (query * self.head_dim**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+        return maps, maps
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class Mlp(nn.Module):
+    """``drop(fc2(drop(gelu(fc1(x)))))``."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a residual scale ``s``.
+
+    ``x + drop_path(attn(norm1(x * s)) / s)``, then ``x + drop_path(mlp(norm2(x * s))) / s``.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        dim: int,
+        mlp_hidden_dim: int,
+        *,
+        residual_scale: float = 1.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
+        self.mlp = Mlp(dim, mlp_hidden_dim, drop=proj_drop, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path)
+        self.residual_scale = residual_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.residual_scale
+        if scale == 1.0:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x * scale)) / scale)
+        return x + self.drop_path(self.mlp(self.norm2(x * scale))) / scale
+
+    def extra_repr(self) -> str:
+        return f"residual_scale={self.residual_scale}"
+
+
+class PatchEmbed(nn.Module):
+    """``(batch, in_chans, height, width) -> (batch, embed_dim, height // patch_size, width // patch_size)``.
+
+    One convolution of stride ``patch_size``. With ``patch_norm``, the pixels of each patch and then its embedding
+    pass through a LayerNorm, as in vit_pytorch.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        patch_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.pre_norm = nn.LayerNorm(in_chans * patch_size**2, **factory) if patch_norm else None
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **factory)
+        self.norm = nn.LayerNorm(embed_dim, **factory) if patch_norm else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.pre_norm is None or self.norm is None:
+            return self.proj(images)
+        patches = F.pixel_unshuffle(images, self.patch_size).permute(0, 2, 3, 1)
+        embedding = F.linear(self.pre_norm(patches), self.proj.weight.flatten(1), self.proj.bias)
+        return self.norm(embedding).permute(0, 3, 1, 2)
+
+
+class ConvStem(nn.Module):
+    """The official convolutional patch embedding, with the shapes of :class:`PatchEmbed`.
+
+    7x7 convolution of stride 2, batch norm, ReLU; 3x3, batch norm, ReLU; then patches of the half-size maps.
+
+    Raises:
+        ValueError: ``patch_size`` is odd.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"patch_size must be even with a conv stem, which starts with stride 2, got {patch_size}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.conv1 = nn.Conv2d(in_chans, STEM_CHANNELS, 7, stride=2, padding=3, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **factory)
+        self.conv2 = nn.Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=1, bias=False, **factory)
+        self.bn2 = nn.BatchNorm2d(STEM_CHANNELS, **factory)
+        self.proj = nn.Conv2d(STEM_CHANNELS, embed_dim, patch_size // 2, stride=patch_size // 2, **factory)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.relu(self.bn1(self.conv1(images)))
+        maps = F.relu(self.bn2(self.conv2(maps)))
+        return self.proj(maps)
+
+
+class DeepViT(nn.Module):
+    """Vision transformer with re-attention: images ``(batch, in_chans, height, width)`` to logits
+    ``(batch, num_classes)``. Paper: arXiv 2103.11886, sections 3 and 4.
+
+    Args:
+        img_size: height and width of the images, an int or a pair; multiples of ``patch_size``.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
+        num_classes: classes of the head; 0 leaves the head out, and the model returns pooled features.
+        global_pool: what the head reads: "token", the class token, or "avg", the mean of the patch tokens; both after
+            the final norm.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm: as in any ViT.
+        attn_head_dim: channels of a head; None means ``embed_dim // num_heads``.
+        attention: "re", or "self" for plain softmax attention in every block: the ViT of the same shape.
+        re_attention_blocks: the blocks that use re-attention, the others attending plainly: None for all, an int for
+            the last so many, or a sequence of indices. Without meaning when ``attention="self"``.
+        norm: the norm of the mixed maps, "batch", "layer" or None.
+        output_scale: factor of the normalised maps.
+        theta_init: initialisation of theta, see :class:`ReAttention`.
+        residual_scale: the ``s`` of ``x + attn(LN(x * s)) / s``, in plain blocks too.
+        conv_stem: embed patches by the official three-layer stem.
+        patch_norm: LayerNorm before and after the patch embedding, as in vit_pytorch.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout after the positions are added.
+        proj_drop_rate: dropout of the attention's output and inside the MLP.
+        attn_drop_rate: dropout of the softmax.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        layer_norm_eps: eps of the blocks' LayerNorms and the final one.
+        dynamic_img_size: take images of any size that ``patch_size`` divides, resampling the positions as needed.
+        backend: backend of the re-attention operator, see :func:`reattn.re_attention`.
+        device, dtype: of all parameters and buffers.
+
+    Attributes:
+        blocks: the blocks; the attention of block i is ``blocks[i].attn``.
+        embed_dim, num_features: channels of a token.
+        default_cfg: what data pipelines ask of a model: input size, mean, std, crop, names of first and last layer.
+
+    Raises:
+        ValueError: an argument is out of range, named with what was expected and what came.
+    """
+
+    num_prefix_tokens = 1
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["token", "avg"] = "token",
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 12,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        *,
+        qk_norm: bool = False,
+        attn_head_dim: int | None = None,
+        attention: Literal["re", "self"] = "re",
+        re_attention_blocks: int | Sequence[int] | None = None,
+        norm: Literal["batch", "layer"] | None = "batch",
+        output_scale: float = 1.0,
+        theta_init: Literal["conv", "identity", "normal"] = "conv",
+        residual_scale: float = 1.0,
+        conv_stem: bool = False,
+        patch_norm: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_norm_eps: float = 1e-6,
+        dynamic_img_size: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if attention not in ("re", "self"):
+            raise ValueError(f'attention must be "re" or "self", got {attention!r}')
+        if residual_scale == 0.0:
+            raise ValueError("residual_scale must not be 0: the residual branches are divided by it")
+        if conv_stem and patch_norm:
+            raise ValueError("patch_norm must be False with conv_stem=True, whose batch norms take its place, got True")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        self.img_size = self._checked_img_size(img_size)
+        self.num_classes = num_classes
+        self.global_pool = self._checked_global_pool(global_pool)
+        self.num_features = self.embed_dim = embed_dim
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed: PatchEmbed | ConvStem
+        if conv_stem:
+            self.patch_embed = ConvStem(patch_size, in_chans, embed_dim, **factory)
+        else:
+            self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm=patch_norm, **factory)
+        grid_height, grid_width = self.grid_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_height * grid_width, embed_dim, **factory))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        re_attention = set(select_blocks(re_attention_blocks, depth, "re_attention_blocks"))
+        if attention == "self":
+            re_attention.clear()
+        shared: dict[str, Any] = {
+            "dim": embed_dim,
+            "num_heads": num_heads,
+            "qkv_bias": qkv_bias,
+            "qk_norm": qk_norm,
+            "attn_drop": attn_drop_rate,
+            "proj_drop": proj_drop_rate,
+            "attn_head_dim": attn_head_dim,
+            **factory,
+        }
+
+        def build_attention(index: int) -> nn.Module:
+            if index not in re_attention:
+                return SelfAttention(**shared)
+            return ReAttention(norm=norm, output_scale=output_scale, theta_init=theta_init, backend=backend, **shared)
+
+        self.blocks = nn.ModuleList(
+            Block(
+                build_attention(index),
+                embed_dim,
+                int(embed_dim * mlp_ratio),
+                residual_scale=residual_scale,
+                proj_drop=proj_drop_rate,
+                drop_path=drop_path_rate * index / max(depth - 1, 1),
+                layer_norm_eps=layer_norm_eps,
+                **factory,
+            )
+            for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._build_head(num_classes)
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
+        ]
+        self._init_weights()
+
+    def _checked_img_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
+        height, width = to_pair(img_size, "img_size")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"img_size must be divisible by patch_size={self.patch_size}, got {(height, width)}")
+        return height, width
+
+    @staticmethod
+    def _checked_global_pool(global_pool: Literal["token", "avg"]) -> Literal["token", "avg"]:
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f'global_pool must be "token" or "avg", got {global_pool!r}')
+        return global_pool
+
+    def _build_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.embed_dim, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
+
+    def _init_weights(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                self._init_linear(module)
+
+    @staticmethod
+    def _init_linear(linear: nn.Linear) -> None:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and buffer afresh, as the constructor does (needed after ``to_empty``)."""
+        for name, module in self.named_modules():
+            if name and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._init_weights()
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """``(height, width)`` of the image in patches."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """The model as timm's data pipelines read it; ``input_size`` and ``num_classes`` are the present ones."""
+        return {
+            "num_classes": self.num_classes,
+            "input_size": (self.in_chans, *self.img_size),
+            "fixed_input_size": not self.dynamic_img_size,
+            "pool_size": None,
+            "crop_pct": 1.0 if min(self.img_size) >= 384 else 0.9,
+            "interpolation": "bicubic",
+            "mean": (0.5,) * self.in_chans,
+            "std": (0.5,) * self.in_chans,
+            "first_conv": "patch_embed.conv1" if isinstance(self.patch_embed, ConvStem) else "patch_embed.proj",
+            "classifier": "head",
+        }
+
+    pretrained_cfg = default_cfg
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimizers should not decay, besides biases and norms."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters by depth, for layer-wise learning rates.
+
+        ``coarse`` changes nothing: a block is the unit either way.
+        """
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Gradients and running statistics are those of a step without it.
+        """
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head: ``nn.Linear(embed_dim, num_classes)``, or ``nn.Identity`` without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Literal["token", "avg"] | None = None) -> None:
+        """Replace the head by a freshly initialised one; None keeps the pooling as it is."""
+        if global_pool is not None:
+            self.global_pool = self._checked_global_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self._build_head(num_classes)
+        if isinstance(self.head, nn.Linear):
+            self._init_linear(self.head)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Make the model take images of another size, resampling its positions.
+
+        ``pos_embed`` becomes a new parameter when the grid changes: build the optimizer afterwards.
+        """
+        old_grid = self.grid_size
+        self.img_size = self._checked_img_size(img_size)
+        if self.grid_size != old_grid:
+            resampled = resample_pos_embed(self.pos_embed.detach(), self.grid_size, old_grid)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+
+    def _check_images(self, images: Tensor) -> None:
+        channels_fit = images.ndim == 4 and images.shape[1] == self.in_chans
+        if not self.dynamic_img_size:
+            if not channels_fit or (images.shape[2], images.shape[3]) != self.img_size:
+                expected = (self.in_chans, *self.img_size)
+                raise ValueError(
+                    f"images must have shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
+                    "dynamic_img_size=True or set_input_size() admits other sizes"
+                )
+        elif not channels_fit or images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            raise ValueError(
+                f"images must have shape (batch, {self.in_chans}, height, width) with height and width divisible by "
+                f"patch_size={self.patch_size}, got {tuple(images.shape)}"
+            )
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens of the first block, ``(batch, 1 + grid_height * grid_width, embed_dim)``, and the grid."""
+        self._check_images(images)
+        maps = self.patch_embed(images)
+        grid = (maps.shape[2], maps.shape[3])
+        pos_embed: Tensor = self.pos_embed
+        if self.dynamic_img_size and grid != self.grid_size:
+            pos_embed = resample_pos_embed(pos_embed, grid, self.grid_size)
+        tokens = torch.cat([self.cls_token.expand(maps.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
+        return self.pos_drop(tokens + pos_embed), grid
+
+    def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpointed(block, tokens)
+        return block(tokens)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """``(batch, in_chans, height, width)`` to the tokens after the final norm, ``(batch, seqlen, embed_dim)``,
+        the class token first."""
+        tokens, _ = self._embed(images)
+        for block in self.blocks:
+            tokens = self._run_block(block, tokens)
+        return self.norm(tokens)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens of :meth:`forward_features` and classify: ``(batch, num_classes)``, or with ``pre_logits``
+        the pooled features ``(batch, embed_dim)``."""
+        pooled = tokens[:, 0] if self.global_pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        pooled = self.head_drop(pooled)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(batch, in_chans, height, width)`` to logits ``(batch, num_classes)``."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        return_prefix_tokens: bool = False,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of several blocks at once.
+
+        Args:
+            images: ``(batch, in_chans, height, width)``.
+            indices: whose outputs to return: None for all, an int for the last so many, or block indices.
+            norm: apply the final norm to them.
+            output_fmt: patch tokens as "NCHW", ``(batch, embed_dim, grid_height, grid_width)``, or "NLC",
+                ``(batch, grid_height * grid_width, embed_dim)``.
+            return_prefix_tokens: return pairs (patches, class token ``(batch, 1, embed_dim)``).
+            stop_early: run no block after the last index; the final tokens are then that block's.
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            ``(tokens, intermediates)``, the tokens as :meth:`forward_features` gives them, intermediates in the order
+            of the blocks; or the intermediates alone.
+
+        Raises:
+            ValueError: an index outside the model, or an unknown ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+        selected = select_blocks(indices, len(self.blocks), "indices")
+        tokens, grid = self._embed(images)
+        last = max(selected, default=-1) if stop_early else len(self.blocks) - 1
+        intermediates: list[Any] = []
+        for index, block in enumerate(self.blocks):
+            if index > last:
+                break
+            tokens = self._run_block(block, tokens)
+            if index in selected:
+                features = self.norm(tokens) if norm else tokens
+                prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid)
+                intermediates.append((patches, prefix) if return_prefix_tokens else patches)
+        if intermediates_only:
+            return intermediates
+        return self.norm(tokens), intermediates
+
+
+def deepvit_16b(**overrides: Any) -> DeepViT:
+    """DeepViT-16B: 24.43 M parameters, re-attention in all 16 blocks, 79.10 % top-1 as published."""
+    return DeepViT(**{"embed_dim": 384, "depth": 16, **overrides})
+
+
+def deepvit_24b(**overrides: Any) -> DeepViT:
+    """DeepViT-24B: 36.26 M parameters, re-attention in all 24 blocks, 79.99 % top-1 as published."""
+    return DeepViT(**{"embed_dim": 384, "depth": 24, **overrides})
+
+
+def deepvit_32b(**overrides: Any) -> DeepViT:
+    """DeepViT-32B: 48.10 M parameters, re-attention in all 32 blocks, 80.90 % top-1 as published."""
+    return DeepViT(**{"embed_dim": 384, "depth": 32, **overrides})
+
+
+def deepvit_s(**overrides: Any) -> DeepViT:
+    """DeepViT-S: 27.31 M parameters, conv stem, re-attention in the last 5 of 16 blocks, 82.3 % top-1 as published."""
+    config = {
+        "embed_dim": 396,
+        "depth": 16,
+        "re_attention_blocks": 5,
+        "output_scale": 33**-0.5,
+        "residual_scale": 0.5,
+        "conv_stem": True,
+    }
+    return DeepViT(**{**config, **overrides})
+
+
+def deepvit_l(**overrides: Any) -> DeepViT:
+    """DeepViT-L: 58.88 M parameters, conv stem, re-attention in the last 12 of 32 blocks, 83.1 % top-1 as published."""
+    config = {"embed_dim": 420, "depth": 32, "re_attention_blocks": 12, "residual_scale": 0.5, "conv_stem": True}
+    return DeepViT(**{**config, **overrides})
+
+
+def deepvit_l_384(**overrides: Any) -> DeepViT:
+    """DeepViT-L for images of 384 pixels: 59.04 M parameters, 84.25 % top-1 as published."""
+    return deepvit_l(**{"img_size": 384, **overrides})
+
+
+_MODELS: dict[str, Callable[..., DeepViT]] = {
+    build.__name__: build for build in (deepvit_16b, deepvit_24b, deepvit_32b, deepvit_s, deepvit_l, deepvit_l_384)
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` knows, those matching a shell-style pattern."""
+    return fnmatch.filter(sorted(_MODELS), pattern)
+
+
+def create_model(name: str, **overrides: Any) -> DeepViT:
+    """Build an official configuration by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        overrides: arguments of :class:`DeepViT` that replace those of the configuration.
+
+    Raises:
+        ValueError: no configuration has that name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"name must be one of {', '.join(list_models())}, got {name!r}")
+    return _MODELS[name](**overrides)

@@ -1,0 +1,249 @@
+"""``ReAttention``: the operator with its projections, a drop-in for a ViT's ``Attention``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from reattn import reference
+from reattn.functional import NORMS, re_attention
+
+# Foreign names of one attention's tensors, by the end of the key: the official code's, then the second form's.
+_RENAMED = {
+    "reatten_matrix.weight": "theta",
+    "reatten_matrix.bias": "theta_bias",
+    "var_norm.": "head_norm.",
+    "to_qkv.": "qkv.",
+    "reattn_weights": "theta",
+    "reattn_norm.1.": "head_norm.",
+    "to_out.0.": "proj.",
+}
+
+
+class ReAttention(nn.Module):
+    """Multi-head self-attention with re-attention (DeepViT, arXiv 2103.11886, section 4): ``(batch, seqlen, dim)`` in and out.
+
+    Equivalent to ``proj(re_attention(*qkv(x), theta, theta_bias, norm=..., ...))``; see :func:`reattn.re_attention`. Takes the
+    constructor keywords and the forward arguments of timm's ViT ``Attention``.
+
+    Args:
+        dim: width of the input, and of the output unless ``dim_out`` says otherwise.
+        num_heads: heads; ``dim`` must divide by it unless ``attn_head_dim`` is given.
+        qkv_bias, proj_bias: biases of the projections.
+        norm: the norm of the mixed maps: ``"batch"`` (official), ``"layer"`` (second form) or ``None``.
+        qk_norm, norm_layer: ``norm_layer(head_dim)`` on query and key.
+        attn_drop, proj_drop: dropout of the softmax maps (before mixing) and of the output.
+        output_scale: factor of the normalised maps.
+        attn_head_dim, dim_out: head_dim and output width where they do not follow from ``dim``.
+        scale_norm, gated: timm's norm of the merged heads, and its sigmoid gate on them.
+        norm_eps, norm_momentum: of the head norm; momentum ``None`` is the cumulative average, as in BatchNorm2d.
+        theta_bias: whether mixing adds a bias; ``None``: as upstream, except with ``norm="layer"``.
+        theta_init: ``"conv"``: the official uniform(-1/sqrt(heads), 1/sqrt(heads)); ``"identity"``: identity plus 0.01 normal noise;
+            ``"normal"``: standard normal, as in the second form. The bias is uniform for ``"conv"``, else zero.
+        pre_norm: a LayerNorm of the input inside the module, where the second form keeps it.
+        backend: as in :func:`reattn.re_attention`.
+
+    Parameters: ``theta (num_heads, num_heads)``, rows the heads before mixing; ``theta_bias (num_heads,)``; ``head_norm``: BatchNorm2d or
+    LayerNorm over the heads. ``load_state_dict`` also takes the official layout and the second form's (``reattn_weights``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        *,
+        norm: str | None = "batch",
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        output_scale: float = 1.0,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        scale_norm: bool = False,
+        gated: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+        theta_bias: bool | None = None,
+        theta_init: str = "conv",
+        pre_norm: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        if theta_init not in _THETA_INIT:
+            raise ValueError(f"theta_init must be one of {tuple(_THETA_INIT)}, got {theta_init!r}")
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads={num_heads} unless attn_head_dim is given, got {dim}")
+        for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not 0.0 <= rate <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {rate}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer = norm_layer or nn.LayerNorm
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim or dim // num_heads
+        self.attn_dim = num_heads * self.head_dim
+        self.scale = self.head_dim**-0.5
+        self.output_scale = output_scale
+        self.norm_type = norm
+        self.theta_init = theta_init
+        self.backend = backend
+
+        self.pre_norm = nn.LayerNorm(dim, **factory) if pre_norm else nn.Identity()
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.theta = nn.Parameter(torch.empty(num_heads, num_heads, **factory))
+        has_bias = norm != "layer" if theta_bias is None else theta_bias
+        self.theta_bias = nn.Parameter(torch.empty(num_heads, **factory)) if has_bias else None
+        self.head_norm: nn.Module = nn.Identity()
+        if norm == "batch":
+            self.head_norm = nn.BatchNorm2d(num_heads, eps=norm_eps, momentum=norm_momentum, **factory)  # type: ignore[arg-type]
+        elif norm == "layer":
+            self.head_norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
+        self.norm = norm_layer(self.attn_dim, **factory) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory) if gated else None
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_theta()
+
+    def reset_theta(self) -> None:
+        """Draws theta and its bias anew, as ``theta_init`` says."""
+        with torch.no_grad():
+            _THETA_INIT[self.theta_init](self.theta)
+            if self.theta_bias is not None:
+                bound = 1 / math.sqrt(self.num_heads) if self.theta_init == "conv" else 0.0
+                self.theta_bias.uniform_(-bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew and clears the running statistics."""
+        self.reset_theta()
+        for child in self.children():
+            if hasattr(child, "reset_parameters"):
+                child.reset_parameters()
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks are computed by the reference backend only."""
+        x = self.pre_norm(x)
+        query, key, value = self._project(x)
+        out = re_attention(
+            query,
+            key,
+            value,
+            self.theta,
+            self.theta_bias,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            backend=self.backend,
+            scale=self.scale,
+            **self._norm_arguments(self.training),
+        )
+        out = self.norm(out.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+        """The softmax maps and the mixed, normalised maps for ``x``, each ``(batch, heads, seqlen, seqlen)``.
+
+        For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode the
+        statistics are those of ``x``).
+        """
+        query, key, _ = self._project(self.pre_norm(x))
+        norm = self._norm_arguments(training=False)
+        if norm["training"] or (self.training and self.norm_type == "batch"):
+            norm.update(training=True, running_mean=None, running_var=None)
+        return reference.re_attention_maps(
+            query,
+            key,
+            self.theta,
+            self.theta_bias,
+            scale=self.scale,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            **{name: value for name, value in norm.items()},
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, norm={self.norm_type!r}, "
+            f"output_scale={self.output_scale:g}, backend={self.backend!r}"
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value ``(batch, heads, seqlen, head_dim)``: strided views of the projection, not copies."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(query), self.k_norm(key), value
+
+    def _norm_arguments(self, training: bool) -> dict[str, Any]:
+        """The norm as arguments of :func:`reattn.re_attention`; counts the batch in training."""
+        norm = self.head_norm
+        arguments: dict[str, Any] = {"norm": self.norm_type, "output_scale": self.output_scale}
+        if isinstance(norm, nn.Identity):
+            return arguments
+        arguments |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        if self.norm_type == "layer":
+            return arguments
+        momentum = norm.momentum
+        if training and norm.track_running_stats:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        return arguments | {
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+            "training": training or norm.running_mean is None,
+            "momentum": 0.0 if momentum is None else momentum,
+            "process_group": _process_group(norm) if training else None,
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks a SyncBatchNorm takes its statistics over; None where there is only one."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _translate(state_dict: dict[str, Any], prefix: str, second_form: bool) -> None:
+    """Renames, in place, one attention's tensors from the official layout or the second form to ours."""
+    renamed = dict(_RENAMED)
+    if second_form:
+        # The second form keeps the LayerNorm of the block's input here; in ours, and timm's, ``norm`` follows the attention.
+        renamed["norm."] = "pre_norm."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        for foreign, ours in renamed.items():
+            if name == foreign or (foreign.endswith(".") and name.startswith(foreign)):
+                tensor = state_dict.pop(key)
+                # The convolution's weight is (out, in, 1, 1): theta transposed.
+                state_dict[prefix + ours + name[len(foreign) :]] = (
+                    tensor[:, :, 0, 0].t() if foreign == "reatten_matrix.weight" else tensor
+                )
+                break
+
+
+_THETA_INIT: dict[str, Callable[[Tensor], Any]] = {
+    "conv": lambda theta: theta.uniform_(-1 / math.sqrt(len(theta)), 1 / math.sqrt(len(theta))),
+    "identity": lambda theta: nn.init.eye_(theta).add_(torch.randn_like(theta), alpha=0.01),
+    "normal": lambda theta: theta.normal_(),
+}
