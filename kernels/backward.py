@@ -67,7 +67,7 @@ def gradient_tile(
     Head-major: P, P after dropout, the gradient of the latter. Row-major: P after dropout, centred, in the inputs' dtype; the
     mixed tile over its root mean square, where there is a norm; the gradients of the normalised and of the mixed tile.
     """
-    weights, weights_back, shift, gamma, _, coupled, constant = parameters
+    weights, weights_back, shift, gamma, beta, coupled, constant = parameters
     scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
     probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
     kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
@@ -124,16 +124,16 @@ def backward_query_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, batch, rows, 0, SHAPE)
     grad_tile = load_rows(grad, batch, rows, 0, SHAPE)
-    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
-    lse = tl.load(lse_block, mask=inside, other=0.0)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse = tl.load(lse_block, mask=row_mask, other=0.0)
     parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
 
-    delta = tl.zeros((SHAPE.HEADS_PADDED, BLOCK_M), dtype=tl.float32)
-    grad_shift = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
-    grad_gamma = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
-    grad_beta = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED), dtype=tl.float32)
+    delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
+    grad_shift = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
+    grad_gamma = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
+    grad_beta = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all operands.
-    grad_weight = tl.zeros((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), dtype=tl.float32)
+    grad_weight = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, batch, columns, 0, SHAPE)
@@ -147,14 +147,14 @@ def backward_query_kernel(
         if mixing.gamma is not None:
             grad_gamma += tl.sum(grad_normed * unit, axis=2)
             grad_beta += tl.sum(grad_normed, axis=2)
-        grad_mixed = tl.permute(grad_mixed.to(centred.dtype), (0, 2, 1))
-        grad_weight += tl.dot(centred, grad_mixed, input_precision=SHAPE.PRECISION)
+        grad_columns = tl.permute(grad_mixed.to(centred.dtype), (0, 2, 1))
+        grad_weight += tl.dot(centred, grad_columns, input_precision=SHAPE.PRECISION)
 
     if SHAPE.PACK > 1:
         delta = tl.where(is_finite(lse), delta, float("nan"))
-    delta_block, _ = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+    delta_block, row_mask = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
     # Every chunk's program stores the same values here.
-    tl.store(delta_block, delta, mask=inside)
+    tl.store(delta_block, delta, mask=row_mask)
     program = batch * tl.num_programs(0) + tl.program_id(0)
     store_partial_sums(
         grad_shift_ptr, grad_weight_ptr, program, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0)
@@ -169,7 +169,7 @@ def backward_query_kernel(
         columns = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, batch, columns, chunk, SHAPE)
         v_tile = load_rows(v, batch, columns, chunk, SHAPE)
-        probs, kept, grad_kept, centred, _, _, _ = gradient_tile(
+        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
             q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
             mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
         )  # fmt: skip
@@ -205,7 +205,7 @@ def backward_key_kernel(
     k_tile = load_rows(k, batch, columns, 0, SHAPE)
     v_tile = load_rows(v, batch, columns, 0, SHAPE)
     parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
-    weights, _, shift, gamma, beta, _, _ = parameters
+    weights, weights_back, shift, gamma, beta, coupled, constant = parameters
 
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
@@ -213,11 +213,11 @@ def backward_key_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         q_tile = load_rows(q, batch, rows, chunk, SHAPE)
         grad_tile = load_rows(grad, batch, rows, chunk, SHAPE)
-        lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
-        delta_block, _ = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
-        lse = tl.load(lse_block, mask=inside, other=0.0)
-        delta = tl.load(delta_block, mask=inside, other=0.0)
-        probs, kept, grad_kept, centred, unit, _, _ = gradient_tile(
+        lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+        delta_block, row_mask = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+        lse = tl.load(lse_block, mask=row_mask, other=0.0)
+        delta = tl.load(delta_block, mask=row_mask, other=0.0)
+        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
             q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
             mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
         )  # fmt: skip

@@ -46,12 +46,12 @@ def forward_kernel(
     chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, batch, rows, 0, SHAPE)
-    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
     if LSE_KNOWN:
-        lse = tl.load(lse_block, mask=inside, other=0.0)
+        lse = tl.load(lse_block, mask=row_mask, other=0.0)
     else:
         lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
-        tl.store(lse_block, lse, mask=inside)
+        tl.store(lse_block, lse, mask=row_mask)
 
     centre = 1.0 / k.seqlen
     weights, shift = load_mixing(mixing, centre, SHAPE)
@@ -100,13 +100,13 @@ def statistics_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, batch, rows, 0, SHAPE)
     lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
-    lse_block, inside = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
-    tl.store(lse_block, lse, mask=inside)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    tl.store(lse_block, lse, mask=row_mask)
 
     centre = 1.0 / k.seqlen
-    sums = tl.zeros((BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED), dtype=tl.float32)
-    products = tl.zeros(
-        (BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, SHAPE.PACK * SHAPE.HEADS_PADDED), dtype=tl.float32
+    sums = tl.full((BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32)
+    products = tl.full(
+        (BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32
     )
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)

@@ -142,7 +142,7 @@ def dot_rows(a_tile, a, a_rows, b_tile, b, b_rows, batch, SHAPE: tl.constexpr):
     if SHAPE.CHUNKS == 1:
         product = dot_heads(a_tile, b_tile, SHAPE)
     else:
-        product = tl.zeros((SHAPE.HEADS_PADDED, a_rows.shape[0], b_rows.shape[0]), dtype=tl.float32)
+        product = tl.full((SHAPE.HEADS_PADDED, a_rows.shape[0], b_rows.shape[0]), 0.0, dtype=tl.float32)
         for chunk in range(SHAPE.CHUNKS):
             product += dot_heads(
                 load_rows(a, batch, a_rows, chunk, SHAPE), load_rows(b, batch, b_rows, chunk, SHAPE), SHAPE
@@ -153,10 +153,10 @@ def dot_rows(a_tile, a, a_rows, b_tile, b, b_rows, batch, SHAPE: tl.constexpr):
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Accumulators for a block of rows: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL]), float32."""
-    main = tl.zeros((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_MAIN), dtype=tl.float32)
+    main = tl.full((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_MAIN), 0.0, dtype=tl.float32)
     tail = main
     if SHAPE.DIM_TAIL > 0:
-        tail = tl.zeros((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_TAIL), dtype=tl.float32)
+        tail = tl.full((SHAPE.HEADS_PADDED, ROWS, SHAPE.DIM_TAIL), 0.0, dtype=tl.float32)
     return main, tail
 
 
@@ -230,7 +230,7 @@ def poison_rows(tile, lse, SHAPE: tl.constexpr):
 def row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
     """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
     running_max = tl.full((SHAPE.HEADS_PADDED, rows.shape[0]), float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros((SHAPE.HEADS_PADDED, rows.shape[0]), dtype=tl.float32)
+    running_sum = tl.full((SHAPE.HEADS_PADDED, rows.shape[0]), 0.0, dtype=tl.float32)
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, batch, columns, 0, SHAPE)
@@ -248,18 +248,18 @@ def row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N: tl.constexpr, SHAPE:
 @triton.jit
 def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexpr):
     """Drops and rescales a head-major tile; what is drawn depends on seed and position alone, not on the tiling."""
-    if seed_ptr is None:
-        return probs
-    heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
-    zero = tl.zeros(probs.shape, dtype=tl.int32)
-    bits, _, _, _ = tl.philox(
-        tl.load(seed_ptr),
-        zero + columns[None, None, :],
-        zero + rows[None, :, None],
-        zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
-        zero,
-    )
-    return tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
+    if seed_ptr is not None:
+        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        zero = tl.full(probs.shape, 0, dtype=tl.int32)
+        bits, _, _, _ = tl.philox(
+            tl.load(seed_ptr),
+            zero + columns[None, None, :],
+            zero + rows[None, :, None],
+            zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
+            zero,
+        )
+        probs = tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
+    return probs
 
 
 @triton.jit

@@ -86,8 +86,8 @@ class ReAttention(nn.Module):
         if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads={num_heads} unless attn_head_dim is given, got {dim}")
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
-            if not 0.0 <= rate <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {rate}")
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_layer = norm_layer or nn.LayerNorm
         self.num_heads = num_heads
@@ -148,7 +148,8 @@ class ReAttention(nn.Module):
             is_causal=is_causal,
             backend=self.backend,
             scale=self.scale,
-            **self._norm_arguments(self.training),
+            momentum=self._count_batch(),
+            **self._norm_arguments(),
         )
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
@@ -163,9 +164,9 @@ class ReAttention(nn.Module):
         statistics are those of ``x``).
         """
         query, key, _ = self._project(self.pre_norm(x))
-        norm = self._norm_arguments(training=False)
-        if norm["training"] or (self.training and self.norm_type == "batch"):
-            norm.update(training=True, running_mean=None, running_var=None)
+        norm = self._norm_arguments()
+        if norm.get("training"):
+            norm.update(running_mean=None, running_var=None)
         return reference.re_attention_maps(
             query,
             key,
@@ -174,7 +175,7 @@ class ReAttention(nn.Module):
             scale=self.scale,
             attn_mask=attn_mask,
             is_causal=is_causal,
-            **{name: value for name, value in norm.items()},
+            **norm,
         )
 
     def extra_repr(self) -> str:
@@ -189,8 +190,8 @@ class ReAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(query), self.k_norm(key), value
 
-    def _norm_arguments(self, training: bool) -> dict[str, Any]:
-        """The norm as arguments of :func:`reattn.re_attention`; counts the batch in training."""
+    def _norm_arguments(self) -> dict[str, Any]:
+        """The norm as arguments of :func:`reattn.re_attention`."""
         norm = self.head_norm
         arguments: dict[str, Any] = {"norm": self.norm_type, "output_scale": self.output_scale}
         if isinstance(norm, nn.Identity):
@@ -198,18 +199,24 @@ class ReAttention(nn.Module):
         arguments |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         if self.norm_type == "layer":
             return arguments
-        momentum = norm.momentum
-        if training and norm.track_running_stats:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
+        # As in BatchNorm2d: its own mode decides, so that a frozen norm stays frozen; without running statistics, the batch's.
         return arguments | {
             "running_mean": norm.running_mean,
             "running_var": norm.running_var,
-            "training": training or norm.running_mean is None,
-            "momentum": 0.0 if momentum is None else momentum,
-            "process_group": _process_group(norm) if training else None,
+            "training": norm.training or norm.running_mean is None,
+            "process_group": _process_group(norm) if norm.training else None,
         }
+
+    def _count_batch(self) -> float:
+        """Counts a training batch of batch norm, as BatchNorm2d does, and returns the momentum for it."""
+        norm = self.head_norm
+        if self.norm_type != "batch":
+            return 0.0
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                return 1.0 / float(norm.num_batches_tracked)
+        return 0.0 if norm.momentum is None else norm.momentum
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)

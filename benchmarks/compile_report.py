@@ -1,0 +1,189 @@
+"""Compiles the Triton kernels ahead of time, as the launcher would on each GPU, and reports what they cost.
+
+``python -m benchmarks.compile_report`` prints a table and fails if a default configuration spills registers or does not fit the
+card. Needs triton and no GPU: registers come from ``cuobjdump -res-usage``, spills and tensor-core instructions from ``-sass``, both shipped
+with triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+# Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NORMS = ("layer", "batch", "plain")
+
+
+class Case(NamedTuple):
+    """A problem to compile for: an architecture, a dtype, a shape, a norm ("batch" in training, so with its coupling)."""
+
+    arch: int
+    dtype: str
+    heads: int
+    head_dim: int
+    norm: str
+    dropout: bool = False
+
+
+class Cost(NamedTuple):
+    """What a compiled kernel needs: a row of the table."""
+
+    case: Case
+    kernel: str
+    tile: tuple[int, ...]
+    registers: int
+    spills: int
+    shared: int
+    hmma: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this configuration may not be a default; empty when it may."""
+        faults = []
+        if self.spills:
+            faults.append(f"{self.spills} local-memory instructions")
+        if self.shared > SHARED_LIMIT[self.case.arch]:
+            faults.append(f"shared memory over {SHARED_LIMIT[self.case.arch]}")
+        if self.case.dtype != "float32" and not self.hmma and self.kernel != "grad_dot_out_kernel":
+            faults.append("no tensor-core instruction")
+        return faults
+
+
+def compile_case(case: Case, tiles: dict[str, Any] | None = None, kernels: tuple[str, ...] | None = None) -> list[Cost]:
+    """Every kernel a forward and backward pass launches, compiled; ``tiles`` replaces the table's by kernel name."""
+    from reattn.kernels import configs
+
+    costs = []
+    for kernel, args, constants, tile in recorded_launches(case, tiles):
+        if kernels and kernel.__name__ not in kernels:
+            continue
+        compiled = compile_launch(kernel, args, constants, tile, case.arch)
+        costs.append(Cost(case, kernel.__name__, tuple(tile), *read_cubin(compiled)))
+        assert isinstance(tile, configs.Tile)
+    return costs
+
+
+def recorded_launches(case: Case, tiles: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    """(kernel, arguments, constants, tile) of every launch of a training step, on tensors without storage."""
+    from reattn.backends import triton as backend
+
+    launches: list[tuple[Any, ...]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constants: Any) -> None:
+        launches.append((kernel, args, constants, tile))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    heads, dtype = case.heads, DTYPES[case.dtype]
+    qkv = empty(2, 197, 3, heads, case.head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    query, key, value = qkv.unbind(0)
+    seed = empty(1, dtype=torch.int64) if case.dropout else None
+    dropout_p = 0.1 if case.dropout else 0.0
+    lse = empty(2, heads, 197)
+    norm = (empty(heads), empty(heads)) if case.norm == "layer" else (None, None)
+    coupling = (empty(heads, heads), empty(heads)) if case.norm == "batch" else (None, None)
+    parameters = (empty(heads, heads), empty(heads), *norm)
+    choose = backend.configs.tile
+    with (
+        mock.patch.object(backend, "_run", record),
+        mock.patch.object(backend, "_arch", lambda device: case.arch),
+        mock.patch.object(
+            backend.configs, "tile", lambda kernel, *key: (tiles or {}).get(kernel) or choose(kernel, *key)
+        ),
+    ):
+        known = None
+        if case.norm == "batch":
+            *_, known = backend.statistics(query, key, seed, 0.125, dropout_p)
+            backend.grad_dot_out(query, value)
+        backend.forward(query, key, value, *parameters, known, seed, 0.125, 1e-5, dropout_p)
+        backend.backward(query, query, key, value, *parameters, *coupling, lse, seed, 0.125, 1e-5, dropout_p)
+    return launches
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], tile: Any, arch: int) -> Any:
+    """What the JIT would compile for these arguments: pointers and sizes specialised on 1 and on multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+    signature: dict[str, Any] = {}
+    fixed: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            members = [describe(member, (*path, i)) for i, member in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+            fixed[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + _POINTEE[value.dtype]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[(index,)] = "constexpr", constants[name]
+        else:
+            signature[name] = describe(values[name], (index,))
+    source = ASTSource(kernel, signature, fixed, attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+_POINTEE = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
+
+
+def read_cubin(compiled: Any) -> tuple[int, int, int, int]:
+    """Registers a thread, local-memory instructions, shared memory in bytes, HMMA instructions."""
+    import triton.backends.nvidia
+
+    tool = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass)), compiled.metadata.shared, sass.count("HMMA")
+
+
+def table(costs: list[Cost]) -> Iterator[str]:
+    """The costs as lines of text."""
+    yield f"{'arch':>6} {'dtype':9}{'heads':>5}{'dim':>5} {'norm':6} {'kernel':22}{'tile':20}{'regs':>5}{'spill':>6}{'shared':>8}{'HMMA':>6}"
+    for cost in costs:
+        case = cost.case
+        yield (
+            f"{'sm_' + str(case.arch):>6} {case.dtype:9}{case.heads:>5}{case.head_dim:>5} {case.norm:6} "
+            f"{cost.kernel.removesuffix('_kernel'):22}{'x'.join(map(str, cost.tile)):20}{cost.registers:>5}{cost.spills:>6}"
+            f"{cost.shared:>8}{cost.hmma:>6}" + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
+        )
