@@ -30,9 +30,10 @@ def grad_dot_out_kernel(grad, out, partial_ptr, BLOCK_M: tl.constexpr, SHAPE: tl
     """Sum of grad * out over a block of rows and a chunk of head_dim, by head, into (programs, HEADS_PADDED)."""
     batch = tl.program_id(1)
     chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    grad_main, grad_tail = load_rows(grad, batch, rows, chunk, SHAPE)
-    out_main, out_tail = load_rows(out, batch, rows, chunk, SHAPE)
+    row_start = tl.program_id(0) * BLOCK_M
+    rows = row_start + tl.arange(0, BLOCK_M)
+    grad_main, grad_tail = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
+    out_main, out_tail = load_rows(out, batch, row_start, chunk, BLOCK_M, SHAPE)
     total = tl.sum(tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), axis=2), axis=1)
     if SHAPE.DIM_TAIL > 0:
         total += tl.sum(tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=2), axis=1)
@@ -59,8 +60,9 @@ def load_parameters(mixing, seed_ptr, centre, dtype: tl.constexpr, SHAPE: tl.con
 
 @triton.jit
 def gradient_tile(
-    q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
-    mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE: tl.constexpr,
+    q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
+    mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Recomputes a tile of maps and carries the output's gradient back through norm and mixing.
 
@@ -68,11 +70,16 @@ def gradient_tile(
     mixed tile over its root mean square, where there is a norm; the gradients of the normalised and of the mixed tile.
     """
     weights, weights_back, shift, gamma, beta, coupled, constant = parameters
-    scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+    rows = row_start + tl.arange(0, BLOCK_M)
+    columns = column_start + tl.arange(0, BLOCK_N)
+    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
     probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
     kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
     centred = to_row_major((kept - 1.0 / k.seqlen).to(weights.dtype), SHAPE)
-    grad_normed = to_row_major(dot_rows(grad_tile, grad, rows, v_tile, v, columns, batch, SHAPE), SHAPE)
+    grad_normed = dot_rows(
+        grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE
+    )
+    grad_normed = to_row_major(grad_normed, SHAPE)
     unit = grad_normed
     grad_mixed = grad_normed
     if mixing.gamma is not None:
@@ -121,9 +128,10 @@ def backward_query_kernel(
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
     batch = tl.program_id(1)
     chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, batch, rows, 0, SHAPE)
-    grad_tile = load_rows(grad, batch, rows, 0, SHAPE)
+    row_start = tl.program_id(0) * BLOCK_M
+    rows = row_start + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
+    grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
     lse = tl.load(lse_block, mask=row_mask, other=0.0)
     parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
@@ -134,13 +142,12 @@ def backward_query_kernel(
     grad_beta = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all operands.
     grad_weight = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for start in range(0, k.seqlen, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, columns, 0, SHAPE)
-        v_tile = load_rows(v, batch, columns, 0, SHAPE)
+    for column_start in range(0, k.seqlen, BLOCK_N):
+        k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
+        v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
         probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
         grad_shift += tl.sum(grad_mixed, axis=2)
@@ -165,17 +172,18 @@ def backward_query_kernel(
         tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
 
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-    for start in range(0, k.seqlen, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, columns, chunk, SHAPE)
-        v_tile = load_rows(v, batch, columns, chunk, SHAPE)
+    for column_start in range(0, k.seqlen, BLOCK_N):
+        k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
+        v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
         probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(centred.dtype)
+        if SHAPE.CHUNKS > 1:
+            k_tile = load_rows(k, batch, column_start, chunk, BLOCK_N, SHAPE)
         dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
-    store_rows(grad_q, batch, rows, chunk, dq_main * scale, dq_tail * scale, SHAPE)
+    store_rows(grad_q, batch, row_start, chunk, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
 
 
 @triton.jit
@@ -201,34 +209,38 @@ def backward_key_kernel(
     """One block of keys, all heads: dK and dV in one sweep over the query rows."""
     batch = tl.program_id(1)
     chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(k, batch, columns, 0, SHAPE)
-    v_tile = load_rows(v, batch, columns, 0, SHAPE)
+    column_start = tl.program_id(0) * BLOCK_N
+    k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
+    v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
     parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
     weights, weights_back, shift, gamma, beta, coupled, constant = parameters
 
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
-    for start in range(0, q.seqlen, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q_tile = load_rows(q, batch, rows, chunk, SHAPE)
-        grad_tile = load_rows(grad, batch, rows, chunk, SHAPE)
+    for row_start in range(0, q.seqlen, BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
+        grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
         lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
         delta_block, row_mask = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
         lse = tl.load(lse_block, mask=row_mask, other=0.0)
         delta = tl.load(delta_block, mask=row_mask, other=0.0)
         probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, rows, grad_tile, grad, k_tile, k, columns, v_tile, v, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, SHAPE,
+            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
+            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         if mixing.gamma is not None:
             normed = unit * gamma + beta
         else:
             normed = mix_heads(weights, centred, SHAPE) + shift
         normed = poison_rows(to_head_major(normed.to(weights.dtype), SHAPE), lse, SHAPE)
+        if SHAPE.CHUNKS > 1:
+            grad_tile = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
         dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_tile, SHAPE)
         # Rows outside the sequence have no gradient and no query: every term they add is zero.
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(weights.dtype)
+        if SHAPE.CHUNKS > 1:
+            q_tile = load_rows(q, batch, row_start, chunk, BLOCK_M, SHAPE)
         dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
-    store_rows(grad_k, batch, columns, chunk, dk_main * scale, dk_tail * scale, SHAPE)
-    store_rows(grad_v, batch, columns, chunk, dv_main, dv_tail, SHAPE)
+    store_rows(grad_k, batch, column_start, chunk, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
+    store_rows(grad_v, batch, column_start, chunk, dv_main, dv_tail, BLOCK_N, SHAPE)

@@ -1,37 +1,139 @@
-"""Tile configurations, one table, and the choice among them."""
+"""Tile configurations: one table, and the choice among its rows.
+
+Every row compiles without spilling and within the shared memory of each architecture it serves, but for more than 16 heads, where
+the key-major kernel spills a few registers (``python -m benchmarks.compile_report`` shows what each costs). Which of several
+such rows is fastest has not been measured on a GPU yet; rows were chosen for tall blocks of query rows, as keys and values
+are read again for every block.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from .tiles import Shape
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: block of query rows, block of keys, warps, software-pipelining stages, most of head_dim at once."""
+    """How a kernel is cut: block of query rows, block of keys, warps, pipelining stages, most of head_dim held at once."""
 
     BLOCK_M: int
     BLOCK_N: int
-    num_warps: int
+    num_warps: int = 8
     num_stages: int = 1
     dim: int = 128
 
 
-def shape(heads: int, head_dim: int, dim: int, precision: str) -> Shape:
-    """The compile-time constants for a problem of which at most ``dim`` columns of head_dim are held at once."""
-    padded = 1 << (heads - 1).bit_length()
-    pack = max(1, 16 // padded)
+class Row(NamedTuple):
+    """A tile, and the largest problem it is for: bytes an element, heads, head_dim; and whether 100 KB of shared memory do."""
+
+    itemsize: int
+    heads: int
+    head_dim: int
+    tile: Tile
+    small: bool = True
+
+
+# By kernel; the first row that holds the problem is taken.
+TABLE: dict[str, tuple[Row, ...]] = {
+    "forward": (
+        Row(2, 4, 64, Tile(64, 16, 8, 2)),
+        Row(2, 8, 32, Tile(64, 16, 8, 2)),
+        Row(2, 8, 64, Tile(64, 16, 8, 2), small=False),
+        Row(2, 8, 64, Tile(32, 16, 8, 2)),
+        Row(2, 16, 32, Tile(32, 16, 8, 2)),
+        Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
+        Row(2, 16, 64, Tile(16, 16)),
+        Row(2, 16, 128, Tile(16, 16, dim=64)),
+        Row(2, 32, 128, Tile(16, 16, dim=16)),
+        Row(4, 8, 128, Tile(32, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 16, dim=16)),
+        Row(4, 32, 128, Tile(8, 16, dim=16)),
+    ),
+    "statistics": (
+        Row(2, 8, 32, Tile(64, 16, 8, 2)),
+        Row(2, 8, 64, Tile(32, 16, 8, 2)),
+        Row(2, 16, 32, Tile(32, 16, 8, 2)),
+        Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
+        Row(2, 16, 64, Tile(32, 16)),
+        Row(2, 16, 128, Tile(16, 16, dim=64)),
+        Row(2, 32, 128, Tile(16, 16, dim=16)),
+        Row(4, 8, 128, Tile(32, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 16, dim=16)),
+        Row(4, 32, 128, Tile(8, 16, dim=16)),
+    ),
+    "grad_dot_out": (
+        Row(2, 16, 128, Tile(16, 16, 8)),
+        Row(2, 32, 128, Tile(16, 16, 8, dim=64)),
+        Row(4, 32, 128, Tile(16, 16, 8, dim=32)),
+    ),
+    "backward_query": (
+        Row(2, 4, 64, Tile(32, 32)),
+        Row(2, 8, 64, Tile(32, 16)),
+        Row(2, 16, 32, Tile(16, 16)),
+        Row(2, 16, 64, Tile(16, 16), small=False),
+        Row(2, 16, 64, Tile(16, 16, dim=32)),
+        Row(2, 16, 128, Tile(16, 16, dim=64)),
+        Row(2, 32, 128, Tile(8, 16, dim=16)),
+        Row(4, 4, 128, Tile(32, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 16, dim=16)),
+        Row(4, 32, 128, Tile(4, 16, dim=16)),
+    ),
+    "backward_key": (
+        Row(2, 4, 32, Tile(32, 32)),
+        Row(2, 4, 64, Tile(32, 16)),
+        Row(2, 8, 32, Tile(16, 32)),
+        Row(2, 8, 64, Tile(32, 16), small=False),
+        Row(2, 8, 128, Tile(32, 16, dim=32)),
+        Row(2, 16, 32, Tile(16, 16)),
+        Row(2, 16, 64, Tile(16, 16), small=False),
+        Row(2, 16, 128, Tile(16, 16, dim=32)),
+        Row(2, 32, 128, Tile(16, 8, dim=16)),
+        Row(4, 4, 128, Tile(32, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 16, dim=16)),
+        Row(4, 32, 128, Tile(16, 4, dim=16)),
+    ),
+}
+
+# Architectures whose blocks have 163 KB of shared memory or more; others are held to 99 KB.
+_LARGE_SHARED = (80, 87, 90, 100, 103)
+
+
+def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int) -> Tile:
+    """The table's tile for a problem, on an architecture (80 for sm_80)."""
+    for row in TABLE[kernel]:
+        fits = row.itemsize == itemsize and heads <= row.heads and head_dim <= row.head_dim
+        if fits and (row.small or arch in _LARGE_SHARED):
+            return row.tile
+    raise LookupError(f"{kernel} has no tile for {heads} heads of {head_dim}, {itemsize} bytes an element")
+
+
+def candidates(kernel: str, itemsize: int, heads: int) -> list[Tile]:
+    """What tuning tries: every tile the table holds for this kernel and dtype, and its neighbours in warps and stages."""
+    pack = max(1, 16 // padded(heads))
+    rows = {row.tile for row in TABLE[kernel] if row.itemsize == itemsize}
+    varied = {
+        cut._replace(num_warps=warps, num_stages=stages) for cut in rows for warps in (4, 8, 16) for stages in (1, 2, 3)
+    }
+    return sorted(cut for cut in varied if cut.BLOCK_M >= pack)
+
+
+def padded(heads: int) -> int:
+    """The next power of two."""
+    return 1 << (heads - 1).bit_length()
+
+
+def shape(heads: int, head_dim: int, dim: int, precision: str, wide: bool) -> Shape:
+    """The compile-time constants for a problem of which at most ``dim`` columns of head_dim are held at once.
+
+    ``wide``: offsets within a tile need 64 bits.
+    """
+    heads_padded = padded(heads)
+    pack = max(1, 16 // heads_padded)
     whole = -(-head_dim // 16) * 16
     if whole > dim:
-        return Shape(heads, padded, pack, head_dim, dim, 0, -(-head_dim // dim), precision)
+        return Shape(heads, heads_padded, pack, head_dim, dim, 0, -(-head_dim // dim), precision, wide)
     main = 1 << (whole.bit_length() - 1)
     tail = whole - main
     if tail & (tail - 1):  # 112 = 64 + 48: the tail, too, must be a power of two
         main, tail = 2 * main, 0
-    return Shape(heads, padded, pack, head_dim, main, tail, 1, precision)
-
-
-def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int) -> Tile:
-    return Tile(16, 16, 8, 1, 128)
+    return Shape(heads, heads_padded, pack, head_dim, main, tail, 1, precision, wide)

@@ -44,13 +44,14 @@ def forward_kernel(
     """One block of query rows, all heads: the LSE in one sweep over the keys (unless known), the output in a second."""
     batch = tl.program_id(1)
     chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, batch, rows, 0, SHAPE)
+    row_start = tl.program_id(0) * BLOCK_M
+    rows = row_start + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
     if LSE_KNOWN:
         lse = tl.load(lse_block, mask=row_mask, other=0.0)
     else:
-        lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
+        lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
         tl.store(lse_block, lse, mask=row_mask)
 
     centre = 1.0 / k.seqlen
@@ -62,8 +63,8 @@ def forward_kernel(
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, columns, 0, SHAPE)
-        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
+        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
         probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
         probs = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
         # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
@@ -71,11 +72,11 @@ def forward_kernel(
         if mixing.gamma is not None:
             normed = normed * tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + eps) * gamma + beta
         normed = to_head_major(normed.to(weights.dtype), SHAPE)
-        v_tile = load_rows(v, batch, columns, chunk, SHAPE)
+        v_tile = load_rows(v, batch, start, chunk, BLOCK_N, SHAPE)
         out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
-    store_rows(
-        out, batch, rows, chunk, poison_rows(out_main, lse, SHAPE), poison_rows(out_tail, lse, SHAPE), SHAPE
-    )
+    out_main = poison_rows(out_main, lse, SHAPE)
+    out_tail = poison_rows(out_tail, lse, SHAPE)
+    store_rows(out, batch, row_start, chunk, out_main, out_tail, BLOCK_M, SHAPE)
 
 
 @triton.jit
@@ -96,22 +97,22 @@ def statistics_kernel(
 
     Partial sums, added up afterwards in a fixed order: (programs, PACK * HEADS_PADDED) and its square.
     """
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
     batch = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, batch, rows, 0, SHAPE)
-    lse = row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N, SHAPE)
+    row_start = tl.program_id(0) * BLOCK_M
+    rows = row_start + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
+    lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
     tl.store(lse_block, lse, mask=row_mask)
 
     centre = 1.0 / k.seqlen
-    sums = tl.full((BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32)
-    products = tl.full(
-        (BLOCK_M // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32
-    )
+    sums = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
+    products = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, columns, 0, SHAPE)
-        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
+        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
         probs = dropout(tl.exp2(scores - lse[:, :, None]), seed_ptr, dropout_p, batch, rows, columns, SHAPE)
         inside = (rows < q.seqlen)[None, :, None] & (columns < k.seqlen)[None, None, :]
         centred = to_row_major(tl.where(inside, probs - centre, 0.0), SHAPE)

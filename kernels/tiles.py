@@ -50,40 +50,54 @@ class Shape(NamedTuple):
     DIM_TAIL: int
     CHUNKS: int
     PRECISION: str
+    WIDE: bool
 
 
 @triton.jit
-def row_pointers(view, batch, rows, SHAPE: tl.constexpr):
-    """The first element of every head's rows, int64 throughout, and which lie inside: [HEADS_PADDED, ROWS, 1]."""
+def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """The first element of every head's rows, and which lie inside: [HEADS_PADDED, ROWS, 1].
+
+    The block's own offset is 64-bit; within it 32 bits do (the launcher sets WIDE where they do not) and spare registers.
+    """
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
-    rows = rows[None, :, None]
-    offsets = heads.to(tl.int64) * view.strides[1] + rows.to(tl.int64) * view.strides[2]
-    return view.ptr + batch.to(tl.int64) * view.strides[0] + offsets, (heads < SHAPE.HEADS) & (rows < view.seqlen)
+    rows = tl.arange(0, ROWS)[None, :, None]
+    inside = (heads < SHAPE.HEADS) & (start + rows < view.seqlen)
+    if SHAPE.WIDE:
+        heads = heads.to(tl.int64)
+        rows = rows.to(tl.int64)
+    base = view.ptr + tl.cast(batch, tl.int64) * view.strides[0] + tl.cast(start, tl.int64) * view.strides[2]
+    return base + (heads * view.strides[1] + rows * view.strides[2]), inside
 
 
 @triton.jit
-def load_rows(view, batch, rows, chunk, SHAPE: tl.constexpr):
+def dim_offsets(view, chunk, START: tl.constexpr, DIMS: tl.constexpr, SHAPE: tl.constexpr):
+    """Offsets along head_dim, and which lie inside: [1, 1, DIMS]."""
+    dims = (START + chunk * DIMS + tl.arange(0, DIMS))[None, None, :]
+    return (dims.to(tl.int64) if SHAPE.WIDE else dims) * view.strides[3], dims < SHAPE.HEAD_DIM
+
+
+@triton.jit
+def load_rows(view, batch, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A chunk of head_dim of every head's rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL])."""
-    base, inside = row_pointers(view, batch, rows, SHAPE)
-    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
-    main = tl.load(base + dims.to(tl.int64) * view.strides[3], mask=inside & (dims < SHAPE.HEAD_DIM), other=0.0)
+    base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
+    dims, dims_inside = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
+    main = tl.load(base + dims, mask=inside & dims_inside, other=0.0)
     tail = main
     if SHAPE.DIM_TAIL > 0:
-        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
-        tail = tl.load(base + dims.to(tl.int64) * view.strides[3], mask=inside & (dims < SHAPE.HEAD_DIM), other=0.0)
+        dims, dims_inside = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
+        tail = tl.load(base + dims, mask=inside & dims_inside, other=0.0)
     return main, tail
 
 
 @triton.jit
-def store_rows(view, batch, rows, chunk, main, tail, SHAPE: tl.constexpr):
+def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Writes what ``load_rows`` reads, in the tensor's dtype."""
-    base, inside = row_pointers(view, batch, rows, SHAPE)
-    dtype = view.ptr.dtype.element_ty
-    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
-    tl.store(base + dims.to(tl.int64) * view.strides[3], main.to(dtype), mask=inside & (dims < SHAPE.HEAD_DIM))
+    base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
+    dims, dims_inside = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
+    tl.store(base + dims, main.to(view.ptr.dtype.element_ty), mask=inside & dims_inside)
     if SHAPE.DIM_TAIL > 0:
-        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
-        tl.store(base + dims.to(tl.int64) * view.strides[3], tail.to(dtype), mask=inside & (dims < SHAPE.HEAD_DIM))
+        dims, dims_inside = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
+        tl.store(base + dims, tail.to(view.ptr.dtype.element_ty), mask=inside & dims_inside)
 
 
 @triton.jit
@@ -137,16 +151,18 @@ def dot_heads(a_tile, b_tile, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def dot_rows(a_tile, a, a_rows, b_tile, b, b_rows, batch, SHAPE: tl.constexpr):
+def dot_rows(
+    a_tile, a, a_start, b_tile, b, b_start, batch, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
     """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk."""
     if SHAPE.CHUNKS == 1:
         product = dot_heads(a_tile, b_tile, SHAPE)
     else:
-        product = tl.full((SHAPE.HEADS_PADDED, a_rows.shape[0], b_rows.shape[0]), 0.0, dtype=tl.float32)
+        product = tl.full((SHAPE.HEADS_PADDED, A_ROWS, B_ROWS), 0.0, dtype=tl.float32)
         for chunk in range(SHAPE.CHUNKS):
-            product += dot_heads(
-                load_rows(a, batch, a_rows, chunk, SHAPE), load_rows(b, batch, b_rows, chunk, SHAPE), SHAPE
-            )
+            a_chunk = load_rows(a, batch, a_start, chunk, A_ROWS, SHAPE)
+            b_chunk = load_rows(b, batch, b_start, chunk, B_ROWS, SHAPE)
+            product += dot_heads(a_chunk, b_chunk, SHAPE)
     return product
 
 
@@ -186,8 +202,19 @@ def to_head_major(tile, SHAPE: tl.constexpr):
 @triton.jit
 def mix_heads(weights, tile, SHAPE: tl.constexpr):
     """weights @ tile over the heads of every row: [HEADS, HEADS] x [ROWS, HEADS, BLOCK_N] -> [ROWS, HEADS, BLOCK_N], float32."""
-    weights = tl.broadcast_to(weights.to(tile.dtype)[None, :, :], (tile.shape[0], weights.shape[0], weights.shape[1]))
-    return tl.dot(weights, tile, input_precision=SHAPE.PRECISION)
+    ROWS: tl.constexpr = tile.shape[0]
+    HEADS: tl.constexpr = tile.shape[1]
+    BLOCK_N: tl.constexpr = tile.shape[2]
+    weights = weights.to(tile.dtype)
+    if (tile.dtype == tl.float32 and SHAPE.PRECISION == "ieee") or SHAPE.HEADS_PADDED > 16:
+        # Not on tensor cores: a dot batched over rows would hold the weights once for every row.
+        columns = tl.reshape(tl.permute(tile, (1, 0, 2)), (HEADS, ROWS * BLOCK_N))
+        mixed = tl.reshape(tl.dot(weights, columns, input_precision="ieee"), (HEADS, ROWS, BLOCK_N))
+        mixed = tl.permute(mixed, (1, 0, 2))
+    else:
+        weights = tl.broadcast_to(weights[None, :, :], (ROWS, HEADS, HEADS))
+        mixed = tl.dot(weights, tile, input_precision=SHAPE.PRECISION)
+    return mixed
 
 
 @triton.jit
@@ -227,14 +254,16 @@ def poison_rows(tile, lse, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def row_lse(q_tile, q, rows, k, batch, scale_log2, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+def row_lse(
+    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
     """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
-    running_max = tl.full((SHAPE.HEADS_PADDED, rows.shape[0]), float("-inf"), dtype=tl.float32)
-    running_sum = tl.full((SHAPE.HEADS_PADDED, rows.shape[0]), 0.0, dtype=tl.float32)
+    running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
+    running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     for start in range(0, k.seqlen, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, columns, 0, SHAPE)
-        scores = dot_rows(q_tile, q, rows, k_tile, k, columns, batch, SHAPE) * scale_log2
+        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
+        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
         scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, axis=2))
         # A row of -inf so far would give inf - inf.

@@ -65,7 +65,7 @@ def statistics(
     lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32)
 
     def launch(tile: configs.Tile) -> tuple[Tensor, Tensor]:
-        shape = _shape(query, tile)
+        shape = _shape(tile, query, key)
         packed = shape.PACK * shape.HEADS_PADDED
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         sums = query.new_empty(batch * blocks, packed, dtype=torch.float32)
@@ -114,7 +114,7 @@ def forward(
     lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone()
 
     def launch(tile: configs.Tile) -> None:
-        shape = _shape(query, tile)
+        shape = _shape(tile, query, key, value, out)
         _run(
             forward_kernels.forward_kernel,
             (triton.cdiv(seqlen, tile.BLOCK_M), batch, shape.CHUNKS),
@@ -168,7 +168,7 @@ def backward(
     scalars = (scale, scale * _LOG2E, eps, dropout_p)
 
     def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shape = _shape(query, tile)
+        shape = _shape(tile, query, key, value, grad, grad_query)
         packed = shape.PACK * shape.HEADS_PADDED
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         vectors = query.new_empty(3 if gamma is not None else 1, batch * blocks, packed, dtype=torch.float32)
@@ -199,7 +199,7 @@ def backward(
         return grad_weight, grad_shift, grad_gamma, grad_beta
 
     def launch_key(tile: configs.Tile) -> None:
-        shape = _shape(query, tile)
+        shape = _shape(tile, query, key, value, grad, grad_key, grad_value)
         _run(
             backward_kernels.backward_key_kernel,
             (triton.cdiv(seqlen_k, tile.BLOCK_N), batch, shape.CHUNKS),
@@ -228,7 +228,7 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     batch, heads, seqlen, _ = out.shape
 
     def launch(tile: configs.Tile) -> Tensor:
-        shape = _shape(out, tile)
+        shape = _shape(tile, grad, out)
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         partial = out.new_empty(shape.CHUNKS, batch, blocks, shape.HEADS_PADDED, dtype=torch.float32)
         _run(
@@ -267,9 +267,14 @@ def _mixing(*parameters: Tensor | None) -> Mixing:
     return Mixing(*(None if tensor is None else tensor.contiguous() for tensor in parameters))
 
 
-def _shape(query: Tensor, tile: configs.Tile) -> Any:
-    tf32 = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return configs.shape(query.shape[1], query.shape[3], tile.dim, "tf32" if tf32 else "ieee")
+def _shape(tile: configs.Tile, *tensors: Tensor) -> Any:
+    """The compile-time constants for tensors of one (batch, heads, *, head_dim)."""
+    _, heads, _, head_dim = tensors[0].shape
+    tf32 = tensors[0].is_cuda and torch.backends.cuda.matmul.allow_tf32
+    # The farthest element of a tile; padded rows and heads are computed, though not touched.
+    extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N), 2 * head_dim)
+    reach = max(sum(e * abs(s) for e, s in zip(extents, tensor.stride()[1:], strict=True)) for tensor in tensors)
+    return configs.shape(heads, head_dim, tile.dim, "tf32" if tf32 else "ieee", reach >= 2**31)
 
 
 def _unpack_vector(partial: Tensor, shape: Any) -> Tensor:
