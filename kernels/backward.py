@@ -6,21 +6,22 @@ import triton.language as tl
 from .tiles import (
     accumulate,
     dot_rows,
-    dropout,
     is_finite,
     load_matrix,
     load_mixing,
     load_rows,
     load_vector,
+    map_tile,
     mean_over_heads,
     mix_heads,
+    normalise,
     per_row_pointers,
     poison_rows,
-    probabilities,
     store_partial_sums,
     store_rows,
     to_head_major,
     to_row_major,
+    which_block,
     zero_rows,
 )
 
@@ -28,72 +29,53 @@ from .tiles import (
 @triton.jit
 def grad_dot_out_kernel(grad, out, partial_ptr, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
     """Sum of grad * out over a block of rows and a chunk of head_dim, by head, into (programs, HEADS_PADDED)."""
-    batch = tl.program_id(1)
-    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    row_start = tl.program_id(0) * BLOCK_M
-    rows = row_start + tl.arange(0, BLOCK_M)
+    batch, row_start = which_block(out.seqlen, BLOCK_M)
+    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
     grad_main, grad_tail = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
     out_main, out_tail = load_rows(out, batch, row_start, chunk, BLOCK_M, SHAPE)
     total = tl.sum(tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), axis=2), axis=1)
     if SHAPE.DIM_TAIL > 0:
         total += tl.sum(tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=2), axis=1)
-    program = (tl.program_id(2) * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
-    tl.store(partial_ptr + program.to(tl.int64) * SHAPE.HEADS_PADDED + heads, total)
+    tl.store(partial_ptr + program * SHAPE.HEADS_PADDED + heads, total)
 
 
 @triton.jit
-def load_parameters(mixing, seed_ptr, centre, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """Weights [g, h] and [h, g] in the dots' dtype, the centred shift, gamma, beta, the coupling; what is absent is the shift."""
-    weights, shift = load_mixing(mixing, centre, SHAPE)
-    weights_back = load_matrix(mixing.weight, SHAPE.HEADS, 1, SHAPE)
-    gamma, beta, coupled, constant = shift, shift, shift, shift
-    if mixing.gamma is not None:
-        gamma = load_vector(mixing.gamma, SHAPE)
-        beta = load_vector(mixing.beta, SHAPE)
+def load_coupling(mixing, seed_ptr, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """The weights [h, g] and the coupling of batch statistics, in the dots' dtype; its constant. What is absent is the weights."""
+    weights = load_matrix(mixing.weight, SHAPE.HEADS, 1, SHAPE).to(dtype)
+    coupled, constant = weights, weights
     if mixing.coupled is not None:
         coupled = load_matrix(mixing.coupled, SHAPE.HEADS, 1, SHAPE).to(dtype)
         if seed_ptr is not None:
             constant = load_vector(mixing.constant, SHAPE)
-    return weights.to(dtype), weights_back.to(dtype), shift, gamma, beta, coupled, constant
+    return weights, coupled, constant
 
 
 @triton.jit
 def gradient_tile(
-    q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
-    mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling, mixing,
+    seed_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Recomputes a tile of maps and carries the output's gradient back through norm and mixing.
+    """Carries the output's gradient back through norm and mixing.
 
-    Head-major: P, P after dropout, the gradient of the latter. Row-major: P after dropout, centred, in the inputs' dtype; the
-    mixed tile over its root mean square, where there is a norm; the gradients of the normalised and of the mixed tile.
+    The gradients of the dropped maps, head-major; of the normalised and of the mixed tile, row-major.
     """
-    weights, weights_back, shift, gamma, beta, coupled, constant = parameters
-    rows = row_start + tl.arange(0, BLOCK_M)
-    columns = column_start + tl.arange(0, BLOCK_N)
-    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
-    probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
-    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
-    centred = to_row_major((kept - 1.0 / k.seqlen).to(weights.dtype), SHAPE)
-    grad_normed = dot_rows(
-        grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE
-    )
+    _, _, gamma, _ = parameters
+    weights, coupled, constant = coupling
+    grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
     grad_normed = to_row_major(grad_normed, SHAPE)
-    unit = grad_normed
     grad_mixed = grad_normed
     if mixing.gamma is not None:
-        mixed = mix_heads(weights, centred, SHAPE) + shift
-        inverse_rms = tl.rsqrt(mean_over_heads(mixed * mixed, SHAPE) + eps)
-        unit = mixed * inverse_rms
         scaled = grad_normed * gamma
         grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
-    grad_kept = mix_heads(weights_back, grad_mixed.to(weights.dtype), SHAPE)
+    grad_kept = mix_heads(weights, grad_mixed.to(weights.dtype), SHAPE)
     if mixing.coupled is not None:
         grad_kept += mix_heads(coupled, centred, SHAPE)
         if seed_ptr is not None:
             grad_kept += constant
-    return probs, kept, to_head_major(grad_kept, SHAPE), centred, unit, grad_normed, grad_mixed
+    return to_head_major(grad_kept, SHAPE), grad_normed, grad_mixed
 
 
 @triton.jit
@@ -126,15 +108,15 @@ def backward_query_kernel(
     go to (programs, PACK * HEADS_PADDED), for the weights to (programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED).
     """
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    batch = tl.program_id(1)
-    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    row_start = tl.program_id(0) * BLOCK_M
-    rows = row_start + tl.arange(0, BLOCK_M)
+    batch, row_start = which_block(q.seqlen, BLOCK_M)
+    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
     q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
     grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     lse = tl.load(lse_block, mask=row_mask, other=0.0)
-    parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
+    coupling = load_coupling(mixing, seed_ptr, dtype, SHAPE)
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     grad_shift = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
@@ -145,29 +127,33 @@ def backward_query_kernel(
     for column_start in range(0, k.seqlen, BLOCK_N):
         k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
         v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
-        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
+        probs, kept, centred = map_tile(
+            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+            BLOCK_M, BLOCK_N, SHAPE,
+        )  # fmt: skip
+        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        grad_kept, grad_normed, grad_mixed = gradient_tile(
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
+            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
         grad_shift += tl.sum(grad_mixed, axis=2)
         if mixing.gamma is not None:
             grad_gamma += tl.sum(grad_normed * unit, axis=2)
             grad_beta += tl.sum(grad_normed, axis=2)
-        grad_columns = tl.permute(grad_mixed.to(centred.dtype), (0, 2, 1))
+        grad_columns = tl.permute(grad_mixed.to(dtype), (0, 2, 1))
         grad_weight += tl.dot(centred, grad_columns, input_precision=SHAPE.PRECISION)
 
     if SHAPE.PACK > 1:
         delta = tl.where(is_finite(lse), delta, float("nan"))
-    delta_block, row_mask = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+    delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     # Every chunk's program stores the same values here.
     tl.store(delta_block, delta, mask=row_mask)
-    program = batch * tl.num_programs(0) + tl.program_id(0)
     store_partial_sums(
-        grad_shift_ptr, grad_weight_ptr, program, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0)
+        grad_shift_ptr, grad_weight_ptr, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0)
     )
     if mixing.gamma is not None:
-        index = program.to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
+        index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
         tl.store(grad_gamma_ptr + index, tl.sum(grad_gamma, axis=0))
         tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
 
@@ -175,14 +161,20 @@ def backward_query_kernel(
     for column_start in range(0, k.seqlen, BLOCK_N):
         k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
         v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
-        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
+        probs, kept, centred = map_tile(
+            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+            BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
-        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(centred.dtype)
+        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        grad_kept, grad_normed, grad_mixed = gradient_tile(
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
+            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+        )  # fmt: skip
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+        k_chunk = k_tile
         if SHAPE.CHUNKS > 1:
-            k_tile = load_rows(k, batch, column_start, chunk, BLOCK_N, SHAPE)
-        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
+            k_chunk = load_rows(k, batch, column_start, chunk, BLOCK_N, SHAPE)
+        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_chunk, SHAPE)
     store_rows(grad_q, batch, row_start, chunk, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
 
 
@@ -207,40 +199,42 @@ def backward_key_kernel(
     SHAPE: tl.constexpr,
 ):
     """One block of keys, all heads: dK and dV in one sweep over the query rows."""
-    batch = tl.program_id(1)
-    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    column_start = tl.program_id(0) * BLOCK_N
+    batch, column_start = which_block(k.seqlen, BLOCK_N)
+    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
     k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
     v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
-    parameters = load_parameters(mixing, seed_ptr, 1.0 / k.seqlen, q.ptr.dtype.element_ty, SHAPE)
-    weights, weights_back, shift, gamma, beta, coupled, constant = parameters
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
+    coupling = load_coupling(mixing, seed_ptr, dtype, SHAPE)
 
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
     for row_start in range(0, q.seqlen, BLOCK_M):
-        rows = row_start + tl.arange(0, BLOCK_M)
         q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
         grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
-        lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
-        delta_block, row_mask = per_row_pointers(delta_ptr, batch, rows, q.seqlen, SHAPE)
+        lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
         lse = tl.load(lse_block, mask=row_mask, other=0.0)
-        delta = tl.load(delta_block, mask=row_mask, other=0.0)
-        probs, kept, grad_kept, centred, unit, grad_normed, grad_mixed = gradient_tile(
-            q_tile, q, grad_tile, grad, row_start, k_tile, k, v_tile, v, column_start, batch,
-            mixing, parameters, lse, seed_ptr, scale_log2, eps, dropout_p, BLOCK_M, BLOCK_N, SHAPE,
+        probs, kept, centred = map_tile(
+            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+            BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
-        if mixing.gamma is not None:
-            normed = unit * gamma + beta
-        else:
-            normed = mix_heads(weights, centred, SHAPE) + shift
-        normed = poison_rows(to_head_major(normed.to(weights.dtype), SHAPE), lse, SHAPE)
+        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        grad_kept, grad_normed, grad_mixed = gradient_tile(
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
+            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+        )  # fmt: skip
+        normed = poison_rows(to_head_major(normed.to(dtype), SHAPE), lse, SHAPE)
+        grad_chunk = grad_tile
         if SHAPE.CHUNKS > 1:
-            grad_tile = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
-        dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_tile, SHAPE)
+            grad_chunk = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
+        dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_chunk, SHAPE)
+        delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
+        delta = tl.load(delta_block, mask=row_mask, other=0.0)
         # Rows outside the sequence have no gradient and no query: every term they add is zero.
-        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(weights.dtype)
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+        q_chunk = q_tile
         if SHAPE.CHUNKS > 1:
-            q_tile = load_rows(q, batch, row_start, chunk, BLOCK_M, SHAPE)
-        dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
+            q_chunk = load_rows(q, batch, row_start, chunk, BLOCK_M, SHAPE)
+        dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_chunk, SHAPE)
     store_rows(grad_k, batch, column_start, chunk, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
     store_rows(grad_v, batch, column_start, chunk, dv_main, dv_tail, BLOCK_N, SHAPE)

@@ -9,17 +9,16 @@ from .tiles import (
     dropout,
     load_mixing,
     load_rows,
-    load_vector,
-    mean_over_heads,
-    mix_heads,
+    map_tile,
+    normalise,
     per_row_pointers,
     poison_rows,
-    probabilities,
     row_lse,
     store_partial_sums,
     store_rows,
     to_head_major,
     to_row_major,
+    which_block,
     zero_rows,
 )
 
@@ -42,36 +41,28 @@ def forward_kernel(
     SHAPE: tl.constexpr,
 ):
     """One block of query rows, all heads: the LSE in one sweep over the keys (unless known), the output in a second."""
-    batch = tl.program_id(1)
-    chunk = tl.program_id(2) if SHAPE.CHUNKS > 1 else 0
-    row_start = tl.program_id(0) * BLOCK_M
-    rows = row_start + tl.arange(0, BLOCK_M)
+    batch, row_start = which_block(q.seqlen, BLOCK_M)
+    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
     q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     if LSE_KNOWN:
         lse = tl.load(lse_block, mask=row_mask, other=0.0)
     else:
         lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
         tl.store(lse_block, lse, mask=row_mask)
 
-    centre = 1.0 / k.seqlen
-    weights, shift = load_mixing(mixing, centre, SHAPE)
-    weights = weights.to(q.ptr.dtype.element_ty)
-    if mixing.gamma is not None:
-        gamma = load_vector(mixing.gamma, SHAPE)
-        beta = load_vector(mixing.beta, SHAPE)
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
     for start in range(0, k.seqlen, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
-        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
-        probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
-        probs = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+        _, _, centred = map_tile(
+            q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+            BLOCK_M, BLOCK_N, SHAPE,
+        )  # fmt: skip
         # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
-        normed = mix_heads(weights, to_row_major((probs - centre).to(weights.dtype), SHAPE), SHAPE) + shift
-        if mixing.gamma is not None:
-            normed = normed * tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + eps) * gamma + beta
-        normed = to_head_major(normed.to(weights.dtype), SHAPE)
+        normed, _, _ = normalise(centred, parameters, mixing, eps, SHAPE)
+        normed = to_head_major(normed.to(dtype), SHAPE)
         v_tile = load_rows(v, batch, start, chunk, BLOCK_N, SHAPE)
         out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
     out_main = poison_rows(out_main, lse, SHAPE)
@@ -98,12 +89,11 @@ def statistics_kernel(
     Partial sums, added up afterwards in a fixed order: (programs, PACK * HEADS_PADDED) and its square.
     """
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    batch = tl.program_id(1)
-    row_start = tl.program_id(0) * BLOCK_M
+    batch, row_start = which_block(q.seqlen, BLOCK_M)
     rows = row_start + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
     lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, rows, q.seqlen, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(lse_block, lse, mask=row_mask)
 
     centre = 1.0 / k.seqlen
@@ -119,5 +109,4 @@ def statistics_kernel(
         sums += tl.sum(centred, axis=2)
         centred = centred.to(q.ptr.dtype.element_ty)
         products += tl.dot(centred, tl.permute(centred, (0, 2, 1)), input_precision=SHAPE.PRECISION)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    store_partial_sums(sums_ptr, products_ptr, program, tl.sum(sums, axis=0), tl.sum(products, axis=0))
+    store_partial_sums(sums_ptr, products_ptr, tl.sum(sums, axis=0), tl.sum(products, axis=0))

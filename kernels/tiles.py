@@ -54,6 +54,13 @@ class Shape(NamedTuple):
 
 
 @triton.jit
+def which_block(seqlen, BLOCK: tl.constexpr):
+    """This program's sample and first row; samples follow one another along the one grid axis that may be long."""
+    blocks = tl.cdiv(seqlen, BLOCK)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+
+
+@triton.jit
 def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """The first element of every head's rows, and which lie inside: [HEADS_PADDED, ROWS, 1].
 
@@ -101,11 +108,14 @@ def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE:
 
 
 @triton.jit
-def per_row_pointers(ptr, batch, rows, seqlen, SHAPE: tl.constexpr):
+def per_row_pointers(ptr, batch, start, seqlen, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Pointers into a contiguous (batch, heads, seqlen) tensor, and which lie inside: [HEADS_PADDED, ROWS]."""
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None]
-    offsets = (batch.to(tl.int64) * SHAPE.HEADS + heads) * seqlen + rows[None, :]
-    return ptr + offsets, (heads < SHAPE.HEADS) & (rows[None, :] < seqlen)
+    rows = tl.arange(0, ROWS)[None, :]
+    inside = (heads < SHAPE.HEADS) & (start + rows < seqlen)
+    if SHAPE.WIDE:
+        heads = heads.to(tl.int64)
+    return ptr + (tl.cast(batch, tl.int64) * SHAPE.HEADS * seqlen + start) + (heads * seqlen + rows), inside
 
 
 @triton.jit
@@ -126,18 +136,24 @@ def load_vector(ptr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def load_mixing(mixing, centre, SHAPE: tl.constexpr):
-    """The mixing weights [g, h], and the shift with what centring took from the maps: float32."""
+def load_mixing(mixing, centre, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """The mixing weights [g, h] in the dots' dtype; the shift, with what centring took from the maps; gamma and beta, or the shift."""
     weights = load_matrix(mixing.weight, 1, SHAPE.HEADS, SHAPE)
-    return weights, load_vector(mixing.shift, SHAPE) + (tl.sum(weights, axis=1) * centre)[None, :, None]
+    shift = load_vector(mixing.shift, SHAPE) + (tl.sum(weights, axis=1) * centre)[None, :, None]
+    gamma, beta = shift, shift
+    if mixing.gamma is not None:
+        gamma = load_vector(mixing.gamma, SHAPE)
+        beta = load_vector(mixing.beta, SHAPE)
+    return weights.to(dtype), shift, gamma, beta
 
 
 @triton.jit
-def store_partial_sums(vector_ptr, matrix_ptr, program, vector, matrix):
+def store_partial_sums(vector_ptr, matrix_ptr, vector, matrix):
     """This program's sums into (programs, SIZE) and (programs, SIZE, SIZE), contiguous."""
+    program = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, vector.shape[0])
-    tl.store(vector_ptr + program.to(tl.int64) * vector.shape[0] + index, vector)
-    matrix_ptr += program.to(tl.int64) * vector.shape[0] * vector.shape[0]
+    tl.store(vector_ptr + program * vector.shape[0] + index, vector)
+    matrix_ptr += program * vector.shape[0] * vector.shape[0]
     tl.store(matrix_ptr + index[:, None] * vector.shape[0] + index[None, :], matrix)
 
 
@@ -295,3 +311,30 @@ def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexp
 def uint_to_uniform_float(bits):
     """Uniform in [0, 1) from the upper 24 of 32 random bits."""
     return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit
+def map_tile(
+    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots' dtype."""
+    rows = row_start + tl.arange(0, BLOCK_M)
+    columns = column_start + tl.arange(0, BLOCK_N)
+    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
+    probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
+    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+    return probs, kept, to_row_major((kept - 1.0 / k.seqlen).to(dtype), SHAPE)
+
+
+@triton.jit
+def normalise(centred, parameters, mixing, eps, SHAPE: tl.constexpr):
+    """Mixes a tile and divides it by its root mean square over heads, where there is a norm: the result, the quotient, 1 / rms."""
+    weights, shift, gamma, beta = parameters
+    normed = mix_heads(weights, centred, SHAPE) + shift
+    unit, inverse_rms = normed, normed
+    if mixing.gamma is not None:
+        inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + eps)
+        unit = normed * inverse_rms
+        normed = unit * gamma + beta
+    return normed, unit, inverse_rms

@@ -89,8 +89,8 @@ def block_similarity(
     Equivalent to ``column_similarity(maps[p], maps[p + k]).mean()``: the paper's M, averaged over batch, heads and
     tokens. As many blocks' maps are held at a time as the largest distance needs.
 
-    Softmax maps are positive, and near 1 wherever attention is spread evenly; a norm that centres the maps lowers the
-    cosine by that alone. To compare like with like, look at ``kind="softmax"`` too.
+    Softmax maps are positive, so that their cosine is near 1 wherever attention is spread evenly; a norm that centres
+    the maps lowers it by that alone. ``kind="softmax"`` compares re-attention with plain attention like with like.
 
     Args:
         model, images, kind: as in :func:`visit_attention_maps`, which leaves the model as it was.

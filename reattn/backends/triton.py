@@ -72,7 +72,7 @@ def statistics(
         products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
         _run(
             forward_kernels.statistics_kernel,
-            (blocks, batch),
+            (blocks * batch,),
             tile,
             _view(query),
             _view(key),
@@ -117,7 +117,7 @@ def forward(
         shape = _shape(tile, query, key, value, out)
         _run(
             forward_kernels.forward_kernel,
-            (triton.cdiv(seqlen, tile.BLOCK_M), batch, shape.CHUNKS),
+            (triton.cdiv(seqlen, tile.BLOCK_M) * batch, shape.CHUNKS),
             tile,
             _view(query),
             _view(key),
@@ -175,7 +175,7 @@ def backward(
         products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
         _run(
             backward_kernels.backward_query_kernel,
-            (blocks, batch, shape.CHUNKS),
+            (blocks * batch, shape.CHUNKS),
             tile,
             *views,
             _view(grad_query),
@@ -202,7 +202,7 @@ def backward(
         shape = _shape(tile, query, key, value, grad, grad_key, grad_value)
         _run(
             backward_kernels.backward_key_kernel,
-            (triton.cdiv(seqlen_k, tile.BLOCK_N), batch, shape.CHUNKS),
+            (triton.cdiv(seqlen_k, tile.BLOCK_N) * batch, shape.CHUNKS),
             tile,
             *views,
             _view(grad_key),
@@ -230,10 +230,10 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     def launch(tile: configs.Tile) -> Tensor:
         shape = _shape(tile, grad, out)
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
-        partial = out.new_empty(shape.CHUNKS, batch, blocks, shape.HEADS_PADDED, dtype=torch.float32)
+        partial = out.new_empty(shape.CHUNKS * batch * blocks, shape.HEADS_PADDED, dtype=torch.float32)
         _run(
             backward_kernels.grad_dot_out_kernel,
-            (blocks, batch, shape.CHUNKS),
+            (blocks * batch, shape.CHUNKS),
             tile,
             _view(grad),
             _view(out),
@@ -241,7 +241,7 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
             BLOCK_M=tile.BLOCK_M,
             SHAPE=shape,
         )
-        return partial.sum((0, 1, 2), dtype=torch.float64)[:heads].float()
+        return partial.sum(0, dtype=torch.float64)[:heads].float()
 
     return _tiled("grad_dot_out", out, launch)
 
@@ -274,6 +274,7 @@ def _shape(tile: configs.Tile, *tensors: Tensor) -> Any:
     # The farthest element of a tile; padded rows and heads are computed, though not touched.
     extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N), 2 * head_dim)
     reach = max(sum(e * abs(s) for e, s in zip(extents, tensor.stride()[1:], strict=True)) for tensor in tensors)
+    reach = max(reach, max(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
     return configs.shape(heads, head_dim, tile.dim, "tf32" if tf32 else "ieee", reach >= 2**31)
 
 
