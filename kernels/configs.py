@@ -122,18 +122,19 @@ def padded(heads: int) -> int:
     return 1 << (heads - 1).bit_length()
 
 
-def shape(heads: int, head_dim: int, dim: int, precision: str, wide: bool) -> Shape:
+def shape(heads: int, head_dim: int, dim_loaded: int, dim: int, precision: str, wide: bool) -> Shape:
     """The compile-time constants for a problem of which at most ``dim`` columns of head_dim are held at once.
 
-    ``wide``: offsets within a tile need 64 bits.
+    ``dim_loaded``: columns that may be read, the rest being zero; ``wide``: offsets within a tile need 64 bits.
     """
+    whole = -(-head_dim // 16) * 16
+    main, tail, chunks = 1 << (whole.bit_length() - 1), 0, 1
+    if whole > dim:
+        main, chunks = dim, -(-whole // dim)
+    elif whole > main:
+        tail = whole - main
+        if tail & (tail - 1):  # 112 = 64 + 48: the tail, too, must be a power of two
+            main, tail = 2 * main, 0
     heads_padded = padded(heads)
     pack = max(1, 16 // heads_padded)
-    whole = -(-head_dim // 16) * 16
-    if whole > dim:
-        return Shape(heads, heads_padded, pack, head_dim, dim, 0, -(-head_dim // dim), precision, wide)
-    main = 1 << (whole.bit_length() - 1)
-    tail = whole - main
-    if tail & (tail - 1):  # 112 = 64 + 48: the tail, too, must be a power of two
-        main, tail = 2 * main, 0
-    return Shape(heads, heads_padded, pack, head_dim, main, tail, 1, precision, wide)
+    return Shape(heads, heads_padded, pack, head_dim, dim_loaded, main, tail, chunks, precision, wide)

@@ -40,12 +40,13 @@ class Mixing(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The compile-time constants of a problem; see the module's docstring."""
+    """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to HEAD_DIM written."""
 
     HEADS: int
     HEADS_PADDED: int
     PACK: int
     HEAD_DIM: int
+    DIM_LOADED: int
     DIM_MAIN: int
     DIM_TAIL: int
     CHUNKS: int
@@ -78,33 +79,33 @@ def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def dim_offsets(view, chunk, START: tl.constexpr, DIMS: tl.constexpr, SHAPE: tl.constexpr):
-    """Offsets along head_dim, and which lie inside: [1, 1, DIMS]."""
+    """Indices along head_dim, and their offsets: [1, 1, DIMS]."""
     dims = (START + chunk * DIMS + tl.arange(0, DIMS))[None, None, :]
-    return (dims.to(tl.int64) if SHAPE.WIDE else dims) * view.strides[3], dims < SHAPE.HEAD_DIM
+    return dims, (dims.to(tl.int64) if SHAPE.WIDE else dims) * view.strides[3]
 
 
 @triton.jit
 def load_rows(view, batch, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A chunk of head_dim of every head's rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL])."""
     base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
-    dims, dims_inside = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
-    main = tl.load(base + dims, mask=inside & dims_inside, other=0.0)
+    dims, offsets = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
+    main = tl.load(base + offsets, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     tail = main
     if SHAPE.DIM_TAIL > 0:
-        dims, dims_inside = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
-        tail = tl.load(base + dims, mask=inside & dims_inside, other=0.0)
+        dims, offsets = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
+        tail = tl.load(base + offsets, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     return main, tail
 
 
 @triton.jit
 def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """Writes what ``load_rows`` reads, in the tensor's dtype."""
+    """Writes a chunk of head_dim of every head's rows, in the tensor's dtype."""
     base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
-    dims, dims_inside = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
-    tl.store(base + dims, main.to(view.ptr.dtype.element_ty), mask=inside & dims_inside)
+    dims, offsets = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
+    tl.store(base + offsets, main.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
     if SHAPE.DIM_TAIL > 0:
-        dims, dims_inside = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
-        tl.store(base + dims, tail.to(view.ptr.dtype.element_ty), mask=inside & dims_inside)
+        dims, offsets = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
+        tl.store(base + offsets, tail.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
 
 
 @triton.jit

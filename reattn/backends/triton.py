@@ -60,12 +60,12 @@ def statistics(
     query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
-    query, key = _readable(query), _readable(key)
-    batch, heads, seqlen, _ = query.shape
+    batch, heads, seqlen, head_dim = query.shape
+    query, key = _aligned(query), _aligned(key)
     lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32)
 
     def launch(tile: configs.Tile) -> tuple[Tensor, Tensor]:
-        shape = _shape(tile, query, key)
+        shape = _shape(tile, head_dim, query, key)
         packed = shape.PACK * shape.HEADS_PADDED
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         sums = query.new_empty(batch * blocks, packed, dtype=torch.float32)
@@ -107,14 +107,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
     dtype = query.dtype
-    query, key, value = _readable(query), _readable(key), _readable(value)
-    batch, heads, seqlen, _ = query.shape
+    batch, heads, seqlen, head_dim = query.shape
     out = _empty_heads_last(query)
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
     known = lse is not None
     lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone()
 
     def launch(tile: configs.Tile) -> None:
-        shape = _shape(tile, query, key, value, out)
+        shape = _shape(tile, head_dim, query, key, value, out)
         _run(
             forward_kernels.forward_kernel,
             (triton.cdiv(seqlen, tile.BLOCK_M) * batch, shape.CHUNKS),
@@ -158,17 +158,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
     dtype = query.dtype
-    grad, query, key, value = (_readable(tensor) for tensor in (grad, query, key, value))
-    batch, heads, seqlen, _ = query.shape
+    batch, heads, seqlen, head_dim = query.shape
     seqlen_k = key.shape[2]
     grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
+    grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
     delta = torch.empty_like(lse)
     mixing = _mixing(weight, shift, gamma, beta, coupled, constant)
     views = tuple(_view(tensor) for tensor in (query, key, value, grad))
     scalars = (scale, scale * _LOG2E, eps, dropout_p)
 
     def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shape = _shape(tile, query, key, value, grad, grad_query)
+        shape = _shape(tile, head_dim, query, key, value, grad, grad_query)
         packed = shape.PACK * shape.HEADS_PADDED
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         vectors = query.new_empty(3 if gamma is not None else 1, batch * blocks, packed, dtype=torch.float32)
@@ -199,7 +199,7 @@ def backward(
         return grad_weight, grad_shift, grad_gamma, grad_beta
 
     def launch_key(tile: configs.Tile) -> None:
-        shape = _shape(tile, query, key, value, grad, grad_key, grad_value)
+        shape = _shape(tile, head_dim, query, key, value, grad, grad_key, grad_value)
         _run(
             backward_kernels.backward_key_kernel,
             (triton.cdiv(seqlen_k, tile.BLOCK_N) * batch, shape.CHUNKS),
@@ -224,11 +224,11 @@ def backward(
 
 def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     """See :class:`reattn.backends.FusedBackend`."""
-    grad, out = _readable(grad), _readable(out)
-    batch, heads, seqlen, _ = out.shape
+    grad, out = _interpretable(grad), _interpretable(out)
+    batch, heads, seqlen, head_dim = out.shape
 
     def launch(tile: configs.Tile) -> Tensor:
-        shape = _shape(tile, grad, out)
+        shape = _shape(tile, head_dim, grad, out)
         blocks = triton.cdiv(seqlen, tile.BLOCK_M)
         partial = out.new_empty(shape.CHUNKS * batch * blocks, shape.HEADS_PADDED, dtype=torch.float32)
         _run(
@@ -249,14 +249,31 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
 _LOG2E = math.log2(math.e)
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where its rows can be read 16 bytes at a time; else a copy, head_dim padded with zeros to a multiple of 16.
+
+    Strides that are multiples of 16 are what the JIT specialises on. Rows are read many times, so that one copy costs less
+    than reading head_dim 33 element by element.
+    """
+    tensor = _interpretable(tensor)
+    batch, heads, seqlen, head_dim = tensor.shape
+    *strides, dim_stride = tensor.stride()
+    if head_dim % 16 == 0 and dim_stride == 1 and not any(s % 16 for s in strides) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    padded = tensor.new_zeros(batch, seqlen, heads, -(-head_dim // 16) * 16).transpose(1, 2)
+    padded[..., :head_dim] = tensor
+    return padded
+
+
+def _interpretable(tensor: Tensor) -> Tensor:
     """float32 for bfloat16 under the interpreter, whose bfloat16 arithmetic is wrong; else the tensor as it is."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _empty_heads_last(like: Tensor) -> Tensor:
     batch, heads, seqlen, head_dim = like.shape
-    return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
+    dtype = torch.float32 if INTERPRETED and like.dtype == torch.bfloat16 else like.dtype
+    return like.new_empty(batch, seqlen, heads, head_dim, dtype=dtype).transpose(1, 2)
 
 
 def _view(tensor: Tensor) -> View:
@@ -267,15 +284,17 @@ def _mixing(*parameters: Tensor | None) -> Mixing:
     return Mixing(*(None if tensor is None else tensor.contiguous() for tensor in parameters))
 
 
-def _shape(tile: configs.Tile, *tensors: Tensor) -> Any:
-    """The compile-time constants for tensors of one (batch, heads, *, head_dim)."""
-    _, heads, _, head_dim = tensors[0].shape
+def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
+    """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
+    heads = tensors[0].shape[1]
     tf32 = tensors[0].is_cuda and torch.backends.cuda.matmul.allow_tf32
-    # The farthest element of a tile; padded rows and heads are computed, though not touched.
+    # The farthest offset within a tile; rows and heads outside are computed, though not touched.
     extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N), 2 * head_dim)
     reach = max(sum(e * abs(s) for e, s in zip(extents, tensor.stride()[1:], strict=True)) for tensor in tensors)
-    reach = max(reach, max(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
-    return configs.shape(heads, head_dim, tile.dim, "tf32" if tf32 else "ieee", reach >= 2**31)
+    reach = max(reach, *(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
+    return configs.shape(
+        heads, head_dim, tensors[0].shape[3], tile.dim, "tf32" if tf32 else "ieee", wide=reach >= 2**31
+    )
 
 
 def _unpack_vector(partial: Tensor, shape: Any) -> Tensor:
