@@ -43,7 +43,8 @@ def grad_dot_out_kernel(grad, out, partial_ptr, BLOCK_M: tl.constexpr, SHAPE: tl
 
 @triton.jit
 def load_coupling(mixing, seed_ptr, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """The weights [h, g] and the coupling of batch statistics, in the dots' dtype; its constant. What is absent is the weights."""
+    """The weights [h, g] and the coupling of batch statistics, in the dots' dtype; its constant. What is absent is the
+    weights."""
     weights = load_matrix(mixing.weight, SHAPE.HEADS, 1, SHAPE).to(dtype)
     coupled, constant = weights, weights
     if mixing.coupled is not None:
@@ -55,8 +56,8 @@ def load_coupling(mixing, seed_ptr, dtype: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def gradient_tile(
-    grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling, mixing,
-    seed_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
+    mixing, seed_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Carries the output's gradient back through norm and mixing.
 
@@ -101,11 +102,13 @@ def backward_query_kernel(
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of query rows, all heads: delta = sum_j P dP and the parameters' partial sums in one sweep, dQ in a second.
+    """One block of query rows, all heads: delta = sum_j P dP and the parameters' partial sums in one sweep, dQ in a
+    second.
 
-    delta is not rowsum(dO * O), as in attention without mixing: the heads are coupled. Summed from the very products it is
-    subtracted from later, it leaves dS exactly zero where the softmax is saturated. Partial sums for shift, gamma and beta
-    go to (programs, PACK * HEADS_PADDED), for the weights to (programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED).
+    delta is not rowsum(dO * O), as in attention without mixing: the heads are coupled. Summed from the very products
+    it is subtracted from later, it leaves dS exactly zero where the softmax is saturated. Partial sums for shift,
+    gamma and beta go to (programs, PACK * HEADS_PADDED), for the weights to (programs, PACK * HEADS_PADDED, PACK *
+    HEADS_PADDED).
     """
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
     batch, row_start = which_block(q.seqlen, BLOCK_M)
@@ -122,7 +125,8 @@ def backward_query_kernel(
     grad_shift = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     grad_gamma = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     grad_beta = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
-    # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all operands.
+    # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all
+    # operands.
     grad_weight = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
     for column_start in range(0, k.seqlen, BLOCK_N):
         k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
@@ -133,8 +137,8 @@ def backward_query_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
-            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
+            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
         grad_shift += tl.sum(grad_mixed, axis=2)
@@ -149,9 +153,7 @@ def backward_query_kernel(
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     # Every chunk's program stores the same values here.
     tl.store(delta_block, delta, mask=row_mask)
-    store_partial_sums(
-        grad_shift_ptr, grad_weight_ptr, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0)
-    )
+    store_partial_sums(grad_shift_ptr, grad_weight_ptr, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0))
     if mixing.gamma is not None:
         index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
         tl.store(grad_gamma_ptr + index, tl.sum(grad_gamma, axis=0))
@@ -167,8 +169,8 @@ def backward_query_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
-            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
+            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
         k_chunk = k_tile
@@ -220,8 +222,8 @@ def backward_key_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
-            mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
+            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         normed = poison_rows(to_head_major(normed.to(dtype), SHAPE), lse, SHAPE)
         grad_chunk = grad_tile

@@ -1,9 +1,9 @@
 """Tile configurations: one table, and the choice among its rows.
 
-Every row compiles without spilling and within the shared memory of each architecture it serves, but for more than 16 heads, where
-the key-major kernel spills a few registers (``python -m benchmarks.compile_report`` shows what each costs). Which of several
-such rows is fastest has not been measured on a GPU yet; rows were chosen for tall blocks of query rows, as keys and values
-are read again for every block.
+Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles without
+spilling; float32 and more heads spill a few registers at most (``python -m benchmarks.compile_report`` shows what each
+row costs). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall blocks
+of query rows, since keys and values are read again for every block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from .tiles import Shape
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: block of query rows, block of keys, warps, pipelining stages, most of head_dim held at once."""
+    """How a kernel is cut: block of query rows, block of keys, warps, pipelining stages, most of head_dim held at
+    once."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -24,7 +25,8 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A tile, and the largest problem it is for: bytes an element, heads, head_dim; and whether 100 KB of shared memory do."""
+    """A tile, and the largest problem it is for: bytes an element, heads, head_dim; and whether 100 KB of shared
+    memory do."""
 
     itemsize: int
     heads: int
@@ -36,9 +38,8 @@ class Row(NamedTuple):
 # By kernel; the first row that holds the problem is taken.
 TABLE: dict[str, tuple[Row, ...]] = {
     "forward": (
-        Row(2, 4, 64, Tile(64, 16, 8, 2)),
         Row(2, 8, 32, Tile(64, 16, 8, 2)),
-        Row(2, 8, 64, Tile(64, 16, 8, 2), small=False),
+        Row(2, 4, 64, Tile(32, 32, 8, 2)),
         Row(2, 8, 64, Tile(32, 16, 8, 2)),
         Row(2, 16, 32, Tile(32, 16, 8, 2)),
         Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
@@ -52,6 +53,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "statistics": (
         Row(2, 8, 32, Tile(64, 16, 8, 2)),
         Row(2, 8, 64, Tile(32, 16, 8, 2)),
+        Row(2, 8, 128, Tile(32, 16, dim=64)),
         Row(2, 16, 32, Tile(32, 16, 8, 2)),
         Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
         Row(2, 16, 64, Tile(32, 16)),
@@ -86,13 +88,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 8, 128, Tile(32, 16, dim=32)),
         Row(2, 16, 32, Tile(16, 16)),
         Row(2, 16, 64, Tile(16, 16), small=False),
-        Row(2, 16, 128, Tile(16, 16, dim=32)),
+        Row(2, 16, 64, Tile(16, 16, dim=32)),
+        Row(2, 16, 128, Tile(16, 8, dim=32)),
         Row(2, 32, 128, Tile(16, 8, dim=16)),
         Row(4, 4, 128, Tile(32, 16, dim=16)),
-        Row(4, 16, 128, Tile(16, 16, dim=16)),
-        Row(4, 32, 128, Tile(16, 4, dim=16)),
+        Row(4, 16, 64, Tile(16, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 8, dim=16)),
+        Row(4, 32, 128, Tile(16, 2, dim=16)),
     ),
 }
+
+# The interpreter's time goes by the number of tiles, hardly by their size.
+INTERPRETER_TILE = Tile(32, 32)
 
 # Architectures whose blocks have 163 KB of shared memory or more; others are held to 99 KB.
 _LARGE_SHARED = (80, 87, 90, 100, 103)
@@ -108,13 +115,14 @@ def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int) -> Ti
 
 
 def candidates(kernel: str, itemsize: int, heads: int) -> list[Tile]:
-    """What tuning tries: every tile the table holds for this kernel and dtype, and its neighbours in warps and stages."""
+    """What tuning tries: every tile the table holds for this kernel and dtype, and its neighbours in warps and
+    stages."""
     pack = max(1, 16 // padded(heads))
     rows = {row.tile for row in TABLE[kernel] if row.itemsize == itemsize}
     varied = {
         cut._replace(num_warps=warps, num_stages=stages) for cut in rows for warps in (4, 8, 16) for stages in (1, 2, 3)
     }
-    return sorted(cut for cut in varied if cut.BLOCK_M >= pack)
+    return sorted(cut for cut in varied if pack <= cut.BLOCK_M)
 
 
 def padded(heads: int) -> int:

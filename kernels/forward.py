@@ -84,7 +84,8 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of query rows: the LSE, and sums over its maps of P - 1/seqlen_k and of the products of every two heads.
+    """One block of query rows: the LSE, and sums over its maps of P - 1/seqlen_k and of the products of every two
+    heads.
 
     Partial sums, added up afterwards in a fixed order: (programs, PACK * HEADS_PADDED) and its square.
     """

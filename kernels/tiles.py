@@ -1,16 +1,17 @@
 """Tiles, and the steps on them that the kernels share.
 
-Two arrangements of a tile of maps occur. *Head-major* ``[HEADS_PADDED, BLOCK_M, BLOCK_N]`` suits the products with query, key and
-value: one dot batched over the heads. *Row-major* ``[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]`` suits mixing: one dot for every
-row, with the heads as the axis summed over, and the norm's reduction over heads within a warp. A dot sums over at least
-16 terms, so with fewer than 16 padded heads PACK rows share one, and the mixing weights stand repeated down a block diagonal.
+Two arrangements of a tile of maps occur. *Head-major* ``[HEADS_PADDED, BLOCK_M, BLOCK_N]`` suits the products with
+query, key and value: one dot batched over the heads. *Row-major* ``[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]``
+suits mixing: one dot for every row, with the heads as the axis summed over, and the norm's reduction over heads within
+a warp. A dot sums over at least 16 terms, so with fewer than 16 padded heads PACK rows share one, and the mixing
+weights stand repeated down a block diagonal.
 
-head_dim is covered by two powers of two, DIM_MAIN and DIM_TAIL (0 for none): 33 is 32 + 16, not 64. Where all of it does not fit
-on chip, it is cut in CHUNKS of DIM_MAIN instead: products over head_dim load one after the other, and each chunk of an output
-is a program of its own.
+head_dim is covered by two powers of two, DIM_MAIN and DIM_TAIL (0 for none): 33 is 32 + 16, not 64. Where all of it
+does not fit on chip, it is cut in CHUNKS of DIM_MAIN instead: products over head_dim load one after the other, and
+each chunk of an output is a program of its own.
 
-Maps are centred at 1 / seqlen_k before they are rounded to the dot's dtype: rounding then scales with what differs between
-keys, not with the constant part, which enters in float32 through the shift.
+Maps are centred at 1 / seqlen_k before they are rounded to the dot's dtype: rounding then scales with what differs
+between keys, not with the constant part, which enters in float32 through the shift.
 """
 
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ class View(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """Pointers to float32 parameters, None where there is none: weight (heads, heads), shift, gamma, beta (heads,); and what
-    batch statistics add to the maps' gradient, coupled (heads, heads) and constant (heads,)."""
+    """Pointers to float32 parameters, None where there is none: weight (heads, heads), shift, gamma, beta (heads,);
+    and what batch statistics add to the maps' gradient, coupled (heads, heads) and constant (heads,)."""
 
     weight: Any
     shift: Any
@@ -40,7 +41,8 @@ class Mixing(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to HEAD_DIM written."""
+    """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
+    HEAD_DIM written."""
 
     HEADS: int
     HEADS_PADDED: int
@@ -65,7 +67,8 @@ def which_block(seqlen, BLOCK: tl.constexpr):
 def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """The first element of every head's rows, and which lie inside: [HEADS_PADDED, ROWS, 1].
 
-    The block's own offset is 64-bit; within it 32 bits do (the launcher sets WIDE where they do not) and spare registers.
+    The block's own offset is 64-bit; within it 32 bits do (the launcher sets WIDE where they do not) and spare
+    registers.
     """
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
     rows = tl.arange(0, ROWS)[None, :, None]
@@ -138,7 +141,8 @@ def load_vector(ptr, SHAPE: tl.constexpr):
 
 @triton.jit
 def load_mixing(mixing, centre, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """The mixing weights [g, h] in the dots' dtype; the shift, with what centring took from the maps; gamma and beta, or the shift."""
+    """The mixing weights [g, h] in the dots' dtype; the shift, with what centring took from the maps; gamma and beta,
+    or the shift."""
     weights = load_matrix(mixing.weight, 1, SHAPE.HEADS, SHAPE)
     shift = load_vector(mixing.shift, SHAPE) + (tl.sum(weights, axis=1) * centre)[None, :, None]
     gamma, beta = shift, shift
@@ -218,7 +222,8 @@ def to_head_major(tile, SHAPE: tl.constexpr):
 
 @triton.jit
 def mix_heads(weights, tile, SHAPE: tl.constexpr):
-    """weights @ tile over the heads of every row: [HEADS, HEADS] x [ROWS, HEADS, BLOCK_N] -> [ROWS, HEADS, BLOCK_N], float32."""
+    """weights @ tile over the heads of every row: [HEADS, HEADS] x [ROWS, HEADS, BLOCK_N] -> [ROWS, HEADS, BLOCK_N],
+    float32."""
     ROWS: tl.constexpr = tile.shape[0]
     HEADS: tl.constexpr = tile.shape[1]
     BLOCK_N: tl.constexpr = tile.shape[2]
@@ -252,8 +257,8 @@ def is_finite(tile):
 def probabilities(scores, lse, columns, seqlen_k, SHAPE: tl.constexpr):
     """exp2(scores - lse), zero at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
 
-    Rows that share a mixing dot are kept apart by zero weights, which do not stop a NaN: a row whose softmax is NaN is zero
-    here, and ``poison_rows`` makes its results NaN again.
+    Rows that share a mixing dot are kept apart by zero weights, which do not stop a NaN: a row whose softmax is NaN is
+    zero here, and ``poison_rows`` makes its results NaN again.
     """
     exponents = scores - lse[:, :, None]
     if SHAPE.PACK > 1:
@@ -319,7 +324,8 @@ def map_tile(
     q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots' dtype."""
+    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots'
+    dtype."""
     rows = row_start + tl.arange(0, BLOCK_M)
     columns = column_start + tl.arange(0, BLOCK_N)
     scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
@@ -330,7 +336,8 @@ def map_tile(
 
 @triton.jit
 def normalise(centred, parameters, mixing, eps, SHAPE: tl.constexpr):
-    """Mixes a tile and divides it by its root mean square over heads, where there is a norm: the result, the quotient, 1 / rms."""
+    """Mixes a tile and divides it by its root mean square over heads, where there is a norm: the result, the quotient,
+    1 / rms."""
     weights, shift, gamma, beta = parameters
     normed = mix_heads(weights, centred, SHAPE) + shift
     unit, inverse_rms = normed, normed

@@ -1,4 +1,5 @@
-"""Fused re-attention: softmax attention whose maps are mixed across heads and normalised (DeepViT, arXiv 2103.11886)."""
+"""Fused re-attention: softmax attention whose maps are mixed across heads and normalised (DeepViT, arXiv
+2103.11886)."""
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The canonical computation as torch ops and an autograd Function.
 
-The ops are opaque to ``torch.compile`` and ``torch.export``; the Function outside them gives their gradients. It saves query, key,
-value, the output where batch statistics need it, and the LSE: never a map.
+The ops are opaque to ``torch.compile`` and ``torch.export``; the Function outside them gives their gradients. It saves
+query, key, value, the output where batch statistics need it, and the LSE: never a map.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from reattn.backends import fused
 
 _library = torch.library.Library("reattn", "DEF")
 
-_library.define("statistics(Tensor query, Tensor key, Tensor? seed, float scale, float dropout_p, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "forward(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor shift, Tensor? gamma, Tensor? beta, Tensor? lse, "
-    "Tensor? seed, float scale, float eps, float dropout_p, str backend) -> (Tensor, Tensor)"
+    "statistics(Tensor query, Tensor key, Tensor? seed, float scale, float dropout_p, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor weight, Tensor shift, Tensor? gamma, Tensor? beta, "
-    "Tensor? coupled, Tensor? constant, Tensor lse, Tensor? seed, float scale, float eps, float dropout_p, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "forward(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor shift, Tensor? gamma, Tensor? beta, "
+    "Tensor? lse, Tensor? seed, float scale, float eps, float dropout_p, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor weight, Tensor shift, Tensor? gamma, "
+    "Tensor? beta, Tensor? coupled, Tensor? constant, Tensor lse, Tensor? seed, float scale, float eps, "
+    "float dropout_p, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("grad_dot_out(Tensor grad, Tensor out, str backend) -> Tensor")
 
@@ -72,7 +75,14 @@ def _(query: Tensor, *args: Any) -> Any:
 
 @torch.library.register_fake("reattn::backward", lib=_library)
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, shift: Tensor, gamma: Tensor | None, *args: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    gamma: Tensor | None,
+    *args: Any,
 ) -> Any:
     rows = weight.new_empty(0 if gamma is None else weight.shape[0])
     maps = empty_heads_last(query), empty_heads_last(key), empty_heads_last(value)
@@ -99,7 +109,8 @@ def map_statistics(
     dropout_p: float,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean ``(heads,)`` and covariance ``(heads, heads)`` of the softmax maps over the batch of every rank, the count, the LSE.
+    """Mean ``(heads,)`` and covariance ``(heads, heads)`` of the softmax maps over the batch of every rank, the count,
+    the LSE.
 
     float64, so that one all-reduce of plain moments loses nothing, whatever each rank's batch and seqlen_k.
     """

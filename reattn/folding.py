@@ -1,9 +1,9 @@
 """Every norm folded into one canonical form, on heads x heads tensors, in differentiable PyTorch.
 
-The kernels compute ``A = W^T P + c`` and, only when ``gamma`` is given, ``gamma * A * rsqrt(mean_over_heads(A^2) + eps) + beta``.
-No kernel knows a norm's name: centring over the heads folds into the weights, batch statistics and the output scale into
-weights and shift. Autograd carries the gradients of ``W, c, gamma, beta`` back to theta, bias and the norm's parameters.
-Derivation: docs/operator.md, section 2.
+The kernels compute ``A = W^T P + c`` and, only when ``gamma`` is given, ``gamma * A * rsqrt(mean_over_heads(A^2) +
+eps) + beta``. No kernel knows a norm's name: centring over the heads folds into the weights, batch statistics and the
+output scale into weights and shift. Autograd carries the gradients of ``W, c, gamma, beta`` back to theta, bias and
+the norm's parameters. Derivation: docs/operator.md, section 2.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class BatchCoupling(NamedTuple):
     """What the backward pass needs to follow batch statistics back into the maps; constants, not differentiated.
 
     ``unit`` is theta over the standard deviation, ``(heads, heads)``; ``weight`` and ``beta`` are the canonical mixing
-    weights and the norm's shift; ``mean`` the mean of each head's map; ``count`` the positions averaged, one number.
+    weights and the norm's shift; ``mean`` the mean of each head's map; ``positions`` how many were averaged, one
+    number.
     """
 
     unit: Tensor
     weight: Tensor
     beta: Tensor
     mean: Tensor
-    count: Tensor
+    positions: Tensor
 
 
 def _or(tensor: Tensor | None, default: float, like: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def fold_batch(
 
 
 def mixed_moments(theta: Tensor, bias: Tensor | None, map_mean: Tensor, map_cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of ``A = theta^T P + bias`` from those of P: ``map_mean (heads,)``, ``map_cov (heads, heads)``.
+    """Mean and biased variance of ``A = theta^T P + bias`` from those of P: ``map_mean (heads,)``, ``map_cov (heads,
+    heads)``.
 
     In the precision of ``map_cov``, float64: nearly equal heads mixed by weights of opposite sign cancel.
     """
@@ -117,11 +119,11 @@ def coupling_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The term batch statistics add to the gradient of the maps: ``dP += E (P - 1/seqlen_k) + e``.
 
-    ``grad_dot_out[g] = sum dO[g] O[g]`` and ``grad_shift[g] = sum dN[g]``, ``(heads,)``, over the batch of every rank: the
-    gradient of the variance is known from them before any sweep over the keys. ``E (heads, heads)``, ``e (heads,)``; without
-    dropout ``e`` vanishes in the softmax. Derivation: docs/operator.md, section 4.
+    ``grad_dot_out[g] = sum dO[g] O[g]`` and ``grad_shift[g] = sum dN[g]``, ``(heads,)``, over the batch of every rank:
+    the gradient of the variance is known from them before any sweep over the keys. ``E (heads, heads)``, ``e
+    (heads,)``; without dropout ``e`` vanishes in the softmax. Derivation: docs/operator.md, section 4.
     """
-    unit, weight, beta, mean, count = coupling
-    coupled = (unit * ((beta * grad_shift - grad_dot_out) / count)) @ unit.mT
-    constant = -(weight @ grad_shift) / count - coupled @ (mean - 1.0 / seqlen_k)
+    unit, weight, beta, mean, positions = coupling
+    coupled = (unit * ((beta * grad_shift - grad_dot_out) / positions)) @ unit.mT
+    constant = -(weight @ grad_shift) / positions - coupled @ (mean - 1.0 / seqlen_k)
     return coupled, constant

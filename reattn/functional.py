@@ -46,7 +46,8 @@ def re_attention(
     Args:
         query: ``(batch, heads, seqlen, head_dim)``, floating, any strides. Likewise the others.
         key, value: ``(batch, heads, seqlen_k, head_dim)``, dtype and device of ``query``.
-        theta: ``(heads, heads)``; rows are heads before mixing, columns heads after it. Any floating dtype, like all below.
+        theta: ``(heads, heads)``; rows are heads before mixing, columns heads after it. Any floating dtype, like all
+            below.
         bias: ``(heads,)``, added after mixing.
         norm: ``"batch"``: BatchNorm2d over the heads as channels; ``"layer"``: LayerNorm over the heads; ``None``.
         norm_weight, norm_bias: ``(heads,)``, the norm's affine part.
@@ -56,18 +57,20 @@ def re_attention(
         output_scale: factor of the normalised maps (``head_dim**-0.5`` in the official deepvit_S).
         scale: factor of the scores; ``head_dim**-0.5`` when None.
         dropout_p: share of the softmax probabilities dropped, before mixing; drawn from torch's generator.
-        attn_mask: boolean (True takes part) or added to the scores, broadcastable to ``(batch, heads, seqlen, seqlen_k)``.
+        attn_mask: boolean (True takes part) or added to the scores, broadcastable to ``(batch, heads, seqlen,
+            seqlen_k)``.
         is_causal: query i sees keys up to i. Masks are computed by the reference backend.
         process_group: batch statistics are those of all its ranks together (one all-reduce of about heads^2 numbers).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit one raises where it cannot run.
 
     Returns:
-        ``(batch, heads, seqlen, head_dim)`` in the dtype of ``query``, laid out as ``(batch, seqlen, heads, head_dim)``, so that
-        ``out.transpose(1, 2).flatten(2)`` copies nothing.
+        ``(batch, heads, seqlen, head_dim)`` in the dtype of ``query``, laid out as ``(batch, seqlen, heads,
+        head_dim)``, so that ``out.transpose(1, 2).flatten(2)`` copies nothing.
 
     Raises:
         TypeError: an argument is no tensor or has the wrong kind of dtype.
-        ValueError: shapes, devices or options do not fit; the message names the argument, what was expected and what came.
+        ValueError: shapes, devices or options do not fit; the message names the argument, what was expected and what
+            came.
         RuntimeError: an explicit ``backend`` cannot run these inputs; the message gives every reason.
     """
     query, key, value = _autocast(query, key, value)
@@ -166,9 +169,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, per_head: dict[str
     if heads < 1 or head_dim < 1:
         raise ValueError(f"query must have at least one head and head_dim 1, got {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
-        expected = (batch, heads, key.shape[2], head_dim)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected} to match query and key, got {tuple(tensor.shape)}")
+        like_key = (batch, heads, key.shape[2], head_dim)
+        if tuple(tensor.shape) != like_key:
+            raise ValueError(f"{name} must have shape {like_key} to match query and key, got {tuple(tensor.shape)}")
     if key.shape[2] < 1:
         raise ValueError(f"key must hold at least one position, got {tuple(key.shape)}")
 

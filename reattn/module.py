@@ -26,10 +26,11 @@ _RENAMED = {
 
 
 class ReAttention(nn.Module):
-    """Multi-head self-attention with re-attention (DeepViT, arXiv 2103.11886, section 4): ``(batch, seqlen, dim)`` in and out.
+    """Multi-head self-attention with re-attention (DeepViT, arXiv 2103.11886, section 4): ``(batch, seqlen, dim)`` in
+    and out.
 
-    Equivalent to ``proj(re_attention(*qkv(x), theta, theta_bias, norm=..., ...))``; see :func:`reattn.re_attention`. Takes the
-    constructor keywords and the forward arguments of timm's ViT ``Attention``.
+    Equivalent to ``proj(re_attention(*qkv(x), theta, theta_bias, norm=..., ...))``; see :func:`reattn.re_attention`.
+    Takes the constructor keywords and the forward arguments of timm's ViT ``Attention``.
 
     Args:
         dim: width of the input, and of the output unless ``dim_out`` says otherwise.
@@ -43,13 +44,15 @@ class ReAttention(nn.Module):
         scale_norm, gated: timm's norm of the merged heads, and its sigmoid gate on them.
         norm_eps, norm_momentum: of the head norm; momentum ``None`` is the cumulative average, as in BatchNorm2d.
         theta_bias: whether mixing adds a bias; ``None``: as upstream, except with ``norm="layer"``.
-        theta_init: ``"conv"``: the official uniform(-1/sqrt(heads), 1/sqrt(heads)); ``"identity"``: identity plus 0.01 normal noise;
-            ``"normal"``: standard normal, as in the second form. The bias is uniform for ``"conv"``, else zero.
+        theta_init: ``"conv"``: the official uniform(-1/sqrt(heads), 1/sqrt(heads)); ``"identity"``: identity plus 0.01
+            normal noise; ``"normal"``: standard normal, as in the second form. The bias is uniform for ``"conv"``,
+            else zero.
         pre_norm: a LayerNorm of the input inside the module, where the second form keeps it.
         backend: as in :func:`reattn.re_attention`.
 
-    Parameters: ``theta (num_heads, num_heads)``, rows the heads before mixing; ``theta_bias (num_heads,)``; ``head_norm``: BatchNorm2d or
-    LayerNorm over the heads. ``load_state_dict`` also takes the official layout and the second form's (``reattn_weights``).
+    Parameters: ``theta (num_heads, num_heads)``, rows the heads before mixing; ``theta_bias (num_heads,)``;
+    ``head_norm``: BatchNorm2d or LayerNorm over the heads. ``load_state_dict`` also takes the official layout and the
+    second form's (``reattn_weights``).
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class ReAttention(nn.Module):
         if theta_init not in _THETA_INIT:
             raise ValueError(f"theta_init must be one of {tuple(_THETA_INIT)}, got {theta_init!r}")
         if attn_head_dim is None and dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads={num_heads} unless attn_head_dim is given, got {dim}")
+            raise ValueError(
+                f"dim must be a multiple of num_heads={num_heads} unless attn_head_dim is given, got {dim}"
+            )
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {rate}")
@@ -109,7 +114,7 @@ class ReAttention(nn.Module):
         self.theta_bias = nn.Parameter(torch.empty(num_heads, **factory)) if has_bias else None
         self.head_norm: nn.Module = nn.Identity()
         if norm == "batch":
-            self.head_norm = nn.BatchNorm2d(num_heads, eps=norm_eps, momentum=norm_momentum, **factory)  # type: ignore[arg-type]
+            self.head_norm = nn.BatchNorm2d(num_heads, eps=norm_eps, momentum=norm_momentum, **factory)
         elif norm == "layer":
             self.head_norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
         self.norm = norm_layer(self.attn_dim, **factory) if scale_norm else nn.Identity()
@@ -130,11 +135,12 @@ class ReAttention(nn.Module):
         """Draws every parameter anew and clears the running statistics."""
         self.reset_theta()
         for child in self.children():
-            if hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks are computed by the reference backend only."""
+        """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks are computed by the reference backend
+        only."""
         x = self.pre_norm(x)
         query, key, value = self._project(x)
         out = re_attention(
@@ -157,11 +163,13 @@ class ReAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     @torch.no_grad()
-    def attention_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+    def attention_maps(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The softmax maps and the mixed, normalised maps for ``x``, each ``(batch, heads, seqlen, seqlen)``.
 
-        For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode the
-        statistics are those of ``x``).
+        For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
+        the statistics are those of ``x``).
         """
         query, key, _ = self._project(self.pre_norm(x))
         norm = self._norm_arguments()
@@ -199,7 +207,8 @@ class ReAttention(nn.Module):
         arguments |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         if self.norm_type == "layer":
             return arguments
-        # As in BatchNorm2d: its own mode decides, so that a frozen norm stays frozen; without running statistics, the batch's.
+        # As in BatchNorm2d: its own mode decides, so that a frozen norm stays frozen; without running statistics, the
+        # batch's.
         return arguments | {
             "running_mean": norm.running_mean,
             "running_var": norm.running_var,
@@ -210,7 +219,7 @@ class ReAttention(nn.Module):
     def _count_batch(self) -> float:
         """Counts a training batch of batch norm, as BatchNorm2d does, and returns the momentum for it."""
         norm = self.head_norm
-        if self.norm_type != "batch":
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             return 0.0
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -235,7 +244,8 @@ def _translate(state_dict: dict[str, Any], prefix: str, second_form: bool) -> No
     """Renames, in place, one attention's tensors from the official layout or the second form to ours."""
     renamed = dict(_RENAMED)
     if second_form:
-        # The second form keeps the LayerNorm of the block's input here; in ours, and timm's, ``norm`` follows the attention.
+        # The second form keeps the LayerNorm of the block's input here; in ours, and timm's, ``norm`` follows the
+        # attention.
         renamed["norm."] = "pre_norm."
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def re_attention(query: Tensor, key: Tensor, value: Tensor, theta: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+def re_attention(
+    query: Tensor, key: Tensor, value: Tensor, theta: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """Equivalent to ``re_attention_maps(...)[1] @ value``; arguments as in :func:`reattn.re_attention`."""
     _, mixed = re_attention_maps(query, key, theta, bias, **options)
     # Written in (batch, seqlen, heads, head_dim) order, so that merging the heads needs no copy.
@@ -46,8 +48,8 @@ def re_attention_maps(
 ) -> tuple[Tensor, Tensor]:
     """The softmax maps and the mixed, normalised maps, each ``(batch, heads, seqlen, seqlen_k)``.
 
-    ``keep`` is a dropout mask given from outside, boolean, of the maps' shape: the same computation can then be repeated
-    with the mask another backend drew.
+    ``keep`` is a dropout mask given from outside, boolean, of the maps' shape: the same computation can then be
+    repeated with the mask another backend drew.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attn = masked_softmax((query * scale) @ key.mT, attn_mask, is_causal)
@@ -77,7 +79,8 @@ def re_attention_maps(
 
 
 def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Softmax over the keys that a mask allows (True or an added term, as in SDPA); a row that may see none is all zero."""
+    """Softmax over the keys that a mask allows (True or an added term, as in SDPA); a row that may see none is all
+    zero."""
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -102,14 +105,16 @@ def batch_norm(
     eps: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """``F.batch_norm`` over ``(batch, heads, seqlen, seqlen_k)``; in training over the batch of all of ``group``, if given."""
+    """``F.batch_norm`` over ``(batch, heads, seqlen, seqlen_k)``; in training over the batch of all of ``group``, if
+    given."""
     if group is None:
-        running = [None if stat is None else stat.to(mixed.dtype) for stat in (running_mean, running_var)]
-        normed = F.batch_norm(mixed, *running, weight, shift, training, momentum, eps)
-        if training:
-            for stat, updated in zip((running_mean, running_var), running, strict=True):
-                if stat is not None and updated is not stat:
-                    stat.copy_(updated)
+        if running_mean is None or running_var is None:
+            return F.batch_norm(mixed, None, None, weight, shift, training, momentum, eps)
+        mean, var = running_mean.to(mixed.dtype), running_var.to(mixed.dtype)
+        normed = F.batch_norm(mixed, mean, var, weight, shift, training, momentum, eps)
+        if training and running_mean.dtype != mixed.dtype:
+            running_mean.copy_(mean)
+            running_var.copy_(var)
         return normed
     over = (0, 2, 3)
     count = torch.tensor([mixed.numel() // mixed.shape[1]], dtype=mixed.dtype, device=mixed.device)

@@ -19,12 +19,12 @@ DEMO = Path(__file__).parents[1] / "examples" / "digits.py"
 pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="needs the source tree")
 
 
-def start(*arguments, **environment):
+def start(*arguments):
     # Kernels in Triton's interpreter, which other tests ask for, would take hours here.
     kept = {key: value for key, value in os.environ.items() if key not in ("REATTN_BACKEND", "TRITON_INTERPRET")}
     return subprocess.Popen(
         [sys.executable, DEMO, "--quick", "--device", "cpu", *map(str, arguments)],
-        env={**kept, "OMP_NUM_THREADS": "1", **environment},
+        env=kept,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -158,7 +158,9 @@ def test_split(demo):
     torch.testing.assert_close(torch.bincount(test_labels) / counts, torch.full((10,), 0.2), atol=0.005, rtol=0)
 
 
-@pytest.mark.parametrize("option, value", [("--epochs", "0"), ("--depth", "1"), ("--batch-size", "-1")])
+@pytest.mark.parametrize(
+    "option, value", [("--epochs", "0"), ("--depth", "1"), ("--batch-size", "-1"), ("--threads", "0")]
+)
 def test_bad_arguments(demo, monkeypatch, capsys, option, value):
     monkeypatch.setattr(sys, "argv", [str(DEMO), option, value])
     with pytest.raises(SystemExit):

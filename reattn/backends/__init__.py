@@ -39,15 +39,16 @@ class Backend(Protocol):
 class FusedBackend(Backend, Protocol):
     """Three functions over canonical tensors, and the sums from which batch statistics are known.
 
-    ``query``, ``key``, ``value``, ``out``, ``grad``: ``(batch, heads, seqlen, head_dim)``, any strides, one dtype. ``weight
-    (heads, heads)``, ``shift``, ``gamma``, ``beta (heads,)``: float32, contiguous. ``lse (batch, heads, seqlen)``: float32, to base 2.
-    ``seed``: one int64 on the device, given exactly when ``dropout_p > 0``.
+    ``query``, ``key``, ``value``, ``out``, ``grad``: ``(batch, heads, seqlen, head_dim)``, any strides, one dtype.
+    ``weight (heads, heads)``, ``shift``, ``gamma``, ``beta (heads,)``: float32, contiguous. ``lse (batch, heads,
+    seqlen)``: float32, to base 2. ``seed``: one int64 on the device, given exactly when ``dropout_p > 0``.
     """
 
     def statistics(
         self, query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of P - 1/seqlen_k ``(heads,)``, of its products over pairs of heads ``(heads, heads)``, both float64; and the LSE."""
+        """Sum of P - 1/seqlen_k ``(heads,)``, of its products over pairs of heads ``(heads, heads)``, both float64;
+        and the LSE."""
         ...
 
     def forward(
@@ -115,13 +116,14 @@ def available_backends() -> dict[str, list[str]]:
 def choose(requested: str, request: Request, shapes: str) -> str:
     """The backend that serves a request: the one asked for, or with "auto" the first that supports the inputs.
 
-    ``REATTN_BACKEND`` replaces "auto". Raises ``ValueError`` for an unknown name and ``RuntimeError``, with every reason and
+    ``REATTN_BACKEND`` replaces "auto". Raises ``ValueError`` for an unknown name and ``RuntimeError``, with every
+    reason and
     the shapes, when the backend asked for cannot do it: an explicit choice never falls back.
     """
     if requested == "auto":
         requested = os.environ.get("REATTN_BACKEND", "auto")
     if requested == "auto":
-        refusals = {}
+        refusals: dict[str, list[str]] = {}
         for name, backend in BACKENDS.items():
             reasons = backend.not_supported(request)
             if not reasons:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ try:
 except ImportError as error:
     INTERPRETED = False
     _import_error = str(error)
+
+logger = logging.getLogger("reattn")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADS = 32
@@ -250,10 +255,11 @@ _LOG2E = math.log2(math.e)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor where its rows can be read 16 bytes at a time; else a copy, head_dim padded with zeros to a multiple of 16.
+    """The tensor where its rows can be read 16 bytes at a time; else a copy, head_dim padded with zeros to a multiple
+    of 16.
 
-    Strides that are multiples of 16 are what the JIT specialises on. Rows are read many times, so that one copy costs less
-    than reading head_dim 33 element by element.
+    Strides that are multiples of 16 are what the JIT specialises on. Rows are read many times, so that one copy costs
+    less than reading head_dim 33 element by element.
     """
     tensor = _interpretable(tensor)
     batch, heads, seqlen, head_dim = tensor.shape
@@ -316,10 +322,36 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _tiled(kernel: str, query: Tensor, launch: Any) -> Any:
-    tile = configs.tile(kernel, _arch(query.device), query.element_size(), query.shape[1], query.shape[3])
+def _tiled(kernel: str, query: Tensor, launch: Callable[[configs.Tile], Any]) -> Any:
+    """Launches with the tile the table gives for these heads and head_dim, or that tuning finds."""
+    if INTERPRETED:
+        return launch(configs.INTERPRETER_TILE)
+    key = (kernel, _arch(query.device), query.element_size(), query.shape[1], query.shape[3])
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        tile = _tuned(key, launch) if os.environ.get("REATTN_AUTOTUNE") == "1" else configs.tile(*key)
         return launch(tile)
+
+
+_tuned_tiles: dict[tuple[Any, ...], configs.Tile] = {}
+
+
+def _tuned(key: tuple[Any, ...], launch: Callable[[configs.Tile], Any]) -> configs.Tile:
+    """The fastest of the candidates on the first problem met with this key; logged once, remembered for this
+    process."""
+    if key not in _tuned_tiles:
+        kernel, _, itemsize, heads, _ = key
+        times = {}
+        for tile in configs.candidates(kernel, itemsize, heads):
+            try:
+                times[tile] = triton.testing.do_bench(
+                    lambda tile=tile: launch(tile), warmup=5, rep=20, return_mode="median"
+                )
+            except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+                continue
+        _tuned_tiles[key] = best = min(times, key=times.__getitem__)
+        default = times.get(configs.tile(*key))
+        logger.warning("tuned %s: %s takes %.3f ms, the table's tile %s", key, best, times[best], default)
+    return _tuned_tiles[key]
 
 
 def _run(kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: Any, **constants: Any) -> None:
