@@ -24,7 +24,7 @@ import torch
 
 # Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
-# Local-memory instructions that float32, or more than 16 heads, may have: tiles small enough to need none run longer.
+# Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none run longer.
 RARE_SPILLS = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NORMS = ("layer", "batch", "plain")
@@ -50,6 +50,7 @@ class Cost(NamedTuple):
     tile: tuple[int, ...]
     registers: int
     spills: int
+    spills_in_loops: int
     shared: int
     hmma: int
 
@@ -58,8 +59,8 @@ class Cost(NamedTuple):
         """Why this configuration may not be a default; empty when it may."""
         faults = []
         common = self.case.dtype != "float32" and self.case.heads <= 16
-        if self.spills > (0 if common else RARE_SPILLS):
-            faults.append(f"{self.spills} local-memory instructions")
+        if self.spills_in_loops > (0 if common else RARE_SPILLS):
+            faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")
         if self.shared > SHARED_LIMIT[self.case.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.case.arch]}")
         if self.case.dtype != "float32" and not self.hmma and self.kernel != "grad_dot_out_kernel":
@@ -164,8 +165,8 @@ _POINTEE = {
 }
 
 
-def read_cubin(compiled: Any) -> tuple[int, int, int, int]:
-    """Registers a thread, local-memory instructions, shared memory in bytes, HMMA instructions."""
+def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
+    """Registers a thread; local-memory instructions, in all and inside loops; shared memory in bytes; HMMA instructions."""
     import triton.backends.nvidia
 
     tool = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -178,17 +179,29 @@ def read_cubin(compiled: Any) -> tuple[int, int, int, int]:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass)), compiled.metadata.shared, sass.count("HMMA")
+    spills, in_loops = local_memory(sass)
+    return int(registers[1]), spills, in_loops, compiled.metadata.shared, sass.count("HMMA")
+
+
+def local_memory(sass: str) -> tuple[int, int]:
+    """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is cheap."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?);", sass)]
+    jumps = [(at, re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", text)) for at, text in instructions]
+    loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
+    local = [at for at, text in instructions if re.search(r"\b(?:LDL|STL)\b", text)]
+    return len(local), sum(any(start <= at <= end for start, end in loops) for at in local)
 
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:6} {:15}{:15}{:>5}{:>6}{:>8}{:>6}"
-    yield layout.format("arch", "dtype", "heads", "dim", "norm", "kernel", "tile", "regs", "spill", "shared", "HMMA")
+    layout = "{:>6} {:9}{:>5}{:>5} {:6} {:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
+    yield layout.format(
+        "arch", "dtype", "heads", "dim", "norm", "kernel", "tile", "regs", "spill", "in loop", "shared", "HMMA"
+    )
     for cost in costs:
         arch, dtype, heads, head_dim, norm, _ = cost.case
         kernel, tile = cost.kernel.removesuffix("_kernel"), "x".join(map(str, cost.tile))
-        usage = (cost.registers, cost.spills, cost.shared, cost.hmma)
+        usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.shared, cost.hmma)
         row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, kernel, tile, *usage)
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 

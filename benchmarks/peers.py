@@ -92,8 +92,9 @@ def one_sample_at_a_time(norm: str) -> Peer:
 def _official_by_sample(query: Tensor, key: Tensor, value: Tensor, parameters: Parameters) -> Tensor:
     """Two loops: statistics span the batch, and are put together from those of the samples (law of total variance)."""
     samples = zip(query.split(1), key.split(1), strict=True)
-    maps = [_mix_by_convolution(*sample, parameters) for sample in samples]
-    moments = [torch.var_mean(sample.to(parameters.theta.dtype), (0, 2, 3), correction=0) for sample in maps]
+    # In the parameters' precision, for the gradient's sake: its three terms cancel, and must be summed before rounding.
+    maps = [_mix_by_convolution(*sample, parameters).to(parameters.theta.dtype) for sample in samples]
+    moments = [torch.var_mean(sample, (0, 2, 3), correction=0) for sample in maps]
     variances, means = (torch.stack(moment) for moment in zip(*moments, strict=True))
     mean = means.mean(0)
     var = variances.mean(0) + (means - mean).square().mean(0)
@@ -103,7 +104,7 @@ def _official_by_sample(query: Tensor, key: Tensor, value: Tensor, parameters: P
         parameters.running_var.lerp_(var.detach() * (count / (count - 1)), MOMENTUM)
     by_batch = parameters._replace(running_mean=mean, running_var=var)
     slope, shift = _affine(by_batch)
-    normalised = ((sample.to(slope.dtype) * slope + shift).to(sample.dtype) for sample in maps)
+    normalised = ((sample * slope + shift).to(value.dtype) for sample in maps)
     return torch.cat([sample @ v for sample, v in zip(normalised, value.split(1), strict=True)])
 
 

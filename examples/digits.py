@@ -44,17 +44,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, help="heads; dim must divide by them")
     parser.add_argument("--patch-size", type=int, default=2, choices=(2, 4), help="side of a patch in pixels")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and shifts; the split never changes")
     parser.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; more only help on an idle machine")
     parser.add_argument("--norm", default="batch", choices=("batch", "layer", "none"), help="norm of the mixed maps")
     parser.add_argument("--backend", default="auto", help="of re-attention; REATTN_BACKEND replaces auto")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for digits.png and digits.json")
-    parser.add_argument("--quick", action="store_true", help="3 epochs with 3 blocks, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="2 epochs with 2 blocks, to see that everything runs")
     args = parser.parse_args()
     if args.quick:
-        args.epochs, args.depth = 3, 3
+        args.epochs, args.depth = 2, 2
     for name, least in (("epochs", 1), ("depth", 2), ("batch_size", 1), ("threads", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
