@@ -24,7 +24,8 @@ import torch
 
 # Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
-# Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none run longer.
+# Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none
+# run longer.
 RARE_SPILLS = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NORMS = ("layer", "batch", "plain")
@@ -166,7 +167,8 @@ _POINTEE = {
 
 
 def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
-    """Registers a thread; local-memory instructions, in all and inside loops; shared memory in bytes; HMMA instructions."""
+    """Registers a thread; local-memory instructions, in all and inside loops; shared memory in bytes; HMMA
+    instructions."""
     import triton.backends.nvidia
 
     tool = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -184,7 +186,8 @@ def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
 
 
 def local_memory(sass: str) -> tuple[int, int]:
-    """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is cheap."""
+    """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is
+    cheap."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?);", sass)]
     jumps = [(at, re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", text)) for at, text in instructions]
     loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]

@@ -14,20 +14,21 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.measure import Problem
+from benchmarks.measure import Oracle, Problem
 
 CONTENDERS = ("fused", "eager", "compiled", "sdpa")
 DIRECTIONS = ("forward", "forward+backward")
 NO_TIME = "not measured: no time left"
-# Nothing is started that would not fit; until one was measured, this long is expected of a contender at one problem.
-FIRST_GUESS_S = {"fused": 20.0, "compiled": 30.0}
+# Nothing is started that would not fit: a contender is expected to take as long as its slowest problem so far, and this
+# long, with kernels to compile, before any.
+FIRST_GUESS_S = {"fused": 20.0, "eager": 5.0, "compiled": 30.0, "sdpa": 5.0}
 
 
 @dataclass(frozen=True)
@@ -94,60 +95,71 @@ class Run:
         }
 
     def measure(self) -> None:
-        """The contenders without a long compilation first, at every problem; then torch.compile; then small batches."""
-        cases = {problem: self._open_cases(problem) for problem in self.plan.problems(self.plan.shapes)}
-        launches = {problem: self._open_launch(problem) for problem in self.plan.problems(self.plan.launches)}
-        for contenders in (("fused", "eager", "sdpa"), ("compiled",)):
-            for problem, by_direction in cases.items():
-                oracle = None
-                for contender in contenders:
-                    if not self._fits(contender):
-                        continue
-                    begin = time.monotonic()
-                    oracle = oracle or measure.Oracle(problem, self.plan.device, self._distinct(problem))
-                    self._measure_case(oracle, contender, by_direction)
-                    self._took(contender, begin)
-                del oracle
-                measure.release_memory()
-        for problem, launch in launches.items():
-            for contender in ("fused", "eager", "sdpa"):
-                if self._fits(contender):
-                    self._measure_launch(problem, contender, launch)
-                    self.save(self.report)
+        """First what compiles quickly, at every problem; then torch.compile; then small batches."""
+        opened = [
+            self._open(problem, "cases", DIRECTIONS, CONTENDERS) for problem in self.plan.problems(self.plan.shapes)
+        ]
+        quick = tuple(name for name in CONTENDERS if name != "compiled")
+        small = [
+            self._open(problem, "launches", DIRECTIONS[:1], quick) for problem in self.plan.problems(self.plan.launches)
+        ]
+        for todo, contenders in ((opened, quick), (opened, ("compiled",)), (small, quick)):
+            for problem, entries in todo:
+                self._measure_problem(problem, entries, contenders, in_graphs=todo is small)
 
-    def _fits(self, contender: str) -> bool:
-        expected = self.longest.get(contender, FIRST_GUESS_S.get(contender, 0.0))
-        return time.monotonic() + expected < self.deadline
-
-    def _took(self, contender: str, begin: float) -> None:
-        self.longest[contender] = max(self.longest.get(contender, 0.0), time.monotonic() - begin)
-        self.save(self.report)
-
-    def _distinct(self, problem: Problem) -> int:
-        return math.gcd(self.plan.distinct, problem.batch)
-
-    def _open_cases(self, problem: Problem) -> dict[str, dict[str, Any]]:
-        """The problem's entries in the report, one by direction, every contender not measured yet."""
-        opened = {}
-        for direction in DIRECTIONS:
+    def _open(
+        self, problem: Problem, group: str, directions: Sequence[str], contenders: Sequence[str]
+    ) -> tuple[Problem, list[dict[str, Any]]]:
+        """Enters a problem into the report, once by direction, no contender measured yet."""
+        ceilings = self.report["ceilings"]
+        entries = []
+        for direction in directions:
             backward = direction != "forward"
-            ceilings = self.report["ceilings"]
-            opened[direction] = {
-                **_described(problem),
-                "direction": direction,
-                "flops": problem.flops(backward),
-                "traffic_bytes": problem.traffic(backward),
-                "floor_ms": problem.floor_ms(backward, **ceilings) if ceilings else None,
-                "contenders": {name: {"status": NO_TIME} for name in CONTENDERS},
-            }
-        self.report["cases"] += opened.values()
-        return opened
+            entries.append(
+                {
+                    **asdict(problem),
+                    "dtype": _name(problem.dtype),
+                    "direction": direction,
+                    "flops": problem.flops(backward),
+                    "traffic_bytes": problem.traffic(backward),
+                    "floor_ms": problem.floor_ms(backward, **ceilings) if ceilings else None,
+                    "contenders": {name: {"status": NO_TIME} for name in contenders},
+                }
+            )
+        self.report[group] += entries
+        return problem, entries
 
-    def _open_launch(self, problem: Problem) -> dict[str, Any]:
-        contenders = {name: {"status": NO_TIME} for name in CONTENDERS if name != "compiled"}
-        launch = {**_described(problem), "direction": "forward", "contenders": contenders}
-        self.report["launches"].append(launch)
-        return launch
+    def _measure_problem(
+        self, problem: Problem, entries: list[dict[str, Any]], contenders: Sequence[str], in_graphs: bool
+    ) -> None:
+        oracle = None
+        for name in contenders:
+            begin = time.monotonic()
+            if begin + self.longest.get(name, FIRST_GUESS_S[name]) > self.deadline:
+                continue
+            oracle = oracle or Oracle(problem, self.plan.device, math.gcd(self.plan.distinct, problem.batch))
+            contender = self._contender(name, problem.norm)
+            errors, status = None, "ok"
+            # Plain attention computes something else on purpose.
+            if name != "sdpa":
+                errors, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=name == "fused"))
+            for entry in entries:
+                found = entry["contenders"][name] = {"status": status}
+                if status == "ok":
+                    backward = entry["direction"] != "forward"
+                    timed, found["status"] = measure.attempt(
+                        functools.partial(self._time, problem, contender, backward, in_graphs)
+                    )
+                    found |= timed or {}
+                    found |= {"errors": errors} if timed and errors else {}
+            self.longest[name] = max(time.monotonic() - begin, self.longest.get(name, 0.0))
+            brief = ", ".join(_cell(entry["contenders"][name], "ms", ".3f") for entry in entries)
+            print(
+                f"[{self.deadline - time.monotonic():4.0f} s left] {_title(entries[0])} {name}: {brief} ms", flush=True
+            )
+            self.save(self.report)
+        del oracle
+        measure.release_memory()
 
     def _contender(self, name: str, norm: str) -> peers.Peer:
         if name == "fused":
@@ -155,93 +167,45 @@ class Run:
         if name == "sdpa":
             return peers.sdpa
         if name == "compiled":
-            # Every problem is a compilation of its own; too many of one function and dynamo gives up.
+            # Every problem is a compilation of its own; after a few of one function dynamo would give up.
             torch.compiler.reset()
             return peers.compiled(peers.EAGER[norm], self.plan.compiler)
         return peers.EAGER[norm]
 
-    def _measure_case(self, oracle: measure.Oracle, name: str, by_direction: dict[str, dict[str, Any]]) -> None:
-        problem, device = oracle.problem, self.plan.device
-        contender = self._contender(name, problem.norm)
-        errors, status = self._validate(oracle, name, contender)
-        for direction, case in by_direction.items():
-            entry = case["contenders"][name] = {"status": status}
-            if status != "ok":
-                continue
-            backward = direction != "forward"
-            timed, entry["status"] = measure.attempt(lambda: self._time(problem, contender, backward))
-            if timed is not None:
-                ms, peak = timed
-                entry |= {"ms": ms, "peak_bytes": peak, "tflops": problem.flops(backward) / ms / 1e9, "errors": errors}
-        print(
-            f"{self._progress(problem)}: {name}: {'; '.join(_brief(c['contenders'][name]) for c in by_direction.values())}"
-        )
-        assert device == self.plan.device
-
-    def _validate(
-        self, oracle: measure.Oracle, name: str, contender: peers.Peer
-    ) -> tuple[dict[str, float] | None, str]:
-        # Plain attention computes something else on purpose.
-        if name == "sdpa":
-            return None, "ok"
-        return measure.attempt(lambda: oracle.check(name, contender, ours=name == "fused"))
-
-    def _time(self, problem: Problem, contender: peers.Peer, backward: bool) -> tuple[float, int | None]:
-        calls = self._calls(problem, contender, backward)
-        ms = measure.time_cuda(calls) if self.plan.device.type == "cuda" else _time_cpu(calls[0])
-        return ms, measure.peak_memory(calls[0], self.plan.device)
-
-    def _calls(self, problem: Problem, contender: peers.Peer, backward: bool) -> list[measure.Call]:
+    def _time(self, problem: Problem, contender: peers.Peer, backward: bool, in_graph: bool) -> dict[str, Any]:
         device = self.plan.device
         parameters = measure.make_parameters(problem, device)
-        return [
+        calls = [
             measure.make_call(contender, measure.make_inputs(problem, device, seed), parameters, backward)
             for seed in range(1, 1 + measure.rotations(problem, device))
         ]
-
-    def _measure_launch(self, problem: Problem, name: str, launch: dict[str, Any]) -> None:
-        contender = self._contender(name, problem.norm)
-        oracle = measure.Oracle(problem, self.plan.device, self._distinct(problem))
-        errors, status = self._validate(oracle, name, contender)
-        entry = launch["contenders"][name] = {"status": status}
-        if status != "ok":
-            return
-        timed, entry["status"] = measure.attempt(lambda: self._time(problem, contender, backward=False))
-        if timed is None:
-            return
-        entry |= {"ms": timed[0], "errors": errors}
-        if self.plan.device.type == "cuda":
-            calls = self._calls(problem, contender, backward=False)[:32]
-            entry["graph_ms"], entry["graph_status"] = measure.attempt(lambda: measure.time_graph(calls))
-        print(f"{self._progress(problem)}: {name}: {_brief(entry)}")
-
-    def _progress(self, problem: Problem) -> str:
-        left = self.deadline - time.monotonic()
-        shape = f"B={problem.batch} N={problem.seqlen} d={problem.head_dim} {problem.norm}"
-        return f"[{left:4.0f} s left] {shape}"
-
-
-def _time_cpu(call: measure.Call) -> float:
-    return measure.time_interleaved({"call": call}, seconds=0.0)["call"]
+        if device.type == "cuda":
+            ms = measure.time_cuda(calls)
+        else:
+            ms = measure.time_interleaved({"call": calls[0]}, seconds=0.0)["call"]
+        found = {
+            "ms": ms,
+            "tflops": problem.flops(backward) / ms / 1e9,
+            "peak_bytes": measure.peak_memory(calls[0], device),
+        }
+        if in_graph and device.type == "cuda":
+            found["graph_ms"], found["graph_status"] = measure.attempt(functools.partial(measure.time_graph, calls))
+        return found
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _described(problem: Problem) -> dict[str, Any]:
-    return {**asdict(problem), "dtype": _name(problem.dtype)}
-
-
-def _brief(entry: dict[str, Any]) -> str:
-    return f"{entry['ms']:.3f} ms" if "ms" in entry else entry["status"]
+def _title(entry: dict[str, Any]) -> str:
+    return f"B={entry['batch']} N={entry['seqlen']} d={entry['head_dim']} {entry['norm']}"
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     machine, settings, ceilings = report["machine"], report["settings"], report["ceilings"]
     yield "  ".join(f"{name} {value}" for name, value in machine.items() if not name.endswith("bytes"))
-    yield f"{settings['dtype']}, {settings['heads']} heads, backend {settings['backend']}"
+    yield f"{settings['dtype']}, {settings['heads']} heads, backend {settings['backend']}, batch norm in training"
     if ceilings:
         yield (
             f"measured here: {ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s in a large bfloat16 product, "

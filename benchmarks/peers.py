@@ -1,9 +1,9 @@
 """What re-attention is measured against: its published forms in PyTorch, and plain attention as the floor.
 
-Every peer is a function of ``(query, key, value, parameters)``: query, key and value ``(batch, heads, seqlen, head_dim)`` of one
-floating dtype, :class:`Parameters` in float32 (float64 with float64 inputs). It returns ``(batch, heads, seqlen, head_dim)`` in
-the dtype of query. Peers compute in that dtype, as a model cast to it does, with the fewest passes over the maps that the
-published forms allow.
+Every peer is a function of ``(query, key, value, parameters)``: query, key and value ``(batch, heads, seqlen,
+head_dim)`` of one floating dtype, :class:`Parameters` in float32 (float64 with float64 inputs). It returns ``(batch,
+heads, seqlen, head_dim)`` in the dtype of query. Peers compute in that dtype, as a model cast to it does, with the
+fewest passes over the maps that the published forms allow.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, parameters: Parameters) -> T
     return F.scaled_dot_product_attention(query, key, value)
 
 
-# The eager form of every norm that is measured: batch norm by the statistics of the batch and by running ones, ...
+# The eager form of every norm that is measured; "batch" is in training.
 EAGER: dict[str, Peer] = {
     "batch": official,
     "batch-eval": official_eval,

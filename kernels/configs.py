@@ -1,9 +1,9 @@
 """Tile configurations: one table, and the choice among its rows.
 
 Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles without
-spilling; float32 and more heads spill a few registers at most (``python -m benchmarks.compile_report`` shows what each
-row costs). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall blocks
-of query rows, since keys and values are read again for every block.
+spilling in a loop; float32 and more heads spill a few registers at most (``python -m benchmarks.compile_report`` shows
+what each row costs). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for
+tall blocks of query rows, since keys and values are read again for every block.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 16, 32, Tile(16, 16)),
         Row(2, 16, 64, Tile(16, 16), small=False),
         Row(2, 16, 64, Tile(16, 16, dim=32)),
-        Row(2, 16, 128, Tile(16, 16, dim=64)),
+        Row(2, 16, 128, Tile(16, 16, dim=32)),
         Row(2, 32, 128, Tile(8, 16, dim=16)),
         Row(4, 4, 128, Tile(32, 16, dim=16)),
         Row(4, 16, 128, Tile(16, 16, dim=16)),

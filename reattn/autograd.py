@@ -6,11 +6,13 @@ query, key, value, the output where batch statistics need it, and the LSE: never
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from reattn import folding
 from reattn.backends import fused
@@ -92,6 +94,12 @@ def _(
 @torch.library.register_fake("reattn::grad_dot_out", lib=_library)
 def _(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return grad.new_empty(grad.shape[1], dtype=torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Heads x heads arithmetic stays in the dtype of its tensors; a context only where autocast is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -176,6 +184,7 @@ class ReAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         query, key, value, weight, shift, gamma, beta, lse, seed, *rest = ctx.saved_tensors
@@ -188,9 +197,10 @@ class ReAttentionFunction(torch.autograd.Function):
                 sums = torch.stack((grad_dot_out, grad_shift))
                 dist.all_reduce(sums, group=ctx.group)
                 grad_dot_out, grad_shift = sums
-            coupled, constant = folding.coupling_gradient(
-                folding.BatchCoupling(*coupling), grad_dot_out, grad_shift, key.shape[2]
-            )
+            with without_autocast(query.device):
+                coupled, constant = folding.coupling_gradient(
+                    folding.BatchCoupling(*coupling), grad_dot_out, grad_shift, key.shape[2]
+                )
         *differentiated, grad_gamma, grad_beta = torch.ops.reattn.backward(
             grad, query, key, value, weight, shift, gamma, beta, coupled, constant, lse, seed, *ctx.options
         )

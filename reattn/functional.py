@@ -86,7 +86,7 @@ def re_attention(
         Request(query.device, query.dtype, heads, head_dim, masked=is_causal or attn_mask is not None),
         f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype} on {query.device}",
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with autograd.without_autocast(query.device):
         if name == "reference":
             return reference.re_attention(
                 query,
