@@ -1,7 +1,7 @@
-"""``python3 -m benchmarks.gpu_table --out DIR``: fused re-attention on a GPU against eager, torch.compile and plain attention.
+"""``python3 -m benchmarks.gpu_table --out DIR``: fused re-attention against eager, torch.compile and SDPA on a GPU.
 
-Time and peak memory, forward and forward + backward, every contender validated before it is timed. Prints a table last, and
-writes ``gpu_table.json`` and ``gpu_table.txt`` to DIR after every measurement, so that a run cut short leaves what it has.
+Time and peak memory, forward and forward + backward, every contender validated before it is timed. Prints a table last,
+and writes ``gpu_table.json`` and ``gpu_table.txt`` to DIR after every measurement: a run cut short leaves what it has.
 """
 
 from __future__ import annotations
@@ -96,16 +96,13 @@ class Run:
 
     def measure(self) -> None:
         """First what compiles quickly, at every problem; then torch.compile; then small batches."""
-        opened = [
-            self._open(problem, "cases", DIRECTIONS, CONTENDERS) for problem in self.plan.problems(self.plan.shapes)
-        ]
         quick = tuple(name for name in CONTENDERS if name != "compiled")
-        small = [
-            self._open(problem, "launches", DIRECTIONS[:1], quick) for problem in self.plan.problems(self.plan.launches)
-        ]
-        for todo, contenders in ((opened, quick), (opened, ("compiled",)), (small, quick)):
-            for problem, entries in todo:
-                self._measure_problem(problem, entries, contenders, in_graphs=todo is small)
+        large, small = self.plan.problems(self.plan.shapes), self.plan.problems(self.plan.launches)
+        cases = [self._open(problem, "cases", DIRECTIONS, CONTENDERS) for problem in large]
+        launches = [self._open(problem, "launches", DIRECTIONS[:1], quick) for problem in small]
+        for opened, contenders in ((cases, quick), (cases, ("compiled",)), (launches, quick)):
+            for problem, entries in opened:
+                self._measure_problem(problem, entries, contenders, in_graphs=opened is launches)
 
     def _open(
         self, problem: Problem, group: str, directions: Sequence[str], contenders: Sequence[str]
@@ -229,8 +226,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             + "".join(f"{_cell(entries[name], 'peak_bytes', '.1f', 2**20):>10}" for name in CONTENDERS)
         )
     yield ""
-    yield "speed-up: the faster of eager and compiled over fused. floor: the larger of arithmetic and traffic at the measured rates."
-    yield "sdpa is plain attention without mixing, which no re-attention need match. peak: bytes allocated beyond the inputs."
+    yield "speed-up: the faster of eager and compiled, where measured, over fused; sdpa is plain attention, without mixing."
+    yield "floor: the larger of arithmetic and traffic at the measured rates. peak: what is allocated beyond the inputs."
     if report["launches"]:
         yield ""
         yield "small batches, forward: microseconds a call, issued from Python / replayed in a CUDA graph"

@@ -1,8 +1,8 @@
 """``pytest benchmarks/ --benchmark-only``: the operator against its peers, forward and forward + backward.
 
-On CUDA the triton backend at the sizes of the official models, on a CPU the reference backend at small ones. Every
-contender of a problem is validated, and then timed with the others to give the ratios in ``extra_info``: milliseconds of
-all, ratio to plain attention and to the best peer, TFLOP/s.
+On CUDA the triton backend at the sizes of the official models, on a CPU the reference backend at small ones. Contenders are
+validated and then timed side by side: from this come the ratios to plain attention and to the best peer, and TFLOP/s, in
+``extra_info``. On a CPU only these ratios mean anything: the times beside them were not taken in turns.
 """
 
 from __future__ import annotations
@@ -10,42 +10,150 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.measure import Oracle, Problem
+from benchmarks.measure import Call, Oracle, Problem
 
 CUDA = torch.cuda.is_available()
 OURS = "triton" if CUDA else "reference"
 DIRECTIONS = ("forward", "forward+backward")
-
-if CUDA:
-    PROBLEMS = [
-        *(
-            Problem(*shape, norm, torch.bfloat16)
-            for shape in ((128, 12, 197, 32), (128, 12, 197, 64), (128, 12, 197, 33), (32, 12, 577, 32))
-            for norm in peers.EAGER
-        ),
-        *(
-            Problem(128, 12, 197, 32, norm, dtype)
-            for dtype in (torch.float16, torch.float32)
-            for norm in ("batch", "layer")
-        ),
-    ]
-else:
-    PROBLEMS = [
-        *(Problem(8, 12, 197, 32, norm, torch.float32) for norm in peers.EAGER),
-        *(Problem(8, 12, 197, 32, norm, torch.bfloat16) for norm in ("batch", "layer")),
-        *(Problem(2, 6, 257, 33, norm, torch.float32) for norm in ("batch", "layer")),
-    ]
+PUBLISHED = ("batch", "layer")
 
 
-def contenders(problem: Problem) -> tuple[str, ...]:
-    """On a CPU compiling takes ten seconds a problem, on CUDA one sample at a time is nothing but launches."""
+def problems() -> list[Problem]:
+    """Every norm in the usual dtype, the published ones in the others."""
+    norms, others = tuple(peers.EAGER), (torch.float16, torch.float32)
+    shapes = [(128, 12, 197, 32), (128, 12, 197, 64), (128, 12, 197, 33), (32, 12, 577, 32)]
     if CUDA:
-        return (OURS, "eager", "compiled", "sdpa")
-    compiled = ("compiled",) if problem == PROBLEMS[0]._replace_norm(problem.norm) else ()
-    return (OURS, "eager", *compiled, "sample", "sdpa")
+        usual = [Problem(*shape, norm, torch.bfloat16) for shape in shapes for norm in norms]
+        return usual + [Problem(*shapes[0], norm, dtype) for norm in PUBLISHED for dtype in others]
+    usual = [Problem(8, 12, 197, 32, norm, torch.float32) for norm in norms]
+    odd = [Problem(2, 6, 257, 33, norm, torch.float32) for norm in PUBLISHED]
+    return usual + odd + [Problem(8, 12, 197, 32, norm, torch.bfloat16) for norm in PUBLISHED]
+
+
+def contenders(problem: Problem) -> dict[str, peers.Peer]:
+    """By name. On CUDA one sample at a time would be nothing but launches; on a CPU compiling takes ten seconds each."""
+    eager = peers.EAGER[problem.norm]
+    named = {OURS: measure.operator(problem.norm, OURS), "eager": eager}
+    if CUDA or (problem.norm in PUBLISHED and problem.head_dim == 32 and problem.dtype == torch.float32):
+        # Every problem is a compilation of its own; after a few of one function dynamo would give up.
+        torch.compiler.reset()
+        named["compiled"] = peers.compiled(eager)
+    if not CUDA:
+        named["one-sample-at-a-time"] = peers.one_sample_at_a_time(problem.norm)
+    return {**named, "sdpa": peers.sdpa}
+
+
+@functools.lru_cache(maxsize=1)
+def validated(problem: Problem, device: torch.device) -> tuple[dict[str, peers.Peer], dict[str, str]]:
+    """The contenders whose results are right, and by name what is the matter with the others."""
+    assert OURS == measure.default_backend(device)
+    oracle = Oracle(problem, device, distinct=4 if CUDA else problem.batch)
+    right, faults = {}, {}
+    for name, contender in contenders(problem).items():
+        # Plain attention computes something else on purpose.
+        if name != "sdpa":
+            _, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=name == OURS))
+            if status != "ok":
+                faults[name] = status
+                continue
+        right[name] = contender
+    return right, faults
+
+
+class Comparison:
+    """Every contender timed in one direction, side by side."""
+
+    def __init__(self, problem: Problem, direction: str, device: torch.device) -> None:
+        self.problem, self.direction = problem, direction
+        self.backward = direction != "forward"
+        right, faults = validated(problem, device)
+        self.faults = dict(faults)
+        inputs = [
+            measure.make_inputs(problem, device, seed) for seed in range(1, 1 + measure.rotations(problem, device))
+        ]
+        parameters = measure.make_parameters(problem, device)
+        self.calls: dict[str, list[Call]] = {
+            name: [measure.make_call(contender, each, parameters, self.backward) for each in inputs]
+            for name, contender in right.items()
+        }
+        self.ms: dict[str, float] = {}
+        self.peak_bytes: dict[str, int | None] = {}
+        if not CUDA:
+            self.ms = measure.time_interleaved({name: calls[0] for name, calls in self.calls.items()})
+            return
+        for name, calls in self.calls.items():
+            ms, status = measure.attempt(functools.partial(measure.time_cuda, calls))
+            if ms is None:
+                self.faults[name] = status
+            else:
+                self.ms[name], self.peak_bytes[name] = ms, measure.peak_memory(calls[0], device)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What the results say of a contender beside its time."""
+        problem, ms = self.problem, self.ms[name]
+        rivals = {other: self.ms[other] for other in self.ms if other not in (OURS, "sdpa")}
+        best = min(rivals, key=rivals.__getitem__, default=None)
+        return {
+            "batch": problem.batch,
+            "heads": problem.heads,
+            "seqlen": problem.seqlen,
+            "head_dim": problem.head_dim,
+            "norm": problem.norm,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "direction": self.direction,
+            "backend": name,
+            "ms": ms,
+            "all_ms": self.ms,
+            "faults": self.faults,
+            "peak_bytes": self.peak_bytes.get(name),
+            "tflops": problem.flops(self.backward) / ms / 1e9,
+            "ratio_to_sdpa": ms / self.ms["sdpa"] if "sdpa" in self.ms else None,
+            "best_peer": best,
+            "ratio_to_best_peer": ms / rivals[best] if best else None,
+        }
+
+
+# One at a time is kept: its inputs take memory, and tests of one problem follow each other.
+compare = functools.lru_cache(maxsize=1)(Comparison)
+
+
+def synchronised_clock() -> float:
+    """Of two readings the difference holds all work that was launched between them."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def cases() -> list[Any]:
+    """Every problem, direction and contender, those that share a comparison one after the other."""
+    found = []
+    for problem, direction in itertools.product(problems(), DIRECTIONS):
+        shape = f"{problem.batch}x{problem.heads}x{problem.seqlen}x{problem.head_dim}"
+        dtype = str(problem.dtype).removeprefix("torch.")
+        for name in contenders(problem):
+            label = f"{shape}-{problem.norm}-{dtype}-{direction}"
+            found.append(pytest.param(problem, direction, name, label, id=f"{label}-{name}"))
+    return found
+
+
+@pytest.mark.benchmark(timer=synchronised_clock)
+@pytest.mark.parametrize(("problem", "direction", "contender", "label"), cases())
+def test_operator(benchmark, device, problem, direction, contender, label):
+    comparison = compare(problem, direction, device)
+    if contender in comparison.faults:
+        give_up = pytest.fail if contender == OURS else pytest.skip
+        give_up(comparison.faults[contender])
+    benchmark.group = label
+    benchmark.extra_info.update(comparison.facts(contender))
+    ms = comparison.ms[contender]
+    rotation = itertools.cycle(comparison.calls[contender])
+    # Rounds of about 20 ms on a GPU; on a CPU 0.2 seconds in all.
+    iterations = min(max(1, round(20 / ms)), 1000) if CUDA else 1
+    rounds = 10 if CUDA else min(max(5, round(200 / ms)), 50)
+    benchmark.pedantic(lambda: next(rotation)(), rounds=rounds, iterations=iterations, warmup_rounds=1)

@@ -21,10 +21,12 @@ import triton.language as tl
 
 
 class View(NamedTuple):
-    """A (batch, heads, seqlen, head_dim) tensor as kernels take it: pointer, the four strides in elements, seqlen."""
+    """A (batch, heads, seqlen, head_dim) tensor as kernels take it, its rows contiguous: pointer, strides, seqlen."""
 
     ptr: Any
-    strides: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
     seqlen: Any
 
 
@@ -76,27 +78,20 @@ def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     if SHAPE.WIDE:
         heads = heads.to(tl.int64)
         rows = rows.to(tl.int64)
-    base = view.ptr + tl.cast(batch, tl.int64) * view.strides[0] + tl.cast(start, tl.int64) * view.strides[2]
-    return base + (heads * view.strides[1] + rows * view.strides[2]), inside
-
-
-@triton.jit
-def dim_offsets(view, chunk, START: tl.constexpr, DIMS: tl.constexpr, SHAPE: tl.constexpr):
-    """Indices along head_dim, and their offsets: [1, 1, DIMS]."""
-    dims = (START + chunk * DIMS + tl.arange(0, DIMS))[None, None, :]
-    return dims, (dims.to(tl.int64) if SHAPE.WIDE else dims) * view.strides[3]
+    base = view.ptr + tl.cast(batch, tl.int64) * view.batch_stride + tl.cast(start, tl.int64) * view.row_stride
+    return base + (heads * view.head_stride + rows * view.row_stride), inside
 
 
 @triton.jit
 def load_rows(view, batch, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A chunk of head_dim of every head's rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL])."""
     base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
-    dims, offsets = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
-    main = tl.load(base + offsets, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
+    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
+    main = tl.load(base + dims, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     tail = main
     if SHAPE.DIM_TAIL > 0:
-        dims, offsets = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
-        tail = tl.load(base + offsets, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
+        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
+        tail = tl.load(base + dims, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     return main, tail
 
 
@@ -104,11 +99,11 @@ def load_rows(view, batch, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr
 def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Writes a chunk of head_dim of every head's rows, in the tensor's dtype."""
     base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
-    dims, offsets = dim_offsets(view, chunk, 0, SHAPE.DIM_MAIN, SHAPE)
-    tl.store(base + offsets, main.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
+    dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
+    tl.store(base + dims, main.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
     if SHAPE.DIM_TAIL > 0:
-        dims, offsets = dim_offsets(view, 0, SHAPE.DIM_MAIN, SHAPE.DIM_TAIL, SHAPE)
-        tl.store(base + offsets, tail.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
+        dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
+        tl.store(base + dims, tail.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
 
 
 @triton.jit

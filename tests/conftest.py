@@ -1,4 +1,4 @@
-"""What every test shares: the device, and kernels that run without a GPU."""
+"""What every test shares: the device, kernels that run without a GPU, and a choice of tiles."""
 
 import os
 
@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # Lanes that are masked when they are stored may overflow before; NumPy, which interprets the kernels, speaks of it.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items):
@@ -26,18 +31,18 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def table_tiles(monkeypatch):
-    """The tiles of the table, under the interpreter too."""
-    monkeypatch.undo()
+def use_tile(monkeypatch):
+    """Cuts every kernel as the given tile says, or as a function of ``configs.tile``'s arguments does."""
+    from reattn.backends import triton
+    from reattn.kernels import configs
 
+    def use(tile):
+        choose = tile if callable(tile) else lambda *problem: tile
 
-@pytest.fixture(autouse=True)
-def few_tiles(monkeypatch):
-    """Under the interpreter a tile costs milliseconds whatever its size: large ones, with all of head_dim.
+        def tiled(kernel, query, launch):
+            return launch(choose(kernel, 80, query.element_size(), query.shape[1], query.shape[3]))
 
-    Those of the table are tested row by row in test_backends.py.
-    """
-    if not torch.cuda.is_available():
-        from reattn.kernels import configs
+        monkeypatch.setattr(triton, "_tiled", tiled)
 
-        monkeypatch.setattr(configs, "tile", lambda *problem: configs.Tile(32, 32))
+    assert configs.tile
+    return use

@@ -229,8 +229,8 @@ def backward(
 
 def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     """See :class:`reattn.backends.FusedBackend`."""
-    grad, out = _interpretable(grad), _interpretable(out)
     batch, heads, seqlen, head_dim = out.shape
+    grad, out = _aligned(grad), _aligned(out)
 
     def launch(tile: configs.Tile) -> Tensor:
         shape = _shape(tile, head_dim, grad, out)
@@ -283,7 +283,7 @@ def _empty_heads_last(like: Tensor) -> Tensor:
 
 
 def _view(tensor: Tensor) -> View:
-    return View(tensor, tensor.stride(), tensor.shape[2])
+    return View(tensor, *tensor.stride()[:3], tensor.shape[2])
 
 
 def _mixing(*parameters: Tensor | None) -> Mixing:
@@ -295,8 +295,8 @@ def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
     heads = tensors[0].shape[1]
     tf32 = tensors[0].is_cuda and torch.backends.cuda.matmul.allow_tf32
     # The farthest offset within a tile; rows and heads outside are computed, though not touched.
-    extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N), 2 * head_dim)
-    reach = max(sum(e * abs(s) for e, s in zip(extents, tensor.stride()[1:], strict=True)) for tensor in tensors)
+    extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N))
+    reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
     reach = max(reach, *(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
     return configs.shape(
         heads, head_dim, tensors[0].shape[3], tile.dim, "tf32" if tf32 else "ieee", wide=reach >= 2**31
