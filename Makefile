@@ -2,6 +2,8 @@ PYTHON ?= python3
 # The machine's own interpreter for `make gpu`, which sets nothing up and needs no network.
 GPU_PYTHON ?= python3
 WORKERS ?= 2
+# Kernels are compiled as the tests meet them: processes share that work.
+GPU_WORKERS ?= 8
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -48,7 +50,7 @@ gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3)
 	@mkdir -p "$(GPU_OUT)"
 	timeout -k 5 40 $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@set -o pipefail; status=0; \
-	timeout -s INT -k 10 320 $(GPU_PYTHON) -m pytest tests -q --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
+	timeout -s INT -k 10 320 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
 	    2>&1 | tee "$(GPU_OUT)/tests.log" || status=1; \
 	timeout -s INT -k 10 140 $(GPU_PYTHON) -m benchmarks.gpu_table --out "$(GPU_OUT)" \
 	    2>&1 | tee "$(GPU_OUT)/table.log" || status=1; \

@@ -135,7 +135,10 @@ class Run:
             if begin + self.longest.get(name, FIRST_GUESS_S[name]) > self.deadline:
                 continue
             oracle = oracle or Oracle(problem, self.plan.device, math.gcd(self.plan.distinct, problem.batch))
-            contender = self._contender(name, problem.norm)
+            if name == "fused":
+                contender = measure.operator(problem.norm, self.plan.backend)
+            else:
+                contender = peers.by_name(name, problem.norm, self.plan.compiler)
             errors, status = None, "ok"
             # Plain attention computes something else on purpose.
             if name != "sdpa":
@@ -157,17 +160,6 @@ class Run:
             self.save(self.report)
         del oracle
         measure.release_memory()
-
-    def _contender(self, name: str, norm: str) -> peers.Peer:
-        if name == "fused":
-            return measure.operator(norm, self.plan.backend)
-        if name == "sdpa":
-            return peers.sdpa
-        if name == "compiled":
-            # Every problem is a compilation of its own; after a few of one function dynamo would give up.
-            torch.compiler.reset()
-            return peers.compiled(peers.EAGER[norm], self.plan.compiler)
-        return peers.EAGER[norm]
 
     def _time(self, problem: Problem, contender: peers.Peer, backward: bool, in_graph: bool) -> dict[str, Any]:
         device = self.plan.device
@@ -226,8 +218,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             + "".join(f"{_cell(entries[name], 'peak_bytes', '.1f', 2**20):>10}" for name in CONTENDERS)
         )
     yield ""
-    yield "speed-up: the faster of eager and compiled, where measured, over fused; sdpa is plain attention, without mixing."
-    yield "floor: the larger of arithmetic and traffic at the measured rates. peak: what is allocated beyond the inputs."
+    yield "speed-up: the faster of eager and compiled, where measured, over fused. sdpa: plain attention, without mixing."
+    yield "floor: the larger of arithmetic and traffic at the measured rates. peak: allocated beyond the inputs."
     if report["launches"]:
         yield ""
         yield "small batches, forward: microseconds a call, issued from Python / replayed in a CUDA graph"

@@ -2,7 +2,7 @@
 
 A contender is held to float64 before it is timed: its error may be twice that of eager arithmetic in the same dtype,
 plus rounding. Times are medians, on CUDA between events, with inputs that rotate through more memory than the L2 cache
-holds, on a CPU of contenders taking turns. Inputs are random, and lie in memory as a model's qkv projection leaves them.
+holds, on a CPU of contenders taking turns. Inputs are random, and lie in memory as a qkv projection leaves them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Problem:
         return (4 * self.head_dim + 2 * self.heads) * maps * (3 if backward else 1)
 
     def traffic(self, backward: bool) -> int:
-        """Fewest bytes to and from memory: query, key, value and the output once; a backward pass reads query, key, value
-        and the gradient of the output once more, and writes three gradients.
+        """Fewest bytes to and from memory: query, key, value and the output once.
+
+        A backward pass reads query, key, value and the gradient of the output once more, and writes three gradients.
         """
         rows = self.batch * self.heads * self.seqlen * self.head_dim
         return rows * self.dtype.itemsize * (4 + 7 if backward else 4)
@@ -74,8 +75,8 @@ class Inputs(NamedTuple):
 def make_inputs(problem: Problem, device: torch.device, seed: int = 0, distinct: int | None = None) -> Inputs:
     """Views of a random qkv projection. With ``distinct``, a divisor of the batch, that many samples repeat to fill it.
 
-    A batch of repeated samples has the outputs and the batch statistics of those samples alone, so a launch of full size
-    can be held to a float64 computation that fits into memory.
+    A batch of repeated samples has the outputs and the batch statistics of those samples alone, so a launch of full
+    size can be held to a float64 computation that fits into memory.
     """
     generator = torch.Generator(device).manual_seed(seed)
     distinct = problem.batch if distinct is None else distinct
@@ -211,7 +212,7 @@ class Oracle:
                 # Written so that NaN is refused, and infinity where eager arithmetic overflows as well.
                 if not (error <= allowed and math.isfinite(error)):
                     raise WrongResult(
-                        f"{name}: the error of the {what} is {error:.3g} {kind}, at most {allowed:.3g} is allowed: {limit}"
+                        f"{name}: the error of the {what} is {error:.3g} {kind}, allowed is {allowed:.3g}: {limit}"
                     )
         return {what: error for what, (error, _) in errors.items()}
 
@@ -372,7 +373,7 @@ def release_memory() -> None:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches: ``flops_per_s`` in a large bfloat16 product, ``bytes_per_s`` (both ways) in a large copy."""
+    """What the device reaches: ``flops_per_s`` in a large bfloat16 product, ``bytes_per_s``, both ways, in a large copy."""
     size = 8192
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product_ms = time_cuda([lambda: left @ right])

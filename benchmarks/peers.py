@@ -71,6 +71,15 @@ EAGER: dict[str, Peer] = {
 }
 
 
+def by_name(name: str, norm: str, compiler: str = "inductor") -> Peer:
+    """ "eager", "compiled", "one-sample-at-a-time" or "sdpa". Making a compiled peer discards all that was compiled before."""
+    if name == "compiled":
+        # Dynamo gives up after a few compilations of one function, and every problem is one.
+        torch.compiler.reset()
+        return compiled(EAGER[norm], compiler)
+    return {"eager": EAGER[norm], "one-sample-at-a-time": one_sample_at_a_time(norm), "sdpa": sdpa}[name]
+
+
 def compiled(peer: Peer, compiler: str = "inductor") -> Peer:
     """``torch.compile`` of a peer, for the very shapes it meets; ``compiler`` is torch.compile's backend."""
     return torch.compile(peer, fullgraph=True, dynamic=False, backend=compiler)

@@ -1,0 +1,287 @@
+"""The fused operator against float64: every norm, dtype and family of shapes, and inputs that invite trouble."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parity import MODES, assert_parity, compute, make_problem
+
+from reattn import re_attention
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# heads, head_dim, seqlen, seqlen_k, batch
+SHAPES = [
+    (1, 16, 17, 17, 2),
+    (3, 32, 50, 50, 2),
+    (6, 33, 17, 50, 1),
+    (12, 32, 50, 50, 1),
+    (12, 64, 17, 17, 2),
+    (16, 35, 1, 17, 2),
+    (12, 33, 50, 197, 1),
+    (3, 64, 196, 17, 1),
+    (6, 80, 17, 50, 1),
+    (3, 128, 17, 17, 1),
+    (3, 1, 17, 3, 2),
+    (17, 16, 17, 17, 1),
+    (32, 32, 17, 17, 1),
+    (12, 32, 197, 197, 1),
+    (12, 32, 17, 17, 0),
+]
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+def shape_cases():
+    """Every shape with every mode, dtypes in turn: each pair of a shape, a mode and a dtype occurs."""
+    for index, (heads, head_dim, seqlen, seqlen_k, batch) in enumerate(SHAPES):
+        for turn, mode in enumerate(MODES):
+            dtype = list(FLOATS)[(index + turn) % 3]
+            name = f"{batch}x{heads}x{seqlen}x{seqlen_k}x{head_dim}-{mode}-{dtype}"
+            sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": batch}
+            yield pytest.param(sizes, mode, FLOATS[dtype], id=name)
+
+
+@pytest.mark.parametrize(("sizes", "mode", "dtype"), shape_cases())
+def test_shapes(sizes, mode, dtype, device):
+    assert_parity(make_problem(mode, **sizes, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("mode", ["batch-eval", "layer", "none"])
+def test_one_key(mode, device):
+    """Each map is 1: nothing may reach query and key."""
+    problem = make_problem(mode, seqlen_k=1, device=device)
+    assert_parity(problem)
+    found = compute(problem, "triton")
+    assert not found["query gradient"].any() and not found["key gradient"].any()
+
+
+def test_maps_without_variance(device):
+    """Batch statistics of maps that are all 1: the output is the norm's bias, up to one rounding over sqrt(eps)."""
+    problem = make_problem("batch-training", seqlen_k=1, device=device)
+    found = compute(problem, "triton")
+    expected = problem["norm_bias"][:, None, None] * problem["value"]
+    torch.testing.assert_close(found["output"], expected.expand(-1, -1, 17, -1), rtol=0, atol=5e-4)
+    for name in ("query", "key", "theta", "bias"):
+        torch.testing.assert_close(found[f"{name} gradient"], torch.zeros_like(problem[name]), rtol=0, atol=0.1)
+    torch.testing.assert_close(found["running_var"], 0.9 * problem["running_var"])
+
+
+@modes
+@pytest.mark.parametrize("layout", ["contiguous", "head_dim strided", "expanded"])
+def test_layouts(layout, mode, device):
+    assert_parity(make_problem(mode, layout=layout, device=device, dtype=torch.float16))
+
+
+@modes
+@pytest.mark.parametrize(
+    "expand",
+    [
+        pytest.param(lambda grad: grad.new_ones(()).expand(grad.shape), id="sum"),
+        pytest.param(lambda grad: (grad.new_ones(()) / grad.numel()).expand(grad.shape), id="mean"),
+        pytest.param(lambda grad: grad[:, :1].expand(grad.shape), id="over-heads"),
+        pytest.param(lambda grad: grad[:, :, :1, :1].expand(grad.shape), id="over-rows-and-head_dim"),
+        pytest.param(lambda grad: grad.contiguous().mT.contiguous().mT, id="head_dim-strided"),
+    ],
+)
+def test_gradient_layouts(expand, mode, device):
+    problem = make_problem(mode, device=device)
+    assert_parity(replace(problem, grad=expand(problem.grad)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_gradient_that_all_heads_share(dtype, device):
+    """The norm over heads removes what is common to them, which may be far larger than what is left."""
+    problem = make_problem("layer", dtype=dtype, device=device)
+    value, grad = (tensor[:, :1].expand(-1, 3, -1, -1) for tensor in (problem["value"], problem.grad))
+    ones = torch.ones_like(problem["norm_weight"])
+    assert_parity(replace(problem.with_tensors(value=value, norm_weight=ones), grad=grad))
+
+
+@modes
+def test_scale_and_output_scale(mode, device):
+    assert_parity(make_problem(mode, device=device, scale=0.6, output_scale=33**-0.5))
+
+
+@modes
+def test_without_optional_tensors(mode, device):
+    absent = dict.fromkeys(("bias", "norm_weight", "norm_bias"))
+    if MODES[mode][1]:
+        absent |= dict.fromkeys(("running_mean", "running_var"))
+    assert_parity(make_problem(mode, device=device).with_tensors(**absent))
+
+
+@modes
+@pytest.mark.parametrize("absent", ["bias", "norm_weight", "norm_bias"])
+def test_without_one_optional_tensor(mode, absent, device):
+    problem = make_problem(mode, device=device, dtype=torch.float16)
+    if absent not in problem.tensors:
+        pytest.skip(f"{mode} has no {absent}")
+    assert_parity(problem.with_tensors(**{absent: None}))
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_parameters_in_the_dtype_of_the_maps(mode, dtype, device):
+    assert_parity(make_problem(mode, device=device, dtype=dtype, parameter_dtype=dtype))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
+def test_momentum_and_eps(momentum, device):
+    assert_parity(make_problem("batch-training", device=device, momentum=momentum, eps=1e-3))
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_saturated_softmax(mode, dtype, device):
+    """Scores of about +-1e4: every map is 0 or 1, and nearly every gradient of query and key vanishes."""
+    problem = make_problem(mode, device=device, dtype=dtype)
+    large = {name: problem[name] * 50 for name in ("query", "key")}
+    scores = large["query"].double() @ large["key"].double().mT / 4
+    assert 1e4 < scores.abs().max() < 5e4
+    assert_parity(problem.with_tensors(**large))
+
+
+@modes
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_large_means(mode, name, device):
+    problem = make_problem(mode, device=device)
+    assert_parity(problem.with_tensors(**{name: problem[name] + 30}))
+
+
+@modes
+def test_nearly_equal_heads(mode, device):
+    """The covariance of the maps is then nearly singular, and theta may cancel it."""
+    problem = make_problem(mode, device=device, layout="expanded")
+    noise = make_problem(mode, device=device)
+    assert_parity(problem.with_tensors(**{name: problem[name] + 1e-3 * noise[name] for name in ("query", "key")}))
+
+
+@modes
+def test_every_output_element_is_written(mode, device, monkeypatch):
+    """Memory that the launcher allocates holds NaN; what the kernels return must not depend on it."""
+    problem = make_problem(mode, heads=6, head_dim=33, seqlen=35, seqlen_k=19, device=device, dropout_p=0.1)
+    expected = compute(problem, "triton")
+    poisoned = []
+
+    def poison(allocate):
+        def allocate_nan(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            poisoned.append(tensor.shape)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_nan
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    found = compute(problem, "triton")
+    assert len(poisoned) > 5
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def kind(tensor):
+    """0 where finite, 1 where NaN, 2 where infinite."""
+    return tensor.isnan().int() + 2 * tensor.isinf().int()
+
+
+@pytest.mark.parametrize("mode", ["batch-eval", "layer", "none"])
+@pytest.mark.parametrize("heads", [3, 12])
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        pytest.param("query", (0, 1, 3, 5), float("nan"), id="nan-in-query"),
+        pytest.param("query", (0, 1, 3, 5), float("inf"), id="inf-in-query"),
+        pytest.param("query", (0, 2), float("nan"), id="nan-in-a-head-of-query"),
+        pytest.param("query", (slice(None), slice(None), 4), float("nan"), id="nan-in-a-row-of-query"),
+        pytest.param("key", (1, 0, 2, 5), float("nan"), id="nan-in-key"),
+        pytest.param("key", (1, 0, 2, 5), float("-inf"), id="inf-in-key"),
+        pytest.param("value", (1, 0, 2, 5), float("nan"), id="nan-in-value"),
+        pytest.param("value", (1, 0, 2, 5), float("inf"), id="inf-in-value"),
+    ],
+)
+def test_nonfinite_inputs(name, where, value, heads, mode, device):
+    problem = make_problem(mode, heads=heads, device=device)
+    spoilt = problem[name].clone()
+    spoilt[where] = value
+    problem = problem.with_tensors(**{name: spoilt})
+    found, expected = (compute(problem, backend) for backend in ("triton", "reference"))
+    assert kind(expected["output"]).any()
+    torch.testing.assert_close(kind(found["output"]), kind(expected["output"]), rtol=0, atol=0)
+    for name in ("query gradient", "key gradient", "value gradient"):
+        torch.testing.assert_close(found[name].isfinite(), expected[name].isfinite(), rtol=0, atol=0, msg=name)
+
+
+def drawn_mask(device, heads=3, seqlen=17, seqlen_k=17, batch=2, dropout_p=0.3, seed=0):
+    """What the Triton backend keeps, boolean, (batch, heads, seqlen, seqlen_k): equal scores, and values that show the maps."""
+    head_dim = 16
+    query = torch.zeros(batch, heads, seqlen, head_dim, device=device)
+    key = torch.zeros(batch, heads, seqlen_k, head_dim, device=device)
+    theta = torch.eye(heads, device=device)
+    chunks = []
+    for unit in torch.eye(seqlen_k, device=device).split(head_dim, dim=1):
+        value = torch.zeros_like(key)
+        value[..., : unit.shape[1]] = unit
+        torch.manual_seed(seed)
+        maps = re_attention(query, key, value, theta, dropout_p=dropout_p, backend="triton")
+        chunks.append(maps[..., : unit.shape[1]] > 0.5 / seqlen_k)
+    return torch.cat(chunks, -1)
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("heads", [3, 12])
+def test_dropout(heads, mode, dtype, device):
+    """With the mask that was drawn handed to the reference: the forward pass, and a backward pass that draws it again."""
+    keep = drawn_mask(device, heads=heads, seqlen_k=35, seed=5)
+    problem = make_problem(mode, heads=heads, seqlen_k=35, dtype=dtype, device=device, dropout_p=0.3)
+    assert_parity(replace(problem, keep=keep, seed=5))
+
+
+def test_dropout_rate_and_independence(device):
+    """Shares of kept elements, and of those kept in two places, within four standard deviations."""
+    keep = drawn_mask(device, heads=4, seqlen=40, seqlen_k=40, batch=4, dropout_p=0.3).double()
+
+    def deviations(kept, expected):
+        return (kept.mean() - expected).abs() / (expected * (1 - expected) / kept.numel()) ** 0.5
+
+    assert deviations(keep, 0.7) < 4
+    for dim in range(4):
+        assert deviations(keep * keep.roll(1, dim), 0.7**2) < 4
+    assert deviations(keep * keep.mT, 0.7**2) < 4
+
+
+def test_dropout_follows_the_seed(device):
+    first, again, other = (drawn_mask(device, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_dropout_differs_between_calls(device):
+    problem = make_problem(device=device, dropout_p=0.5)
+    torch.manual_seed(0)
+    one, two = (re_attention(**problem.tensors, **problem.options, backend="triton") for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)], ids=str)
+def test_dropout_does_not_depend_on_the_tile(tile, device, use_tile):
+    from reattn.kernels import configs
+
+    expected = drawn_mask(device, seqlen=50, seqlen_k=50)
+    use_tile(configs.Tile(*tile))
+    assert torch.equal(drawn_mask(device, seqlen=50, seqlen_k=50), expected)
+
+
+@modes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_determinism(mode, dropout_p, device):
+    """Bitwise, theta's gradient included: sums over programs are taken in a fixed order."""
+    problem = make_problem(mode, seqlen=50, batch=3, device=device, dropout_p=dropout_p)
+    one, two = (compute(problem, "triton") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", ["layer", "none"])
+def test_training_matters_to_batch_norm_alone(mode, device):
+    problem = make_problem(mode, device=device)
+    one, two = (compute(problem.with_options(training=training), "triton") for training in (False, True))
+    assert all(torch.equal(one[name], two[name]) for name in one)
