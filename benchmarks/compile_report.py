@@ -26,7 +26,7 @@ import torch
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 # Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none
 # run longer.
-RARE_SPILLS = 32
+RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NORMS = ("layer", "batch", "plain")
 

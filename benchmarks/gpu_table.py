@@ -144,7 +144,8 @@ class Run:
             if name != "sdpa":
                 errors, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=name == "fused"))
             for entry in entries:
-                found = entry["contenders"][name] = {"status": status}
+                found: dict[str, Any] = {"status": status}
+                entry["contenders"][name] = found
                 if status == "ok":
                     backward = entry["direction"] != "forward"
                     timed, found["status"] = measure.attempt(
@@ -154,9 +155,8 @@ class Run:
                     found |= {"errors": errors} if timed and errors else {}
             self.longest[name] = max(time.monotonic() - begin, self.longest.get(name, 0.0))
             brief = ", ".join(_cell(entry["contenders"][name], "ms", ".3f") for entry in entries)
-            print(
-                f"[{self.deadline - time.monotonic():4.0f} s left] {_title(entries[0])} {name}: {brief} ms", flush=True
-            )
+            left = self.deadline - time.monotonic()
+            print(f"[{left:4.0f} s left] {_title(entries[0])} {name}: {brief} ms", flush=True)
             self.save(self.report)
         del oracle
         measure.release_memory()
@@ -172,7 +172,7 @@ class Run:
             ms = measure.time_cuda(calls)
         else:
             ms = measure.time_interleaved({"call": calls[0]}, seconds=0.0)["call"]
-        found = {
+        found: dict[str, Any] = {
             "ms": ms,
             "tflops": problem.flops(backward) / ms / 1e9,
             "peak_bytes": measure.peak_memory(calls[0], device),
@@ -201,40 +201,46 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             f"{ceilings['bytes_per_s'] / 1e12:.2f} TB/s in a large copy"
         )
     yield ""
-    shape = f"{'B':>4}{'N':>5}{'d':>4} {'norm':6}{'direction':17}"
     names = "".join(f"{name:>10}" for name in CONTENDERS)
-    yield f"{'':36}|{'milliseconds':^40}|{'fused':^33}|{'peak MiB':^40}"
-    yield f"{shape}|{names}|{'/ sdpa':>8}{'speed-up':>9}{'/ floor':>8}{'TFLOP/s':>8}|{names}"
-    for case in report["cases"]:
-        entries = case["contenders"]
-        times = [entries[name].get("ms") for name in CONTENDERS]
-        fused, *rivals, floor = times
-        best = min((ms for ms in rivals if ms is not None), default=None)
-        yield (
-            f"{case['batch']:>4}{case['seqlen']:>5}{case['head_dim']:>4} {case['norm']:6}{case['direction']:17}|"
-            + "".join(f"{_cell(entries[name], 'ms', '.3f'):>10}" for name in CONTENDERS)
-            + f"|{_ratio(fused, floor):>8}{_ratio(best, fused):>9}{_ratio(fused, case['floor_ms']):>8}"
-            + f"{_cell(entries['fused'], 'tflops', '.1f'):>8}|"
-            + "".join(f"{_cell(entries[name], 'peak_bytes', '.1f', 2**20):>10}" for name in CONTENDERS)
-        )
+    yield f"{'':36}|{'milliseconds':^40}|{'fused':^36}|{'peak MiB':^40}"
+    yield (
+        f"{'B':>4}{'N':>5}{'d':>4} {'norm':6}{'direction':16}|{names}|"
+        f"{'/ sdpa':>9}{'speed-up':>9}{'/ floor':>9}{'TFLOP/s':>9}|{names}"
+    )
+    yield from map(_case_line, report["cases"])
     yield ""
-    yield "speed-up: the faster of eager and compiled, where measured, over fused. sdpa: plain attention, without mixing."
+    yield "speed-up: the faster of eager and compiled, where measured, over fused. sdpa: plain attention, no mixing."
     yield "floor: the larger of arithmetic and traffic at the measured rates. peak: allocated beyond the inputs."
     if report["launches"]:
         yield ""
         yield "small batches, forward: microseconds a call, issued from Python / replayed in a CUDA graph"
-        for launch in report["launches"]:
-            cells = (
-                f"{name} {_cell(entry, 'ms', '.1f', 1e-3)} / {_cell(entry, 'graph_ms', '.1f', 1e-3)}"
-                for name, entry in launch["contenders"].items()
-            )
-            yield f"{launch['batch']:>4}{launch['seqlen']:>5}{launch['head_dim']:>4} {launch['norm']:6}" + "   ".join(
-                cells
-            )
+        yield from map(_launch_line, report["launches"])
     remarks = list(_remarks(report))
     if remarks:
         yield ""
         yield from remarks
+
+
+def _case_line(case: dict[str, Any]) -> str:
+    entries = [case["contenders"][name] for name in CONTENDERS]
+    fused, eager, compiled, sdpa = (entry.get("ms") for entry in entries)
+    rival = min((ms for ms in (eager, compiled) if ms is not None), default=None)
+    ratios = (_ratio(fused, sdpa), _ratio(rival, fused), _ratio(fused, case["floor_ms"]))
+    columns = (
+        f"{case['batch']:>4}{case['seqlen']:>5}{case['head_dim']:>4} {case['norm']:6}{case['direction']:16}",
+        "".join(f"{_cell(entry, 'ms', '.3f'):>10}" for entry in entries),
+        "".join(f"{figure:>9}" for figure in (*ratios, _cell(entries[0], "tflops", ".1f"))),
+        "".join(f"{_cell(entry, 'peak_bytes', '.1f', 2**20):>10}" for entry in entries),
+    )
+    return "|".join(columns)
+
+
+def _launch_line(launch: dict[str, Any]) -> str:
+    cells = (
+        f"{name} {_cell(entry, 'ms', '.1f', 1e-3)} / {_cell(entry, 'graph_ms', '.1f', 1e-3)}"
+        for name, entry in launch["contenders"].items()
+    )
+    return f"{launch['batch']:>4}{launch['seqlen']:>5}{launch['head_dim']:>4} {launch['norm']:6}" + "   ".join(cells)
 
 
 def _cell(entry: dict[str, Any], key: str, form: str, unit: float = 1.0) -> str:
@@ -254,9 +260,7 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
     """Whatever is not a number in the table, and why."""
     for case in report["cases"] + report["launches"]:
         for name, entry in case["contenders"].items():
-            what = (
-                f"B={case['batch']} N={case['seqlen']} d={case['head_dim']} {case['norm']} {case['direction']} {name}"
-            )
+            what = f"{_title(case)} {case['direction']} {name}"
             if entry["status"] != "ok":
                 yield f"{what}: {entry['status']}"
             elif entry.get("graph_status", "ok") != "ok":
@@ -296,25 +300,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
 
-    run = Run(
-        (SMOKE if options.cpu_smoke else GPU)(device, backend),
-        options.seconds,
-        lambda report: save(report, options.out),
-    )
-    interrupted = False
+    if options.cpu_smoke:
+        torch.set_num_threads(1)
+    plan = (SMOKE if options.cpu_smoke else GPU)(device, backend)
+    run = Run(plan, options.seconds, functools.partial(save, folder=options.out))
+    status = 0
     try:
         run.measure()
     except KeyboardInterrupt:
-        interrupted = True
-    save(run.report, options.out)
-    print()
-    print("\n".join(table(run.report)))
-    if options.cpu_smoke:
-        print("\nA trial on a CPU: these times mean nothing.")
-    if interrupted:
-        print("\nInterrupted: what is missing was not measured.", file=sys.stderr)
-        return 130
-    return 1 if faults(run.report) else 0
+        print("interrupted: what is missing was not measured", file=sys.stderr)
+        status = 130
+    finally:
+        # Also when the device is lost: what was measured before that stays true.
+        save(run.report, options.out)
+        print("", *table(run.report), sep="\n", flush=True)
+    return status or int(bool(faults(run.report)))
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def release_memory() -> None:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches: ``flops_per_s`` in a large bfloat16 product, ``bytes_per_s``, both ways, in a large copy."""
+    """What the device reaches: ``flops_per_s`` in a bfloat16 matrix product, ``bytes_per_s`` both ways in a copy."""
     size = 8192
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product_ms = time_cuda([lambda: left @ right])

@@ -72,7 +72,7 @@ EAGER: dict[str, Peer] = {
 
 
 def by_name(name: str, norm: str, compiler: str = "inductor") -> Peer:
-    """ "eager", "compiled", "one-sample-at-a-time" or "sdpa". Making a compiled peer discards all that was compiled before."""
+    """The peer "eager", "compiled", "one-sample-at-a-time" or "sdpa"; "compiled" discards what was compiled before."""
     if name == "compiled":
         # Dynamo gives up after a few compilations of one function, and every problem is one.
         torch.compiler.reset()

@@ -15,6 +15,7 @@ from .tiles import (
     mean_over_heads,
     mix_heads,
     normalise,
+    over_heads,
     per_row_pointers,
     poison_rows,
     store_partial_sums,
@@ -148,15 +149,28 @@ def backward_query_kernel(
         grad_columns = tl.permute(grad_mixed.to(dtype), (0, 2, 1))
         grad_weight += tl.dot(centred, grad_columns, input_precision=SHAPE.PRECISION)
 
+    grad_shift = tl.sum(grad_shift, axis=0)
+    grad_gamma = tl.sum(grad_gamma, axis=0)
+    grad_weight = tl.sum(grad_weight, axis=0)
     if SHAPE.PACK > 1:
-        delta = tl.where(is_finite(lse), delta, float("nan"))
+        # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
+        reached = lse
+        if mixing.gamma is not None:
+            reached = over_heads(lse)
+        delta = tl.where(is_finite(reached), delta, float("nan"))
+        clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
+        clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
+        grad_weight = tl.where(clean[:, None], grad_weight, float("nan"))
+        if mixing.gamma is not None:
+            grad_shift = tl.where(clean, grad_shift, float("nan"))
+            grad_gamma = tl.where(clean, grad_gamma, float("nan"))
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     # Every chunk's program stores the same values here.
     tl.store(delta_block, delta, mask=row_mask)
-    store_partial_sums(grad_shift_ptr, grad_weight_ptr, tl.sum(grad_shift, axis=0), tl.sum(grad_weight, axis=0))
+    store_partial_sums(grad_shift_ptr, grad_weight_ptr, grad_shift, grad_weight)
     if mixing.gamma is not None:
         index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
-        tl.store(grad_gamma_ptr + index, tl.sum(grad_gamma, axis=0))
+        tl.store(grad_gamma_ptr + index, grad_gamma)
         tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
 
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)

@@ -265,9 +265,15 @@ def probabilities(scores, lse, columns, seqlen_k, SHAPE: tl.constexpr):
 def poison_rows(tile, lse, SHAPE: tl.constexpr):
     """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: head-major."""
     if SHAPE.PACK > 1:
-        poisoned = tl.max(tl.where(is_finite(lse), 0, 1), axis=0) > 0
-        tile = tl.where(poisoned[None, :, None], float("nan"), tile)
+        tile = tl.where(is_finite(over_heads(lse))[:, :, None], tile, float("nan"))
     return tile
+
+
+@triton.jit
+def over_heads(lse):
+    """The LSE, with infinity in every head of a row where it is not finite in one: [HEADS_PADDED, BLOCK_M]."""
+    finite = tl.min(tl.where(is_finite(lse), 1, 0), axis=0, keep_dims=True) > 0
+    return tl.where(finite, lse, float("inf"))
 
 
 @triton.jit

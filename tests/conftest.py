@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_configure(config):
     # Lanes that are masked when they are stored may overflow before; NumPy, which interprets the kernels, speaks of it.
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    for what in ("overflow encountered", "invalid value encountered"):
+        config.addinivalue_line("filterwarnings", f"ignore:{what}:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):

@@ -40,7 +40,7 @@ def shape_cases():
             yield pytest.param(sizes, mode, FLOATS[dtype], id=name)
 
 
-@pytest.mark.parametrize(("sizes", "mode", "dtype"), shape_cases())
+@pytest.mark.parametrize(("sizes", "mode", "dtype"), list(shape_cases()))
 def test_shapes(sizes, mode, dtype, device):
     assert_parity(make_problem(mode, **sizes, dtype=dtype, device=device))
 
@@ -88,10 +88,16 @@ def test_gradient_layouts(expand, mode, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_norm_over_two_heads(dtype, device):
+    """Of two heads the norm leaves hardly more than a sign: what reaches query and key is a small difference."""
+    assert_parity(make_problem("layer", heads=2, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_gradient_that_all_heads_share(dtype, device):
     """The norm over heads removes what is common to them, which may be far larger than what is left."""
     problem = make_problem("layer", dtype=dtype, device=device)
-    value, grad = (tensor[:, :1].expand(-1, 3, -1, -1) for tensor in (problem["value"], problem.grad))
+    value, grad = (tensor[:, :1] + tensor / 64 for tensor in (problem["value"], problem.grad))
     ones = torch.ones_like(problem["norm_weight"])
     assert_parity(replace(problem.with_tensors(value=value, norm_weight=ones), grad=grad))
 
@@ -134,17 +140,16 @@ def test_momentum_and_eps(momentum, device):
 def test_saturated_softmax(mode, dtype, device):
     """Scores of about +-1e4: every map is 0 or 1, and nearly every gradient of query and key vanishes."""
     problem = make_problem(mode, device=device, dtype=dtype)
-    large = {name: problem[name] * 50 for name in ("query", "key")}
-    scores = large["query"].double() @ large["key"].double().mT / 4
-    assert 1e4 < scores.abs().max() < 5e4
+    large = {name: problem[name] * 60 for name in ("query", "key")}
+    largest_score = (large["query"].double() @ large["key"].double().mT / 4).abs().max().item()
+    assert 1e4 < largest_score < 5e4
     assert_parity(problem.with_tensors(**large))
 
 
 @modes
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_large_means(mode, name, device):
+def test_values_with_a_large_mean(mode, device):
     problem = make_problem(mode, device=device)
-    assert_parity(problem.with_tensors(**{name: problem[name] + 30}))
+    assert_parity(problem.with_tensors(value=problem["value"] + 30))
 
 
 @modes
@@ -204,10 +209,10 @@ def test_nonfinite_inputs(name, where, value, heads, mode, device):
     spoilt[where] = value
     problem = problem.with_tensors(**{name: spoilt})
     found, expected = (compute(problem, backend) for backend in ("triton", "reference"))
-    assert kind(expected["output"]).any()
+    assert not expected["output"].isfinite().all()
     torch.testing.assert_close(kind(found["output"]), kind(expected["output"]), rtol=0, atol=0)
-    for name in ("query gradient", "key gradient", "value gradient"):
-        torch.testing.assert_close(found[name].isfinite(), expected[name].isfinite(), rtol=0, atol=0, msg=name)
+    wrong = [name for name in expected if not torch.equal(found[name].isfinite(), expected[name].isfinite())]
+    assert not wrong
 
 
 def drawn_mask(device, heads=3, seqlen=17, seqlen_k=17, batch=2, dropout_p=0.3, seed=0):
@@ -266,16 +271,16 @@ def test_dropout_differs_between_calls(device):
 def test_dropout_does_not_depend_on_the_tile(tile, device, use_tile):
     from reattn.kernels import configs
 
-    expected = drawn_mask(device, seqlen=50, seqlen_k=50)
+    expected = drawn_mask(device, seqlen=35, seqlen_k=35)
     use_tile(configs.Tile(*tile))
-    assert torch.equal(drawn_mask(device, seqlen=50, seqlen_k=50), expected)
+    assert torch.equal(drawn_mask(device, seqlen=35, seqlen_k=35), expected)
 
 
-@modes
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_determinism(mode, dropout_p, device):
     """Bitwise, theta's gradient included: sums over programs are taken in a fixed order."""
-    problem = make_problem(mode, seqlen=50, batch=3, device=device, dropout_p=dropout_p)
+    problem = make_problem(mode, seqlen=35, device=device, dropout_p=dropout_p)
     one, two = (compute(problem, "triton") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -1,0 +1,233 @@
+"""The choice of a backend, and the configurations of the Triton one: every row of the table, head_dim in chunks, wide offsets."""
+
+import logging
+import re
+
+import pytest
+import torch
+from parity import assert_parity, compute, make_problem
+
+import reattn
+from reattn import backends, re_attention
+from reattn.backends import BACKENDS, Request, available_backends, choose, triton
+from reattn.kernels import configs
+
+CPU = torch.device("cpu")
+SMALL_SHARED, LARGE_SHARED = 86, 80
+
+
+def problems_of_the_table():
+    """Bytes an element, heads, head_dim: for every row a problem that gets its tile, with head_dim in chunks if that may be."""
+    for kernel, rows in configs.TABLE.items():
+        for row in rows:
+            yield next(
+                (row.itemsize, row.heads, head_dim)
+                for head_dim in (33, 65, 16, 64)
+                for arch in (SMALL_SHARED, LARGE_SHARED)
+                if head_dim <= row.head_dim
+                and configs.tile(kernel, arch, row.itemsize, row.heads, head_dim) == row.tile
+            )
+
+
+PROBLEMS = sorted(set(problems_of_the_table()))
+
+
+def test_available_backends(device):
+    assert available_backends() == {"triton": [], "reference": []}
+    assert reattn.available_backends is available_backends
+
+
+def test_triton_gives_every_reason(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    request = Request(CPU, torch.float64, heads=33, head_dim=129, masked=True)
+    assert triton.not_supported(request) == [
+        "needs a CUDA device, got cpu",
+        "dtype must be float32, float16 or bfloat16, got torch.float64",
+        "takes at most 32 heads, got 33",
+        "takes head_dim up to 128, got 129",
+        "does not take attn_mask or is_causal",
+    ]
+
+
+@pytest.mark.parametrize(("capability", "reasons"), [((7, 5), 1), ((8, 0), 0), ((10, 0), 0)])
+def test_triton_needs_ampere(capability, reasons, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = triton.not_supported(Request(torch.device("cuda"), torch.float16, 12, 64))
+    assert found == ["needs compute capability 8.0 or higher, got 7.5"] * reasons
+
+
+def test_triton_says_why_it_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(triton, "_import_error", "No module named 'triton'")
+    reason = "triton or reattn.kernels cannot be imported (No module named 'triton')"
+    assert triton.not_supported(Request(CPU)) == [reason]
+    assert available_backends()["triton"] == [reason]
+
+
+def test_auto_takes_the_first_that_can(monkeypatch):
+    monkeypatch.delenv("REATTN_BACKEND", raising=False)
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == "triton"
+    assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
+    assert choose("auto", Request(CPU, torch.float32, 33, 64), "") == "reference"
+
+
+def test_environment_overrides_auto(monkeypatch, device):
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    request = Request(CPU, torch.float32, 12, 64)
+    monkeypatch.setenv("REATTN_BACKEND", "reference")
+    assert choose("auto", request, "") == "reference"
+    assert choose("triton", request, "") == "triton"
+    monkeypatch.setenv("REATTN_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'triton', 'reference'\], got 'cudnn'"):
+        choose("auto", request, "")
+    monkeypatch.setenv("REATTN_BACKEND", "triton")
+    query = torch.zeros(1, 3, 5, 4, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this: dtype must be"):
+        re_attention(query, query, query, torch.eye(3, device=device))
+
+
+def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
+    query = torch.zeros(2, 33, 5, 130, dtype=torch.float64, device=device)
+    key = torch.zeros(2, 33, 7, 130, dtype=torch.float64, device=device)
+    message = (
+        "backend 'triton' cannot run this: dtype must be float32, float16 or bfloat16, got torch.float64; takes at most 32 "
+        "heads, got 33; takes head_dim up to 128, got 130; does not take attn_mask or is_causal (query (2, 33, 5, 130), "
+        f"key (2, 33, 7, 130), torch.float64 on {query.device})"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        re_attention(query, key, key, torch.eye(33, device=device), is_causal=True, backend="triton")
+
+
+def test_one_log_line_when_a_gpu_falls_back(monkeypatch, caplog):
+    monkeypatch.delenv("REATTN_BACKEND", raising=False)
+    monkeypatch.setattr(triton, "not_supported", lambda request: ["too old", "too small"])
+    backends._log_fallback.cache_clear()
+    request = Request(torch.device("cuda"), torch.float16, 12, 64)
+    with caplog.at_level(logging.INFO, logger="reattn"):
+        assert [choose("auto", request, "") for _ in range(3)] == ["reference"] * 3
+        assert choose("reference", request, "") == "reference"
+        assert choose("auto", Request(CPU, torch.float16, 12, 64), "") == "reference"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith("triton: too old, too small")
+    backends._log_fallback.cache_clear()
+
+
+def test_every_backend_answers_the_same_question():
+    assert all(isinstance(backend.not_supported(Request(CPU)), list) for backend in BACKENDS.values())
+
+
+@pytest.mark.parametrize("kernel", configs.TABLE)
+def test_no_row_hides_another(kernel):
+    """Each row of the table serves the largest problem it is for, on some architecture."""
+    for row in configs.TABLE[kernel]:
+        served = {configs.tile(kernel, arch, *row[:3]) for arch in (SMALL_SHARED, LARGE_SHARED)}
+        assert row.tile in served, row
+
+
+@pytest.mark.parametrize("kernel", configs.TABLE)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_problem_has_a_tile(kernel, itemsize):
+    for arch in (80, 86, 89, 90, 100, 120):
+        for heads in range(1, triton.MAX_HEADS + 1):
+            for head_dim in (1, 33, triton.MAX_HEAD_DIM):
+                tile = configs.tile(kernel, arch, itemsize, heads, head_dim)
+                assert tile.BLOCK_M >= 16 // configs.padded(heads)
+    with pytest.raises(LookupError, match=f"{kernel} has no tile for 33 heads of 64, {itemsize} bytes an element"):
+        configs.tile(kernel, 80, itemsize, 33, 64)
+
+
+@pytest.mark.parametrize("arch", [SMALL_SHARED, LARGE_SHARED], ids=["small-shared", "large-shared"])
+@pytest.mark.parametrize(
+    ("itemsize", "heads", "head_dim"), PROBLEMS, ids=["{1}x{2}-{0}-bytes".format(*problem) for problem in PROBLEMS]
+)
+def test_rows_of_the_table(itemsize, heads, head_dim, arch, device, use_tile):
+    """With the tiles that these problems get: batch norm in training launches every kernel."""
+    if device.type == "cpu":
+        use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem))
+    elif arch == SMALL_SHARED:
+        pytest.skip("a GPU runs the rows of its own architecture")
+    sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 17 if heads <= 16 else 5, "batch": 1}
+    dtype = torch.float16 if itemsize == 2 else torch.float32
+    assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+@pytest.mark.parametrize(
+    ("head_dim", "block_m", "block_n", "dim"), [(33, 16, 16, 32), (35, 16, 32, 16), (40, 32, 16, 16), (80, 16, 16, 64)]
+)
+def test_head_dim_in_chunks(head_dim, block_m, block_n, dim, mode, device, use_tile):
+    use_tile(configs.Tile(block_m, block_n, dim=dim))
+    sizes = {"heads": 6, "head_dim": head_dim, "seqlen_k": 20, "batch": 1}
+    assert_parity(make_problem(mode, **sizes, dtype=torch.float16, device=device))
+
+
+def test_chunks_cover_head_dim():
+    for head_dim in range(1, 129):
+        for dim in (16, 32, 64, 128):
+            shape = configs.shape(12, head_dim, head_dim, dim, "ieee", False)
+            covered = shape.CHUNKS * shape.DIM_MAIN + shape.DIM_TAIL
+            assert head_dim <= covered
+            assert shape.DIM_MAIN <= dim
+            assert shape.DIM_TAIL in (0, 16, 32)
+            assert covered < head_dim + 16 or shape.DIM_TAIL == 0
+    assert configs.shape(12, 33, 33, 128, "ieee", False)[5:8] == (32, 16, 1)
+
+
+@pytest.fixture
+def recorded_shapes(monkeypatch):
+    """The compile-time constants of every launch."""
+    recorded = []
+    original = configs.shape
+
+    def record(*args, **kwargs):
+        recorded.append(original(*args, **kwargs))
+        return recorded[-1]
+
+    monkeypatch.setattr(configs, "shape", record)
+    return recorded
+
+
+def test_wide_offsets_change_nothing(device, monkeypatch, recorded_shapes):
+    problem = make_problem("batch-training", heads=6, head_dim=33, device=device, dropout_p=0.1)
+    expected = compute(problem, "triton")
+    assert recorded_shapes and not any(shape.WIDE for shape in recorded_shapes)
+    narrow = configs.shape
+    monkeypatch.setattr(configs, "shape", lambda *args, **kwargs: narrow(*args, **kwargs)._replace(WIDE=True))
+    found = compute(problem, "triton")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_offsets_beyond_two_to_the_31(mode, device, recorded_shapes):
+    """Heads 2**30 elements apart; of the memory between them nothing is ever touched."""
+    problem = make_problem(mode, dtype=torch.float16, device=device)
+    try:
+        storage = torch.empty(2 * 2**30 + 2 * 17 * 16, dtype=torch.float16, device=device)
+    except RuntimeError:
+        pytest.skip("this machine does not have the 4 GB of address space")
+    far_apart = storage.as_strided((2, 3, 17, 16), (17 * 16, 2**30, 16, 1))
+    far_apart.copy_(problem["key"])
+    expected = compute(problem, "triton")
+    recorded_shapes.clear()
+    found = compute(problem.with_tensors(key=far_apart), "triton")
+    assert any(shape.WIDE for shape in recorded_shapes)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_tuning_takes_the_fastest_tile_once(monkeypatch, caplog):
+    key = ("forward", 80, 2, 12, 32)
+    tiles = configs.candidates("forward", 2, 12)
+    assert configs.tile(*key) in tiles
+    fastest, launched = tiles[len(tiles) // 2], []
+
+    def timed(launch, **options):
+        launch()
+        return 1.0 if launched[-1] == fastest else 2.0
+
+    monkeypatch.setattr(triton.triton.testing, "do_bench", timed)
+    monkeypatch.setattr(triton, "_tuned_tiles", {})
+    with caplog.at_level(logging.INFO, logger="reattn"):
+        assert [triton._tuned(key, launched.append) for _ in range(2)] == [fastest] * 2
+    assert launched == tiles
+    assert len(caplog.records) == 1
