@@ -50,9 +50,9 @@ gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3)
 	@mkdir -p "$(GPU_OUT)"
 	timeout -k 5 40 $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@set -o pipefail; status=0; \
-	timeout -s INT -k 10 320 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
+	timeout -s INT -k 10 300 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
 	    2>&1 | tee "$(GPU_OUT)/tests.log" || status=1; \
-	timeout -s INT -k 10 140 $(GPU_PYTHON) -m benchmarks.gpu_table --out "$(GPU_OUT)" \
+	timeout -s INT -k 10 185 $(GPU_PYTHON) -m benchmarks.gpu_table --seconds 165 --out "$(GPU_OUT)" \
 	    2>&1 | tee "$(GPU_OUT)/table.log" || status=1; \
 	exit $$status
 
