@@ -37,11 +37,12 @@ class Backend(Protocol):
 
 
 class FusedBackend(Backend, Protocol):
-    """Three functions over canonical tensors, and the sums from which batch statistics are known.
+    """Forward and backward over canonical tensors, and the sums from which batch statistics are known.
 
     ``query``, ``key``, ``value``, ``out``, ``grad``: ``(batch, heads, seqlen, head_dim)``, any strides, one dtype.
     ``weight (heads, heads)``, ``shift``, ``gamma``, ``beta (heads,)``: float32, contiguous. ``lse (batch, heads,
     seqlen)``: float32, to base 2. ``seed``: one int64 on the device, given exactly when ``dropout_p > 0``.
+    With ``gamma``, weight and shift sum to zero over the heads after mixing, and so do their gradients.
     """
 
     def statistics(

@@ -1,0 +1,129 @@
+"""torch.compile without graph breaks and torch.export, forward and backward."""
+
+import shutil
+
+import pytest
+import torch
+from parity import MODES, make_problem
+
+from reattn import ReAttention, re_attention
+
+backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tokens(device, batch=2, seqlen=7, seed=0):
+    return torch.randn(batch, seqlen, 48, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def make_module(mode, backend, device, **options):
+    torch.manual_seed(0)
+    norm, training = MODES[mode]
+    return ReAttention(48, 3, norm=norm, backend=backend, device=device, **options).train(training)
+
+
+def step(function, module, x):
+    """The output, the gradients of the input and of every parameter, and the buffers after it."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    output = function(x)
+    output.square().sum().backward()
+    parameters = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"output": output.detach(), "input": x.grad, **parameters, **dict(module.named_buffers())}
+
+
+def assert_same(found, expected):
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().item() if name != "theta_bias" else 1.0
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@backends
+@modes
+def test_module(mode, backend, device):
+    module, twin = (make_module(mode, backend, device) for _ in range(2))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        expected = step(module, module, tokens(device, seed=seed))
+        assert_same(step(compiled, twin, tokens(device, seed=seed)), expected)
+
+
+@backends
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_other_sizes_without_recompilation(mode, backend, device):
+    module, twin = (make_module(mode, backend, device) for _ in range(2))
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(twin, fullgraph=True, dynamic=True, backend=counting)
+    for batch, seqlen in ((2, 7), (3, 9), (4, 5)):
+        x = tokens(device, batch, seqlen)
+        assert_same(step(compiled, twin, x), step(module, module, x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_dropout(mode, device):
+    """A compiled graph draws from torch's generator as eager code does: the same seed gives the same mask, forward and backward."""
+    module, twin = (make_module(mode, "triton", device, attn_drop=0.4) for _ in range(2))
+    module.train(), twin.train()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    results = []
+    for function, owner in ((module, module), (compiled, twin)):
+        torch.manual_seed(5)
+        results.append(step(function, owner, tokens(device)))
+    assert_same(*reversed(results))
+    torch.manual_seed(6)
+    assert not torch.allclose(step(compiled, twin, tokens(device))["output"], results[0]["output"])
+
+
+def test_inductor(device):
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    module, twin = (make_module("batch-training", "triton", device) for _ in range(2))
+    assert_same(
+        step(torch.compile(twin, fullgraph=True), twin, tokens(device)), step(module, module, tokens(device))
+    )
+
+
+@backends
+@modes
+def test_function(mode, backend, device):
+    """With everything given as arguments, running statistics among them."""
+    problem = make_problem(mode, seqlen=5, device=device)
+    results = []
+    for function in (re_attention, torch.compile(re_attention, fullgraph=True, backend="aot_eager")):
+        arguments = {n: t.clone().requires_grad_(not n.startswith("running")) for n, t in problem.tensors.items()}
+        output = function(**arguments, **problem.options, backend=backend)
+        output.backward(problem.grad)
+        gradients = {name: tensor.grad for name, tensor in arguments.items() if tensor.grad is not None}
+        statistics = {name: tensor for name, tensor in arguments.items() if not tensor.requires_grad}
+        results.append({"output": output.detach(), **gradients, **statistics})
+    eager, compiled = results
+    assert compiled.keys() == eager.keys()
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-3)
+
+
+@backends
+@pytest.mark.parametrize("mode", ["batch-eval", "layer", "none"])
+def test_export(mode, backend, device):
+    """One opaque op for the fused backend, any batch size."""
+    module = make_module(mode, backend, device).eval()
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(module, (tokens(device),), dynamic_shapes=({0: batch},))
+    for size in (2, 5):
+        x = tokens(device, size)
+        torch.testing.assert_close(program.module()(x), module(x))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("reattn.forward.default") == (backend == "triton")
