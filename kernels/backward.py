@@ -70,7 +70,8 @@ def gradient_tile(
     grad_normed = to_row_major(grad_normed, SHAPE)
     grad_mixed = grad_normed
     if mixing.gamma is not None:
-        # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
+        # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
+        # rounded.
         scaled = grad_normed * gamma
         scaled -= mean_over_heads(scaled, SHAPE)
         grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))

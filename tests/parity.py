@@ -156,7 +156,9 @@ def assert_parity(problem: Problem, backend: str = "triton") -> None:
                 torch.linalg.vector_norm(tensor.double(), norm).item()
                 for tensor in (right, found[name] - right, *(results[name] - right for results in eager))
             )
-            assert math.isfinite(sum(eager_errors)), f"{name}: eager arithmetic overflows, there is nothing to compare with"
+            assert math.isfinite(sum(eager_errors)), (
+                f"{name}: eager arithmetic overflows, there is nothing to compare with"
+            )
             allowed = 2 * max(eager_errors) + torch.finfo(problem.grad.dtype).eps * size
             if not error <= allowed:
                 faults.append(

@@ -91,9 +91,7 @@ def test_inductor(device):
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
     module, twin = (make_module("batch-training", "triton", device) for _ in range(2))
-    assert_same(
-        step(torch.compile(twin, fullgraph=True), twin, tokens(device)), step(module, module, tokens(device))
-    )
+    assert_same(step(torch.compile(twin, fullgraph=True), twin, tokens(device)), step(module, module, tokens(device)))
 
 
 @backends

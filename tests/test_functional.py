@@ -186,7 +186,9 @@ def test_valid_arguments_raise_nothing():
 def test_explicit_triton_takes_no_mask(device):
     problem = make_problem(device=device)
     for mask in ({"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool, device=device)}):
-        with pytest.raises(RuntimeError, match="backend 'triton' cannot run this: does not take attn_mask or is_causal"):
+        with pytest.raises(
+            RuntimeError, match="backend 'triton' cannot run this: does not take attn_mask or is_causal"
+        ):
             call(problem, **mask, backend="triton")
         torch.testing.assert_close(call(problem, **mask), call(problem, **mask, backend="reference"))
 
@@ -200,7 +202,9 @@ def masks(seqlen, seqlen_k):
         "boolean-by-row": {"attn_mask": allowed[0, 0]},
         "boolean-by-key": {"attn_mask": allowed[:, :1, :1]},
         "added": {"attn_mask": torch.randn(2, 3, seqlen, seqlen_k, generator=generator, dtype=torch.float64)},
-        "minus-infinity": {"attn_mask": torch.zeros(seqlen, seqlen_k).masked_fill(~allowed[0, 0], float("-inf")).double()},
+        "minus-infinity": {
+            "attn_mask": torch.zeros(seqlen, seqlen_k).masked_fill(~allowed[0, 0], float("-inf")).double()
+        },
         "causal": {"is_causal": True},
     }
 

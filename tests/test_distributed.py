@@ -1,0 +1,158 @@
+"""Synchronised batch statistics: two gloo processes with a part of the batch each, against one process with all of it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity import STATISTICS, compute, make_problem
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reattn import ReAttention
+from reattn.models import DeepViT
+
+BACKENDS = ("triton", "reference")
+# Samples of a batch of four by rank.
+SPLITS = {"2+2": (2, 2), "3+1": (3, 1), "4+0": (4, 0)}
+MAPS = ("query", "key", "value")
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch built with gloo")
+
+
+def make_batch(device, **options):
+    return make_problem("batch-training", seqlen=5, seqlen_k=6, batch=4, device=device, **options)
+
+
+def part_of(split, rank):
+    start = sum(split[:rank])
+    return slice(start, start + split[rank])
+
+
+def compute_part(problem, backend, split, rank):
+    part = part_of(split, rank)
+    local = problem.with_tensors(**{name: problem[name][part] for name in MAPS})
+    local = replace(local.with_options(process_group=dist.group.WORLD), grad=problem.grad[part])
+    return compute(local, backend)
+
+
+def make_attention(device, backend):
+    torch.manual_seed(0)
+    return ReAttention(24, 3, norm_momentum=None, backend=backend, device=device)
+
+
+def make_model(device, backend):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return DeepViT(**sizes, backend=backend, device=device)
+
+
+def tokens(device):
+    return torch.randn(4, 6, 24, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def images(device):
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def step(module, x):
+    """Output, and the gradients of the sum of its squares; then the output in eval mode."""
+    output = module(x)
+    output.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    with torch.no_grad():
+        evaluated = module.eval()(x)
+    return {
+        "output": output.detach(),
+        "evaluated": evaluated,
+        "gradients": gradients,
+        "buffers": dict(module.named_buffers()),
+    }
+
+
+def work(rank, device, folder):
+    """Everything that two processes compute, saved as results-<rank>.pt."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    if device.type == "cpu":
+        # Refuses CPU modules with a SyncBatchNorm for the sake of its forward, which is never called here.
+        DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
+    results = {}
+    for backend in BACKENDS:
+        for name, split in SPLITS.items():
+            results["operator", backend, name] = compute_part(make_batch(device), backend, split, rank)
+        part = part_of((3, 1), rank)
+        attention = nn.SyncBatchNorm.convert_sync_batchnorm(make_attention(device, backend))
+        results["attention", backend] = step(attention, tokens(device)[part])
+        model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make_model(device, backend)))
+        results["model", backend] = step(model, images(device)[part])
+    dropped = make_batch(device, dropout_p=0.3)
+    results["dropout"] = compute_part(replace(dropped, seed=rank), "triton", (2, 2), rank)
+    torch.save(results, f"{folder}/results-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, device):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(device, folder), nprocs=2)
+    return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_operator(split, backend, ranks, device):
+    """Outputs and gradients of query, key, value are the parts; those of the parameters add up to the whole's."""
+    parts = [results["operator", backend, split] for results in ranks]
+    whole = compute(make_batch(device), backend)
+    for name, expected in whole.items():
+        local = [part[name] for part in parts]
+        if name in STATISTICS:
+            for statistic in local:
+                torch.testing.assert_close(statistic, expected, rtol=1e-5, atol=1e-7)
+            continue
+        joined = torch.cat(local) if expected.ndim == 4 else sum(local)
+        # The mixing bias has no gradient: what is left is the rounding of its terms.
+        size = whole["theta gradient" if name == "bias gradient" else name].abs().max().item()
+        torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5 * size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_without_synchronisation_the_statistics_differ(ranks, device):
+    """What the test above would see if a rank kept to itself."""
+    problem = make_batch(device)
+    alone = compute(replace(problem.with_tensors(**{n: problem[n][:2] for n in MAPS}), grad=problem.grad[:2]), "triton")
+    assert not torch.allclose(alone["output"], ranks[0]["operator", "triton", "2+2"]["output"], rtol=0.01)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "make", "batch"), [("attention", make_attention, tokens), ("model", make_model, images)]
+)
+def test_converted_module(name, make, batch, backend, ranks, device):
+    """``convert_sync_batchnorm`` on one attention, and on a model that DistributedDataParallel wraps."""
+    parts = [results[name, backend] for results in ranks]
+    module = make(device, backend)
+    whole = step(copy.deepcopy(module), batch(device))
+    for key in ("output", "evaluated"):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], rtol=1e-4, atol=1e-4)
+    wrapped = "module." if name == "model" else ""
+    for key, expected in whole["gradients"].items():
+        # DistributedDataParallel has averaged them over two ranks.
+        joined = sum(part["gradients"][wrapped + key] for part in parts)
+        size = whole["gradients"][key.replace("theta_bias", "theta")].abs().max().item()
+        torch.testing.assert_close(joined, expected, rtol=1e-3, atol=1e-3 * size, msg=lambda m, k=key: f"{k}: {m}")
+    for key, expected in whole["buffers"].items():
+        for part in parts:
+            torch.testing.assert_close(part["buffers"][wrapped + key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout(ranks):
+    """Masks differ between ranks, and the statistics of the dropped maps are synchronised all the same."""
+    first, second = (results["dropout"] for results in ranks)
+    for name in STATISTICS:
+        assert torch.equal(first[name], second[name])
+    without = ranks[0]["operator", "triton", "2+2"]
+    assert not torch.allclose(first["running_var"], without["running_var"], rtol=0.01)
+    assert not torch.equal(first["output"], second["output"])
+    assert all(result.isfinite().all() for result in first.values())
