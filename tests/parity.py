@@ -1,8 +1,8 @@
 """``assert_parity``: a backend against float64, as close as the same computation done eagerly in the same dtype.
 
-The error of the backend may be twice that of the eager reference plus one rounding, in the Frobenius norm and for the worst element,
-for the output, every gradient and the running statistics. A gradient of a few numbers may come out right by luck, so the eager
-error is the largest over several orders of summation.
+For the output, every gradient and the running statistics, the error of the backend may be twice that of the eager
+reference plus one rounding, in the Frobenius norm and for the worst element. A gradient of a few numbers may come out
+right by luck: the eager error is the largest over several orders of summation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ORDERS = 4
 
 @dataclass
 class Problem:
-    """One call of the operator: its tensors (None where there is none) and options, the gradient of its output, the dropout mask."""
+    """One call of the operator: its tensors and options, the gradient of its output, the dropout mask if it is given."""
 
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
@@ -67,7 +67,7 @@ def make_problem(
     layout: str = "projection",
     **options: Any,
 ) -> Problem:
-    """A problem with random tensors, every optional one included; query, key and value laid out as views of a qkv projection."""
+    """A problem with random tensors, every optional one included; query, key and value as views of a projection."""
     generator = torch.Generator().manual_seed(0)
     norm, training = MODES[mode]
 
@@ -119,7 +119,7 @@ def compute(problem: Problem, backend: str) -> dict[str, Tensor]:
 
 
 def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
-    """What the reference computes when queries, keys and head_dim come in a random order; the results in the given one."""
+    """What the reference computes when queries, keys and head_dim come in a random order; results in the given one."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (*problem["query"].shape[2:], problem["key"].shape[2])
     rows, dims, columns = (torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes)
@@ -141,7 +141,7 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
 
 
 def assert_parity(problem: Problem, backend: str = "triton") -> None:
-    """Fails, naming the tensor and both errors, if the backend is less exact than eager arithmetic in the same dtype allows."""
+    """Fails, naming the tensor and both errors, if the backend is less exact than eager arithmetic in the same dtype."""
     exact = compute(problem.to(torch.float64), "reference")
     eager = [compute(problem, "reference"), *(compute_shuffled(problem, seed) for seed in range(1, ORDERS))]
     found = compute(problem, backend)
@@ -156,9 +156,7 @@ def assert_parity(problem: Problem, backend: str = "triton") -> None:
                 torch.linalg.vector_norm(tensor.double(), norm).item()
                 for tensor in (right, found[name] - right, *(results[name] - right for results in eager))
             )
-            assert math.isfinite(sum(eager_errors)), (
-                f"{name}: eager arithmetic overflows, there is nothing to compare with"
-            )
+            assert math.isfinite(sum(eager_errors)), f"{name}: eager arithmetic overflows, nothing to compare with"
             allowed = 2 * max(eager_errors) + torch.finfo(problem.grad.dtype).eps * size
             if not error <= allowed:
                 faults.append(

@@ -68,7 +68,7 @@ def test_opcheck(op, choices, dtype, device):
 
 @modes
 def test_saves_no_map(mode, device):
-    """For the backward pass: query, key, value, the LSE, heads x heads tensors; under batch statistics the output too."""
+    """Only query, key, value, the LSE and heads x heads tensors; under batch statistics the output too."""
     problem = make_problem(mode, seqlen=67, seqlen_k=71, head_dim=16, batch=1, device=device)
     saved = []
     arguments = {n: t.detach().requires_grad_(not n.startswith("running")) for n, t in problem.tensors.items()}

@@ -1,4 +1,4 @@
-"""The choice of a backend, and the configurations of the Triton one: every row of the table, head_dim in chunks, wide offsets."""
+"""The choice of a backend, and the Triton one's configurations: rows of the table, head_dim in chunks, wide offsets."""
 
 import logging
 import re
@@ -16,19 +16,24 @@ CPU = torch.device("cpu")
 SMALL_SHARED, LARGE_SHARED = 86, 80
 
 
+def tiles_of(arch, itemsize, heads, head_dim):
+    return tuple(configs.tile(kernel, arch, itemsize, heads, head_dim) for kernel in configs.TABLE)
+
+
 def cases_of_the_table():
-    """Architecture, bytes an element, heads, head_dim, such that each row's tile is used once, on head_dim in chunks if it may be."""
-    by_tiles = {}
-    for kernel, rows in configs.TABLE.items():
+    """Architecture, bytes an element, heads, head_dim: together they use every row, in chunks of head_dim if it can."""
+    cases = {}
+    for position, rows in enumerate(configs.TABLE.values()):
         for row in rows:
-            by_tiles |= next(
-                {tuple(configs.tile(kernel, *case) for kernel in configs.TABLE): case}
+            candidates = [
+                (arch, row.itemsize, row.heads, head_dim)
                 for head_dim in (33, 65, 16, 64)
                 for arch in (SMALL_SHARED, LARGE_SHARED)
                 if head_dim <= row.head_dim
-                and configs.tile(kernel, *(case := (arch, row.itemsize, row.heads, head_dim))) == row.tile
-            )
-    return sorted(by_tiles.values())
+            ]
+            case = next(case for case in candidates if tiles_of(*case)[position] == row.tile)
+            cases.setdefault(tiles_of(*case), case)
+    return sorted(cases.values())
 
 
 def test_available_backends(device):
@@ -89,9 +94,9 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
     query = torch.zeros(2, 33, 5, 130, dtype=torch.float64, device=device)
     key = torch.zeros(2, 33, 7, 130, dtype=torch.float64, device=device)
     message = (
-        "backend 'triton' cannot run this: dtype must be float32, float16 or bfloat16, got torch.float64; takes at most 32 "
-        "heads, got 33; takes head_dim up to 128, got 130; does not take attn_mask or is_causal (query (2, 33, 5, 130), "
-        f"key (2, 33, 7, 130), torch.float64 on {query.device})"
+        "backend 'triton' cannot run this: dtype must be float32, float16 or bfloat16, got torch.float64; takes at "
+        "most 32 heads, got 33; takes head_dim up to 128, got 130; does not take attn_mask or is_causal "
+        f"(query (2, 33, 5, 130), key (2, 33, 7, 130), torch.float64 on {query.device})"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         re_attention(query, key, key, torch.eye(33, device=device), is_causal=True, backend="triton")
@@ -131,7 +136,7 @@ def test_every_problem_has_a_tile(kernel, itemsize):
         for heads in range(1, triton.MAX_HEADS + 1):
             for head_dim in (1, 33, triton.MAX_HEAD_DIM):
                 tile = configs.tile(kernel, arch, itemsize, heads, head_dim)
-                assert tile.BLOCK_M >= 16 // configs.padded(heads)
+                assert tile.BLOCK_M * configs.padded(heads) >= 16
     with pytest.raises(LookupError, match=f"{kernel} has no tile for 33 heads of 64, {itemsize} bytes an element"):
         configs.tile(kernel, 80, itemsize, 33, 64)
 
@@ -164,7 +169,7 @@ def test_chunks_cover_head_dim():
             shape = configs.shape(12, head_dim, head_dim, dim, "ieee", False)
             covered = shape.CHUNKS * shape.DIM_MAIN + shape.DIM_TAIL
             assert head_dim <= covered
-            assert shape.DIM_MAIN <= dim
+            assert max(shape.DIM_MAIN, shape.DIM_TAIL) <= dim
             assert shape.DIM_TAIL in (0, 16, 32)
             assert covered < head_dim + 16 or shape.DIM_TAIL == 0
     assert configs.shape(12, 33, 33, 128, "ieee", False)[5:8] == (32, 16, 1)

@@ -74,7 +74,7 @@ def test_other_sizes_without_recompilation(mode, backend, device):
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 def test_dropout(mode, device):
-    """A compiled graph draws from torch's generator as eager code does: the same seed gives the same mask, forward and backward."""
+    """A compiled graph draws from torch's generator as eager code does: the same seed gives the same mask."""
     module, twin = (make_module(mode, "triton", device, attn_drop=0.4) for _ in range(2))
     module.train(), twin.train()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")

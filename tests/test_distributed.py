@@ -1,4 +1,4 @@
-"""Synchronised batch statistics: two gloo processes with a part of the batch each, against one process with all of it."""
+"""Synchronised batch statistics: two gloo processes with a part of the batch each, against one with all of it."""
 
 import copy
 from dataclasses import replace
@@ -127,7 +127,11 @@ def test_without_synchronisation_the_statistics_differ(ranks, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("name", "make", "batch"), [("attention", make_attention, tokens), ("model", make_model, images)]
+    ("name", "make", "batch"),
+    [
+        pytest.param("attention", make_attention, tokens, id="attention"),
+        pytest.param("model", make_model, images, id="model"),
+    ],
 )
 def test_converted_module(name, make, batch, backend, ranks, device):
     """``convert_sync_batchnorm`` on one attention, and on a model that DistributedDataParallel wraps."""

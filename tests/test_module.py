@@ -47,7 +47,7 @@ class OverHeads(nn.Module):
 
 
 class SecondForm(nn.Module):
-    """The attention of vit_pytorch's DeepViT: an einsum and a LayerNorm over the heads, behind a LayerNorm of the input."""
+    """The attention of vit_pytorch's DeepViT: a LayerNorm of the input, an einsum, a LayerNorm over the heads."""
 
     def __init__(self):
         super().__init__()
@@ -382,7 +382,7 @@ def test_theta_bias_defaults_to_upstream(norm, default):
 
 @norms
 def test_reset_parameters(norm):
-    """Everything is drawn anew, after to_empty too: uniform within the bounds that torch's own modules have, or constant."""
+    """Everything is drawn anew, after to_empty too: uniform within the bounds of torch's own modules, or constant."""
     options = {"norm": norm, "qkv_bias": True, "qk_norm": True, "scale_norm": True, "gated": True, "pre_norm": True}
     module = ReAttention(256, 16, **options, device="meta").to_empty(device="cpu")
     with torch.no_grad():

@@ -216,7 +216,7 @@ def test_nonfinite_inputs(name, where, value, heads, mode, device):
 
 
 def drawn_mask(device, heads=3, seqlen=17, seqlen_k=17, batch=2, dropout_p=0.3, seed=0):
-    """What the Triton backend keeps, boolean, (batch, heads, seqlen, seqlen_k): equal scores, and values that show the maps."""
+    """What the Triton backend keeps, (batch, heads, seqlen, seqlen_k): equal scores, and values that show the maps."""
     head_dim = 16
     query = torch.zeros(batch, heads, seqlen, head_dim, device=device)
     key = torch.zeros(batch, heads, seqlen_k, head_dim, device=device)
@@ -235,7 +235,7 @@ def drawn_mask(device, heads=3, seqlen=17, seqlen_k=17, batch=2, dropout_p=0.3, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("heads", [3, 12])
 def test_dropout(heads, mode, dtype, device):
-    """With the mask that was drawn handed to the reference: the forward pass, and a backward pass that draws it again."""
+    """The reference is given the mask that was drawn; the backward pass has to draw it again."""
     keep = drawn_mask(device, heads=heads, seqlen_k=35, seed=5)
     problem = make_problem(mode, heads=heads, seqlen_k=35, dtype=dtype, device=device, dropout_p=0.3)
     assert_parity(replace(problem, keep=keep, seed=5))

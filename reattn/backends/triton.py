@@ -313,7 +313,7 @@ def _unpack_matrix(partial: Tensor, shape: Any) -> Tensor:
     """(programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED) -> (heads, heads): the blocks on the diagonal, float64."""
     total = partial.sum(0, dtype=torch.float64)
     total = total.view(shape.PACK, shape.HEADS_PADDED, shape.PACK, shape.HEADS_PADDED)
-    return total.diagonal(dim1=0, dim2=2).sum(-1)[: shape.HEADS, : shape.HEADS]
+    return total.diagonal(dim1=0, dim2=2).sum(-1)[: shape.HEADS, : shape.HEADS].contiguous()
 
 
 @functools.cache
