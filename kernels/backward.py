@@ -74,10 +74,13 @@ def gradient_tile(
         # rounded.
         scaled = grad_normed * gamma
         scaled -= mean_over_heads(scaled, SHAPE)
+        if SHAPE.HEADS < SHAPE.HEADS_PADDED:
+            head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
+            scaled = tl.where((head < SHAPE.HEADS)[None, :, None], scaled, 0.0)
         grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
     grad_kept = mix_heads(weights, grad_mixed.to(weights.dtype), SHAPE)
     if mixing.coupled is not None:
-        grad_kept += mix_heads(coupled, centred, SHAPE)
+        grad_kept += mix_heads(coupled, centred, SHAPE) * v.seqlen
         if seed_ptr is not None:
             grad_kept += constant
     return to_head_major(grad_kept, SHAPE), grad_normed, grad_mixed
@@ -120,12 +123,14 @@ def backward_query_kernel(
     q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
     grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-    lse = tl.load(lse_block, mask=row_mask, other=0.0)
+    # Rows outside the sequence: P is zero, and the LSE finite.
+    lse = tl.load(lse_block, mask=row_mask, other=1e30)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
     coupling = load_coupling(mixing, seed_ptr, dtype, SHAPE)
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
+    mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     grad_shift = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     grad_gamma = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
     grad_beta = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
@@ -145,6 +150,7 @@ def backward_query_kernel(
             coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
+        mass += tl.sum(probs, axis=2)
         grad_shift += tl.sum(grad_mixed, axis=2)
         if mixing.gamma is not None:
             grad_gamma += tl.sum(grad_normed * unit, axis=2)
@@ -152,6 +158,8 @@ def backward_query_kernel(
         grad_columns = tl.permute(grad_mixed.to(dtype), (0, 2, 1))
         grad_weight += tl.dot(centred, grad_columns, input_precision=SHAPE.PRECISION)
 
+    # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
+    delta = tl.where(row_mask, delta / mass, 0.0)
     grad_shift = tl.sum(grad_shift, axis=0)
     grad_gamma = tl.sum(grad_gamma, axis=0)
     grad_weight = tl.sum(grad_weight, axis=0)
@@ -232,7 +240,7 @@ def backward_key_kernel(
         q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
         grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
         lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-        lse = tl.load(lse_block, mask=row_mask, other=0.0)
+        lse = tl.load(lse_block, mask=row_mask, other=1e30)
         probs, kept, centred = map_tile(
             q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE,

@@ -88,7 +88,7 @@ def _(
 ) -> Any:
     rows = weight.new_empty(0 if gamma is None else weight.shape[0])
     maps = empty_heads_last(query), empty_heads_last(key), empty_heads_last(value)
-    return *maps, torch.empty_like(weight), torch.empty_like(shift), rows, torch.empty_like(rows)
+    return *maps, weight.new_empty(weight.shape), shift.new_empty(shift.shape), rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("reattn::grad_dot_out", lib=_library)
@@ -96,10 +96,14 @@ def _(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return grad.new_empty(grad.shape[1], dtype=torch.float32)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device, which need not know of it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Heads x heads arithmetic stays in the dtype of its tensors; a context only where autocast is on."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -197,10 +201,9 @@ class ReAttentionFunction(torch.autograd.Function):
                 sums = torch.stack((grad_dot_out, grad_shift))
                 dist.all_reduce(sums, group=ctx.group)
                 grad_dot_out, grad_shift = sums
-            with without_autocast(query.device):
-                coupled, constant = folding.coupling_gradient(
-                    folding.BatchCoupling(*coupling), grad_dot_out, grad_shift, key.shape[2]
-                )
+            coupled, constant = folding.coupling_gradient(
+                folding.BatchCoupling(*coupling), grad_dot_out, grad_shift, key.shape[2]
+            )
         *differentiated, grad_gamma, grad_beta = torch.ops.reattn.backward(
             grad, query, key, value, weight, shift, gamma, beta, coupled, constant, lse, seed, *ctx.options
         )

@@ -124,6 +124,8 @@ def coupling_gradient(
     (heads,)``; without dropout ``e`` vanishes in the softmax. Derivation: docs/operator.md, section 4.
     """
     unit, weight, beta, mean, positions = coupling
-    coupled = (unit * ((beta * grad_shift - grad_dot_out) / positions)) @ unit.mT
-    constant = -(weight @ grad_shift) / positions - coupled @ (mean - 1.0 / seqlen_k)
+    # Sums of products and not matmuls: this runs in the backward pass, where autocast may be on and would round these.
+    slope = (beta * grad_shift - grad_dot_out) / positions
+    coupled = ((unit * slope)[:, None] * unit).sum(-1)
+    constant = -(weight * grad_shift).sum(-1) / positions - (coupled * (mean - 1.0 / seqlen_k)).sum(-1)
     return coupled, constant

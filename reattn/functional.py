@@ -136,10 +136,16 @@ def re_attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, query, key and value take its dtype; theta and the norm's parameters stay as they are."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    device = getattr(tensors[0], "device", torch.device("cpu"))
+    if not autograd.autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(tensor.to(dtype) if _may_be_cast(tensor) else tensor for tensor in tensors)
+
+
+def _may_be_cast(tensor: Tensor) -> bool:
+    """As torch's own autocast: floating tensors but float64; what is none is left for the checks to name."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _update_running(

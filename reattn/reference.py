@@ -107,7 +107,7 @@ def batch_norm(
 ) -> Tensor:
     """``F.batch_norm`` over ``(batch, heads, seqlen, seqlen_k)``; in training over the batch of all of ``group``, if
     given."""
-    if group is None:
+    if group is None or not training:
         if running_mean is None or running_var is None:
             return F.batch_norm(mixed, None, None, weight, shift, training, momentum, eps)
         mean, var = running_mean.to(mixed.dtype), running_var.to(mixed.dtype)

@@ -29,7 +29,7 @@ ORDERS = 4
 
 @dataclass
 class Problem:
-    """One call of the operator: its tensors and options, the gradient of its output, the dropout mask if it is given."""
+    """A call of the operator: its tensors and options, the gradient of its output, the dropout mask if it is given."""
 
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
@@ -141,7 +141,7 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
 
 
 def assert_parity(problem: Problem, backend: str = "triton") -> None:
-    """Fails, naming the tensor and both errors, if the backend is less exact than eager arithmetic in the same dtype."""
+    """Fails, naming tensor and errors, if the backend is less exact than eager arithmetic in the same dtype."""
     exact = compute(problem.to(torch.float64), "reference")
     eager = [compute(problem, "reference"), *(compute_shuffled(problem, seed) for seed in range(1, ORDERS))]
     found = compute(problem, backend)

@@ -66,6 +66,15 @@ def test_opcheck(op, choices, dtype, device):
     torch.library.opcheck(getattr(torch.ops.reattn, op).default, arguments, test_utils=OPCHECKS)
 
 
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_opcheck_with_strided_inputs(op, device):
+    """The fake implementation tells the strides of the outputs whatever those of the inputs are."""
+    tensors = canonical(device)
+    strided = {name: tensors[name].mT.contiguous().mT for name in ("query", "key", "value", "weight", "grad")}
+    arguments = op_arguments(op, tensors | strided, gamma=False)
+    torch.library.opcheck(getattr(torch.ops.reattn, op).default, arguments, test_utils=OPCHECKS)
+
+
 @modes
 def test_saves_no_map(mode, device):
     """Only query, key, value, the LSE and heads x heads tensors; under batch statistics the output too."""

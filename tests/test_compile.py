@@ -87,6 +87,21 @@ def test_dropout(mode, device):
     assert not torch.allclose(step(compiled, twin, tokens(device))["output"], results[0]["output"])
 
 
+@backends
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_autocast(mode, backend, device):
+    module, twin = (make_module(mode, backend, device) for _ in range(2))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    results = []
+    for function, owner in ((module, module), (compiled, twin)):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            results.append(step(function, owner, tokens(device)))
+    assert results[0]["output"].dtype == torch.bfloat16
+    for name, tensor in results[0].items():
+        assert results[1][name].dtype == tensor.dtype
+        torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
+
+
 def test_inductor(device):
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")

@@ -115,19 +115,34 @@ def test_without_optional_tensors(mode, device):
     assert_parity(make_problem(mode, device=device).with_tensors(**absent))
 
 
-@modes
 @pytest.mark.parametrize("absent", ["bias", "norm_weight", "norm_bias"])
+@pytest.mark.parametrize("mode", ["batch-training", "batch-eval", "layer"])
 def test_without_one_optional_tensor(mode, absent, device):
     problem = make_problem(mode, device=device, dtype=torch.float16)
-    if absent not in problem.tensors:
-        pytest.skip(f"{mode} has no {absent}")
     assert_parity(problem.with_tensors(**{absent: None}))
 
 
 @modes
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_parameters_in_the_dtype_of_the_maps(mode, dtype, device):
-    assert_parity(make_problem(mode, device=device, dtype=dtype, parameter_dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"), [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_parameter_dtypes(mode, dtype, parameter_dtype, device):
+    assert_parity(make_problem(mode, device=device, dtype=FLOATS[dtype], parameter_dtype=FLOATS[parameter_dtype]))
+
+
+@modes
+def test_strided_theta(mode, device):
+    """As a transposed convolution weight is."""
+    problem = make_problem(mode, device=device)
+    assert_parity(problem.with_tensors(theta=problem["theta"].mT.contiguous().mT))
+
+
+@modes
+def test_no_queries(mode, device):
+    problem = make_problem(mode, seqlen=0, seqlen_k=5, device=device)
+    results = compute(problem, "triton")
+    assert results["output"].shape == (2, 3, 0, 16)
+    assert not any(result.any() for name, result in results.items() if name.endswith("gradient"))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])

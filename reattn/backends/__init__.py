@@ -122,13 +122,14 @@ def choose(requested: str, request: Request, shapes: str) -> str:
     the shapes, when the backend asked for cannot do it: an explicit choice never falls back.
     """
     if requested == "auto":
-        requested = os.environ.get("REATTN_BACKEND", "auto")
+        requested = os.environ.get("REATTN_BACKEND") or "auto"
     if requested == "auto":
         refusals: dict[str, list[str]] = {}
         for name, backend in BACKENDS.items():
             reasons = backend.not_supported(request)
             if not reasons:
-                if name == "reference" and request.device.type != "cpu":
+                # A graph being traced cannot log; the same call outside one does.
+                if name == "reference" and request.device.type != "cpu" and not torch.compiler.is_compiling():
                     _log_fallback("; ".join(f"{other}: {', '.join(why)}" for other, why in refusals.items()))
                 return name
             refusals[name] = reasons

@@ -116,7 +116,7 @@ def forward(
     out = _empty_heads_last(query)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     known = lse is not None
-    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone()
+    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone(memory_format=torch.contiguous_format)
 
     def launch(tile: configs.Tile) -> None:
         shape = _shape(tile, head_dim, query, key, value, out)
@@ -168,7 +168,8 @@ def backward(
     grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
     grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
     delta = torch.empty_like(lse)
-    mixing = _mixing(weight, shift, gamma, beta, coupled, constant)
+    # The kernels multiply by seqlen_k again, after the dot: as it is, the coupling may not fit float16.
+    mixing = _mixing(weight, shift, gamma, beta, None if coupled is None else coupled / seqlen_k, constant)
     views = tuple(_view(tensor) for tensor in (query, key, value, grad))
     scalars = (scale, scale * _LOG2E, eps, dropout_p)
 
@@ -293,7 +294,7 @@ def _mixing(*parameters: Tensor | None) -> Mixing:
 def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
     """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
     heads = tensors[0].shape[1]
-    tf32 = tensors[0].is_cuda and torch.backends.cuda.matmul.allow_tf32
+    tf32 = tensors[0].dtype == torch.float32 and tensors[0].is_cuda and _tf32_allowed()
     # The farthest offset within a tile; rows and heads outside are computed, though not touched.
     extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N))
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
@@ -301,6 +302,12 @@ def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
     return configs.shape(
         heads, head_dim, tensors[0].shape[3], tile.dim, "tf32" if tf32 else "ieee", wide=reach >= 2**31
     )
+
+
+def _tf32_allowed() -> bool:
+    """torch's own switch, by whichever of its two interfaces it was set: reading the old one after the new one raises."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def _unpack_vector(partial: Tensor, shape: Any) -> Tensor:
