@@ -69,7 +69,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, 32, 128, Tile(16, 16, 8, dim=32)),
     ),
     "backward_query": (
-        Row(2, 4, 64, Tile(32, 32)),
+        Row(2, 4, 32, Tile(32, 32)),
         Row(2, 8, 64, Tile(32, 16)),
         Row(2, 16, 32, Tile(16, 16)),
         Row(2, 16, 64, Tile(16, 16), small=False),

@@ -110,6 +110,9 @@ def re_attention(
                 process_group=process_group,
             )
 
+        # Once, here: theta enters the statistics and the fold, and what it gets back from both must meet in float32.
+        theta = theta.float()
+        bias = None if bias is None else bias.float()
         seed = autograd.draw_seed(query.device) if dropout_p > 0.0 else None
         lse = coupling = None
         if norm == "layer":

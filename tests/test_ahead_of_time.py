@@ -15,7 +15,19 @@ def test_default_configurations_compile_without_faults() -> None:
     # A process of its own: here the kernels may be interpreted, which leaves nothing to compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     report = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--jobs", "1", "--arch", "80", "86", "90", "100"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.compile_report",
+            "--quick",
+            "--jobs",
+            "1",
+            "--arch",
+            "80",
+            "86",
+            "90",
+            "100",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -116,7 +116,11 @@ def forward(
     out = _empty_heads_last(query)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     known = lse is not None
-    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32) if lse is None else lse.clone(memory_format=torch.contiguous_format)
+    lse = (
+        query.new_empty(batch, heads, seqlen, dtype=torch.float32)
+        if lse is None
+        else lse.clone(memory_format=torch.contiguous_format)
+    )
 
     def launch(tile: configs.Tile) -> None:
         shape = _shape(tile, head_dim, query, key, value, out)
@@ -305,7 +309,8 @@ def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
 
 
 def _tf32_allowed() -> bool:
-    """torch's own switch, by whichever of its two interfaces it was set: reading the old one after the new one raises."""
+    """torch's own switch, by whichever of its two interfaces it was set: reading the old one after the new one
+    raises."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
