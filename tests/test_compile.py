@@ -102,7 +102,9 @@ def test_autocast(mode, backend, device):
         torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
 
 
-def test_inductor(device):
+def test_inductor(device, monkeypatch):
+    # setuptools, which inductor imports, refuses to load where something has loaded the standard distutils before.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
     module, twin = (make_module("batch-training", "triton", device) for _ in range(2))
