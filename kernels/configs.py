@@ -101,8 +101,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
 # The interpreter's time goes by the number of tiles, hardly by their size.
 INTERPRETER_TILE = Tile(32, 32)
 
-# Architectures whose blocks have 163 KB of shared memory, and on which the larger tiles do not spill (on sm_100 they do);
-# others are held to 99 KB.
+# Architectures whose blocks have 163 KB of shared memory, and on which the larger tiles do not spill (on sm_100 they
+# do); others are held to 99 KB.
 _LARGE_SHARED = (80, 87, 90)
 
 
