@@ -14,16 +14,20 @@ GPU_OUT := $(or $(OUT),out/gpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench aot gpu clean
+.PHONY: help extension demo test lint format bench aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: $(STAMP) ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
+# Always run: ninja, not make, knows what has to be compiled again.
+extension: $(STAMP) ## compile the CPU backend's kernels, where they changed
+	$(PY) setup.py --quiet build_ext --inplace
+
+demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
-test: $(STAMP) ## run the tests in WORKERS processes (default 2)
+test: extension ## run the tests in WORKERS processes (default 2)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP) ## check style and types
@@ -35,7 +39,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP) ## time the operator on this machine
+bench: extension ## time the operator on this machine
 	$(PY) -m pytest benchmarks/ --benchmark-only
 
 aot: $(STAMP) ## compile every default kernel configuration for five GPU architectures, no GPU needed
@@ -48,7 +52,7 @@ gpu: export PYTHONUNBUFFERED := 1
 gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device; torch %s sees none" % torch.__version__)'
 	@mkdir -p "$(GPU_OUT)"
-	timeout -k 5 40 $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	REATTN_BUILD_CPU=0 timeout -k 5 40 $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@set -o pipefail; status=0; \
 	timeout -s INT -k 10 300 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
 	    2>&1 | tee "$(GPU_OUT)/tests.log" || status=1; \
@@ -57,14 +61,15 @@ gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3)
 	exit $$status
 
 clean: ## remove everything that these targets made, the virtual environment too
-	rm -rf $(VENV) out build dist reattn.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Without the extension: pip would hide what its build says, and start it from nothing every time.
 $(STAMP): constraints.txt pyproject.toml setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name an interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "reattn needs Python 3.10 or newer, $(PYTHON) is %d.%d; name another: make PYTHON=/path/to/python3" % sys.version_info[:2])'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages of constraints.txt into $(VENV); the first time takes a few minutes."
-	$(PIP_INSTALL) setuptools
-	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	$(PIP_INSTALL) ninja pybind11 setuptools
+	REATTN_BUILD_CPU=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -1,9 +1,12 @@
 import email
 import importlib.util
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import version
@@ -15,6 +18,9 @@ import reattn
 
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = 77  # the build requirement of pyproject.toml, which a build without isolation has to find installed
+EXTENSION = f"reattn/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+COMPILES = bool(COMPILER and importlib.util.find_spec("pybind11") and importlib.util.find_spec("ninja"))
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree"),
@@ -25,17 +31,67 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip"),
 ]
 
+compiles = pytest.mark.skipif(not COMPILES, reason="needs pybind11, ninja and GCC or Clang")
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64's instruction sets")
+
+# Stand-ins for csrc/cpu that compile in no time: the module tells for each instruction set what it was compiled with.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+KERNELS = """
+#define JOIN(name, set) name##_##set
+#define NAME(name, set) JOIN(name, set)
+const char* NAME(kernels, REATTN_ISA)() {
+#if defined(__AMX_BF16__)
+  return "amx";
+#elif defined(__AVX512BF16__)
+  return "avx512_bf16";
+#elif defined(__AVX512F__)
+  return "avx512";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+"""
+BINDINGS = """
+#include <Python.h>
+{declarations}
+PyMODINIT_FUNC PyInit__cpu() {{
+  static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "_cpu", 0, -1, 0, 0, 0, 0, 0}};
+  PyObject* module = PyModule_Create(&definition);
+{additions}
+  return module;
+}}
+"""
+ADDITION = """
+#ifdef REATTN_BUILT_{upper}
+  PyModule_AddStringConstant(module, "{name}", kernels_{name}());
+#endif
+"""
+
 
 def run_python(*arguments, cwd, **environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("REATTN_")}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=inherited | environment, capture_output=True, text=True
     )
+
+
+def pip_wheel(source, folder, *options, **environment):
+    options = [*options, "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    return run_python("-m", "pip", "wheel", *options, "--wheel-dir", folder, source, cwd=folder, **environment)
 
 
 def is_clutter(folder, names):
     """Whatever a fresh clone does not have: hidden folders, earlier builds, results."""
     built = {"build", "dist", "out", "__pycache__"}
-    return [name for name in names if name in built or name.endswith(".egg-info") or name.startswith(".")]
+    return [name for name in names if name in built or name.endswith((".egg-info", ".so")) or name.startswith(".")]
+
+
+def said(output):
+    """What the build has to say for itself, among all that setuptools and pip say."""
+    lines = [line.strip() for line in output.splitlines()]
+    return [line.removeprefix("reattn: ") for line in lines if line.startswith("reattn: ")]
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +118,47 @@ def sdist(tmp_path_factory, poison):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, poison, sdist):
-    """The wheel as pip builds it from nothing but the source distribution."""
+    """The wheel as pip builds it from nothing but the source distribution, the kernels unoptimised to save time."""
     folder = tmp_path_factory.mktemp("wheel")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    finished = run_python("-m", "pip", "wheel", *options, "--wheel-dir", folder, sdist, cwd=folder, **poison)
+    settings = {"REATTN_BUILD_CPU": "1" if COMPILES else "0", "CXXFLAGS": "-O0"}
+    finished = pip_wheel(sdist, folder, "--quiet", **poison, **settings)
     assert finished.returncode == 0, finished.stderr
     (archive,) = folder.glob("*.whl")
     return archive
+
+
+@pytest.fixture
+def stub_tree(tmp_path):
+    """A copy of the tree with stand-ins for the sources in csrc/cpu, in a folder whose name holds a space."""
+    tree = shutil.copytree(ROOT, tmp_path / "a tree", ignore=is_clutter)
+    sources = tree / "csrc" / "cpu"
+    shutil.rmtree(tree / "csrc")
+    sources.mkdir(parents=True)
+    for name in ("driver", "dispatch", "parallel"):
+        (sources / f"{name}.cpp").touch()
+    (sources / "kernels.cpp").write_text(KERNELS)
+    declarations = "\n".join(f"const char* kernels_{name}();" for name in INSTRUCTION_SETS)
+    additions = "".join(ADDITION.format(name=name, upper=name.upper()) for name in INSTRUCTION_SETS)
+    (sources / "bindings.cpp").write_text(BINDINGS.format(declarations=declarations, additions=additions))
+    return tree
+
+
+def build_in_place(tree, **environment):
+    return run_python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, **environment)
+
+
+def built_sets(tree):
+    """The instruction sets that the stand-in was built for, each with the one that its compiler's flags ask for."""
+    code = (
+        "import json, sys, importlib.util as util\n"
+        "spec = util.spec_from_file_location('_cpu', sys.argv[1])\n"
+        "module = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(json.dumps({name: value for name, value in vars(module).items() if not name.startswith('_')}))"
+    )
+    finished = run_python("-c", code, tree / EXTENSION, cwd=tree)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
 
 
 def python_files(folder):
@@ -80,9 +170,11 @@ def test_sdist_holds_what_a_checkout_needs(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for room in ("reattn", "kernels", "tests", "benchmarks", "examples"):
         assert {f"{room}/{name}" for name in python_files(ROOT / room)} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert {"Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= names
+    assert "build_extensions.py" in names
     assert "docs/architecture.md" in names
-    assert not [name for name in names if name.endswith(".pyc")]
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
 
 def test_wheel_holds_one_package(wheel):
@@ -92,7 +184,7 @@ def test_wheel_holds_one_package(wheel):
     sources = {f"reattn/{name}" for name in python_files(ROOT / "reattn")}
     kernels = {f"reattn/kernels/{name}" for name in python_files(ROOT / "kernels")}
     assert "reattn/kernels/__init__.py" in kernels
-    assert packaged == sources | kernels | {"reattn/py.typed"}
+    assert packaged == sources | kernels | {"reattn/py.typed"} | ({EXTENSION} if COMPILES else set())
     assert {name.partition("/")[0] for name in names - packaged} == {f"reattn-{reattn.__version__}.dist-info"}
 
 
@@ -101,6 +193,7 @@ def test_wheel_metadata(wheel):
         folder = f"reattn-{reattn.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    assert wheel.name.endswith("-py3-none-any.whl") != COMPILES
     assert metadata["Version"] == reattn.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     needed = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
@@ -108,6 +201,16 @@ def test_wheel_metadata(wheel):
         "torch>=2.10",
         'triton>=3.6; platform_system == "Linux"',
     ]
+
+
+def test_build_requirements_are_pinned():
+    tomllib = pytest.importorskip("tomllib")
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    required = {requirement.partition(">=")[0] for requirement in requires}
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert required == {"ninja", "pybind11", "setuptools"}
+    assert required <= pinned
+    assert f"setuptools>={SETUPTOOLS}" in requires
 
 
 def test_wheel_imports_from_anywhere(wheel, tmp_path):
@@ -121,10 +224,104 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
         "print(importlib.util.find_spec('reattn.kernels').origin)\n"
         "print(importlib.util.find_spec('kernels'))"
     )
+    if COMPILES:
+        code += "\nimport reattn._cpu\nprint(reattn._cpu.__file__)"
     finished = run_python("-c", code, cwd=elsewhere, PYTHONPATH=str(site))
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines() == [
         str(site / "reattn" / "__init__.py"),
         str(site / "reattn" / "kernels" / "__init__.py"),
         "None",
+        *([str(site / EXTENSION)] if COMPILES else []),
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"CXX": "/nonexistent/g++", "PATH": "/nonexistent"}, "no working GCC or Clang (tried /nonexistent/g++; "),
+        ({"REATTN_BUILD_CPU": "0"}, "REATTN_BUILD_CPU=0"),
+    ],
+    ids=["no compiler", "switched off"],
+)
+def test_wheel_without_the_extension(settings, reason, sdist, poison, tmp_path):
+    """It is for every machine, it works, and `pip --verbose` tells why in one line."""
+    finished = pip_wheel(sdist, tmp_path, "--verbose", **poison, **settings)
+    assert finished.returncode == 0, finished.stderr
+    (line,) = said(finished.stdout + finished.stderr)
+    assert line.startswith(f"CPU extension not built: {reason}")
+    (archive,) = tmp_path.glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        wheel.extractall(tmp_path / "site")
+    assert not list((tmp_path / "site").rglob("*.so"))
+    code = (
+        "import torch, reattn\n"
+        "query = torch.randn(1, 2, 3, 4)\n"
+        "print(reattn.re_attention(query, query, query, torch.eye(2)).shape, reattn.__file__)"
+    )
+    finished = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert finished.stdout.split("]) ") == [
+        "torch.Size([1, 2, 3, 4",
+        f"{tmp_path / 'site' / 'reattn' / '__init__.py'}\n",
+    ]
+
+
+def test_extension_that_is_asked_for(stub_tree):
+    finished = build_in_place(stub_tree, REATTN_BUILD_CPU="1", CXX="/nonexistent/g++")
+    assert finished.returncode != 0
+    assert "CPU extension not built, though REATTN_BUILD_CPU=1: no working GCC or Clang" in finished.stderr
+    finished = build_in_place(stub_tree, REATTN_BUILD_CPU="yes")
+    assert finished.returncode != 0
+    assert "REATTN_BUILD_CPU is 0, 1 or not set, not 'yes'" in finished.stderr
+
+
+@compiles
+def test_build_in_place(stub_tree):
+    """Each instruction set's kernels are compiled for it, and a second build has nothing to do."""
+    finished = build_in_place(stub_tree, REATTN_BUILD_CPU="1")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    sets = built_sets(stub_tree)
+    assert "portable" in sets
+    assert all(name == compiled_for for name, compiled_for in sets.items())
+    again = build_in_place(stub_tree)
+    assert "no work to do" in again.stdout
+    assert built_sets(stub_tree) == sets
+
+
+@compiles
+@on_x86
+def test_instruction_sets_unknown_to_the_compiler(stub_tree, tmp_path):
+    old = tmp_path / "g++"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec {COMPILER} "$@"\n')
+    old.chmod(0o755)
+    finished = build_in_place(stub_tree, CXX=str(old))
+    assert said(finished.stderr) == [f"CPU extension without avx512_bf16, amx: {old} does not know these instructions"]
+    assert list(built_sets(stub_tree)) == ["portable", "avx2", "avx512"]
+
+
+@compiles
+def test_sources_that_do_not_compile(stub_tree):
+    """One line tells of it, and the library of an earlier build does not stay."""
+    (stub_tree / "csrc" / "cpu" / "driver.cpp").write_text("#error unfinished\n")
+    (stub_tree / EXTENSION).touch()
+    finished = build_in_place(stub_tree)
+    assert finished.returncode == 0, finished.stderr
+    (line,) = said(finished.stderr)
+    assert line.startswith("CPU extension not built: ")
+    assert "driver.cpp:1:2: error: " in line
+    assert not (stub_tree / EXTENSION).exists()
+    finished = build_in_place(stub_tree, REATTN_BUILD_CPU="1")
+    assert finished.returncode != 0
+    assert "driver.cpp:1:2: error: " in finished.stderr
+
+
+@compiles
+def test_build_for_a_sanitizer(stub_tree):
+    """The sanitizer's library may be missing here, so only how it is built is looked at."""
+    build_in_place(stub_tree, REATTN_CPU_SANITIZE="address,undefined")
+    (path,) = stub_tree.glob("build/*/reattn._cpu/build.ninja")
+    variables = dict(line.split(" = ", 1) for line in path.read_text().splitlines() if "flags = " in line)
+    for name in ("flags", "link_flags"):
+        assert "-fsanitize=address,undefined" in variables[name].split()
+    assert "-O1" in variables["flags"].split()
+    assert "-O3" not in variables["flags"].split()

@@ -1,0 +1,228 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <pthread.h>
+
+#include "parallel.h"
+
+namespace reattn {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// Rows that far apart fall into different sets of the L1 cache.
+int64_t spread(int64_t row) {
+  const int64_t sixteens = ceil_div(row, 16);
+  return 16 * (sixteens | 1);
+}
+
+int64_t setting(const char* name, int64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoll(value) : otherwise;
+}
+
+// What the maps of a block may take of the L2 cache, and the packed keys and values of a wave of the L3 cache.
+const int64_t kBlockBytes = setting("RB", 320) << 10, kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
+
+Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
+  Plan plan{};
+  plan.keys = round_up(p.seqlen_k, kernels.lanes);
+  plan.ld_keys = spread(plan.keys);
+  plan.ld_dim = round_up(p.head_dim, kernels.lanes);
+  plan.depth = round_up(p.head_dim, kernels.depth_multiple);
+
+  const int64_t maps = backward ? 2 : 1, tile = kernels.row_tile;
+  const int64_t row_bytes = maps * p.heads * plan.ld_keys * int64_t(sizeof(float));
+  const int64_t fit = kBlockBytes / row_bytes;
+  plan.block_keys = p.seqlen_k;
+  plan.block_rows = std::min<int64_t>(fit / tile * tile, setting("RM", 48));
+  if (fit < tile) {
+    plan.block_rows = 4 * tile;
+    const int64_t column_bytes = maps * p.heads * plan.block_rows * int64_t(sizeof(float));
+    plan.block_keys = std::min(std::max<int64_t>(kBlockBytes / column_bytes / 96, 1) * 96, p.seqlen_k);
+  }
+  // Blocks of about one size.
+  const int64_t blocks = ceil_div(std::max<int64_t>(p.seqlen, 1), plan.block_rows);
+  plan.block_rows = round_up(ceil_div(std::max<int64_t>(p.seqlen, 1), blocks), tile);
+  plan.ld_block = spread(round_up(plan.block_keys, kernels.lanes));
+  const int64_t block_vectors = ceil_div(plan.block_keys, kernels.lanes);
+  plan.tile_keys = ceil_div(block_vectors, ceil_div(block_vectors * kernels.lanes, setting("RT", 128))) * kernels.lanes;
+
+  const int64_t key_bytes = p.heads * plan.ld_keys * plan.depth * kernels.operand_bytes;
+  const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
+  int64_t sample_bytes = 2 * key_bytes;
+  if (backward) {
+    // Enough units for many threads, in groups not so small that their sums cost more than they do.
+    const int64_t wanted = ceil_div(setting("RU", 16), p.batch);
+    const int64_t affordable = std::max<int64_t>(kGroupBytes / grad_bytes, 1);
+    const int64_t groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / setting("RG", 32)}), 1);
+    plan.group_rows = round_up(ceil_div(p.seqlen, groups), plan.block_rows);
+    plan.groups = ceil_div(p.seqlen, plan.group_rows);
+    sample_bytes = 4 * key_bytes + plan.groups * grad_bytes;
+  }
+  plan.wave = std::clamp<int64_t>(kWaveBytes / sample_bytes, 1, p.batch);
+  return plan;
+}
+
+// Memory that calls leave for each other: fresh pages cost as much as the work on a small problem.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(round_up(int64_t(bytes), 64)) {
+    std::lock_guard<std::mutex> lock(mutex());
+    std::vector<Part>& parts = kept();
+    auto best = parts.end();
+    for (auto part = parts.begin(); part != parts.end(); ++part)
+      if (part->bytes >= bytes_ && (best == parts.end() || part->bytes < best->bytes)) best = part;
+    if (best != parts.end()) {
+      data_ = best->data;
+      bytes_ = best->bytes;
+      parts.erase(best);
+      return;
+    }
+    data_ = static_cast<char*>(std::aligned_alloc(64, bytes_));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Memory() {
+    std::lock_guard<std::mutex> lock(mutex());
+    std::vector<Part>& parts = kept();
+    parts.push_back({data_, bytes_});
+    size_t total = 0;
+    for (const Part& part : parts) total += part.bytes;
+    for (; total > kKept; parts.erase(parts.begin())) {
+      total -= parts.front().bytes;
+      std::free(parts.front().data);
+    }
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  char* data() const { return data_; }
+
+ private:
+  struct Part {
+    char* data;
+    size_t bytes;
+  };
+  static constexpr size_t kKept = 64 << 20;
+
+  // Neither is ever destroyed: threads may outlive what is static.
+  static std::vector<Part>& kept() {
+    static auto* parts = new std::vector<Part>;
+    return *parts;
+  }
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    // A fork must not leave it locked by a thread that the child does not have.
+    static const int registered = pthread_atfork(
+        [] { mutex->lock(); }, [] { mutex->unlock(); }, [] { mutex->unlock(); });
+    (void)registered;
+    return *mutex;
+  }
+
+  char* data_ = nullptr;
+  size_t bytes_;
+};
+
+// Work on one wave of samples after the other.
+class Call {
+ public:
+  Call(const Kernels& kernels, const Problem& problem, bool backward, int threads)
+      : kernels_(kernels), job_{problem, make_plan(kernels, problem, backward), {}, 0, 0, false}, backward_(backward),
+        threads_(threads) {}
+
+  void run(bool needs_values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
+    const Problem& p = job_.problem;
+    const Plan& plan = job_.plan;
+    const int64_t packed = plan.wave * p.heads;
+    const int64_t columns = packed * plan.ld_keys * plan.depth * kernels_.operand_bytes;
+    const int64_t rows = packed * round_up(p.seqlen_k, kernels_.depth_multiple) * plan.ld_dim * kernels_.operand_bytes;
+    const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
+    const int64_t sizes[] = {columns, needs_values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads, grads,
+                             scratch * threads_};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += round_up(size, 64);
+    Memory memory{size_t(total)};
+    char* parts[7];
+    char* at = memory.data();
+    for (int i = 0; i < 7; i++) {
+      parts[i] = sizes[i] ? at : nullptr;
+      at += round_up(sizes[i], 64);
+    }
+    partial_.resize(size_t(p.batch * units_per_sample * partial_size(p.heads)));
+    job_.work = {parts[0], parts[3], parts[2], parts[1], reinterpret_cast<float*>(parts[4]), reinterpret_cast<float*>(parts[5]), partial_.data()};
+    for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
+      job_.samples = std::min(plan.wave, p.batch - job_.first);
+      const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
+      parallel_for(threads_, job_.samples * p.heads, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
+      parallel_for(threads_, job_.samples * units_per_sample,
+                   [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
+      if (backward_)
+        parallel_for(threads_, job_.samples * p.heads,
+                     [&](int thread, int64_t unit) { kernels_.reduce(job_, unit, scratch_of(thread)); });
+      job_.work.partial += job_.samples * units_per_sample * partial_size(p.heads);
+    }
+  }
+
+  // The units' sums, added in their order.
+  std::vector<double> sums() const {
+    const size_t size = size_t(partial_size(job_.problem.heads));
+    std::vector<double> total(size);
+    for (size_t i = 0; i < partial_.size(); i++) total[i % size] += partial_[i];
+    return total;
+  }
+
+  Job& job() { return job_; }
+
+ private:
+  const Kernels& kernels_;
+  Job job_;
+  bool backward_;
+  int threads_;
+  std::vector<double> partial_;
+};
+
+}  // namespace
+
+void run_statistics(const Kernels& kernels, const Problem& p, int threads) {
+  Call call(kernels, p, false, threads);
+  call.run(false, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.statistics);
+  const std::vector<double> sums = call.sums();
+  std::copy_n(sums.begin(), p.heads * p.heads, p.products);
+  std::copy_n(sums.begin() + p.heads * p.heads, p.heads, p.sums);
+}
+
+void run_forward(const Kernels& kernels, const Problem& p, bool lse_known, int threads) {
+  Call call(kernels, p, false, threads);
+  call.job().lse_known = lse_known;
+  call.run(true, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.forward);
+}
+
+void run_backward(const Kernels& kernels, const Problem& p, int threads) {
+  Call call(kernels, p, true, threads);
+  call.run(true, call.job().plan.groups, kernels.backward);
+  const std::vector<double> sums = call.sums();
+  auto from = sums.begin();
+  from = std::copy_n(from, p.heads * p.heads, p.grad_weight) - p.grad_weight + sums.begin();
+  for (double* target : {p.grad_shift, p.grad_gamma, p.grad_beta}) {
+    std::copy_n(from, p.heads, target);
+    from += p.heads;
+  }
+}
+
+void run_grad_dot_out(const Kernels& kernels, const Problem& p, int threads) {
+  Job job{p, {}, {}, 0, 0, false};
+  std::vector<double> partial(size_t(p.batch * p.heads));
+  job.work.partial = partial.data();
+  parallel_for(threads, p.batch * p.heads, [&](int, int64_t unit) { kernels.grad_dot_out(job, unit); });
+  for (int64_t i = 0; i < p.batch * p.heads; i++) p.sums[i % p.heads] += partial[size_t(i)];
+}
+
+}  // namespace reattn

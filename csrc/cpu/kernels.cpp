@@ -1,0 +1,598 @@
+// Re-attention for one instruction set: compiled once for each, with that set's flags and its name as REATTN_ISA.
+//
+// A unit of work holds the maps of some query rows and all heads in the L2 cache, and goes over them row by row:
+// softmax, mixing and norm of a row stay in the L1 cache. Derivations: docs/operator.md. Nothing of the C++ library
+// is used that the linker could share with code for another instruction set.
+
+#include "kernels.h"
+#include "products.h"
+#include "rows.h"
+
+namespace reattn {
+namespace REATTN_ISA {
+
+constexpr int64_t kReduceColumns = 64;
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
+class Layout {
+ public:
+  explicit Layout(char* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+  size_t used() const { return size_t(used_); }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// A thread's memory. A name in the plural has a part for each head.
+template <class E>
+struct Scratch {
+  using Operand = typename E::Operand;
+
+  Operand *queries, *grads;         // [block_rows, depth]
+  Operand *queries_t, *grads_t;     // the same transposed, where products need it
+  float* maps;                      // [block_rows, ld_block]: scores, then mixed maps
+  float* grad_maps;                 // gradients of the mixed maps, then of the scores
+  float* probs;                     // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
+  float *mixed, *grad_mixed;        // [heads, tile_keys]
+  float* weight;                    // of this row, [heads, heads]
+  float *outs;                      // [block_rows, ld_dim]
+  float *largest, *sums;            // [heads, block_rows]; in the backward pass, delta
+  float *products, *norm_sums;      // a vector each: [heads + 1, heads], [2, heads]
+  Operand* paired;                  // a head's maps, rows in the order that products need
+  size_t size;
+
+  Scratch(const Job& job, bool backward, char* base) {
+    const Plan& plan = job.plan;
+    const int64_t heads = job.problem.heads, rows = plan.block_rows;
+    Layout layout(base);
+    queries = layout.take<Operand>(heads * rows * plan.depth);
+    maps = layout.take<float>(heads * rows * plan.ld_block);
+    probs = layout.take<float>((2 * heads + 1) * plan.ld_block);
+    mixed = layout.take<float>(heads * plan.tile_keys);
+    weight = layout.take<float>(heads * heads);
+    outs = layout.take<float>(heads * rows * plan.ld_dim);
+    largest = layout.take<float>(heads * rows);
+    sums = layout.take<float>(heads * rows);
+    products = layout.take<float>((heads + 1) * heads * kLanes);
+    grads = queries_t = grads_t = paired = nullptr;
+    grad_maps = grad_mixed = norm_sums = nullptr;
+    if (backward) {
+      grads = layout.take<Operand>(heads * rows * plan.depth);
+      grad_maps = layout.take<float>(heads * rows * plan.ld_block);
+      grad_mixed = layout.take<float>(heads * plan.tile_keys);
+      norm_sums = layout.take<float>(2 * heads * kLanes);
+      if (E::kGroup > 1) {
+        queries_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
+        grads_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
+        paired = layout.take<Operand>(E::paired_size(rows, plan.ld_block));
+      }
+    }
+    // reduce works in the same memory.
+    const size_t columns = 2 * sizeof(float) * size_t(kReduceColumns * round_up(job.problem.head_dim, 4));
+    size = layout.used() > columns ? layout.used() : columns;
+  }
+};
+
+template <class E>
+size_t scratch_bytes(const Job& job, bool backward) {
+  return Scratch<E>(job, backward, nullptr).size;
+}
+
+// Some query rows of one sample, all heads, and what is computed for them.
+template <class E>
+class Block {
+ public:
+  using Operand = typename E::Operand;
+
+  Block(const Job& job, Scratch<E>& scratch, int64_t sample, int64_t first_row, int64_t rows)
+      : job_(job), p_(job.problem), plan_(job.plan), s_(scratch), sample_(sample), first_row_(first_row), rows_(rows),
+        heads_(p_.heads), dropout_(p_) {}
+
+  void load_queries(bool backward) {
+    load(p_.query, s_.queries, s_.queries_t, backward);
+    if (backward) load(p_.grad, s_.grads, s_.grads_t, backward);
+  }
+
+  void set_keys(int64_t first_key) {
+    first_key_ = first_key;
+    keys_ = smaller(plan_.block_keys, p_.seqlen_k - first_key);
+    span_ = Span(keys_);
+    float* ones = s_.probs + heads_ * plan_.ld_block;
+    for (int64_t i = 0; i < span_.vecs; i++) {
+      const Vec one = broadcast(1.0f);
+      store(ones + i * kLanes, i == span_.vecs - 1 ? (span_.tail ? one : Vec{}) : one);
+    }
+  }
+
+  void compute_scores() { product_with_columns(s_.queries, job_.work.key_columns, s_.maps); }
+  void compute_grad_maps() { product_with_columns(s_.grads, job_.work.value_columns, s_.grad_maps); }
+
+  // Continues each row's maximum and sum over this stretch of keys.
+  void continue_lse(bool first) {
+    const float scale = p_.scale * kLog2e;
+    for (int64_t h = 0; h < heads_; h++)
+      for (int64_t r = 0; r < rows_; r++) {
+        float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
+        const float* scores = row(s_.maps, h, r);
+        const float most = largest_score(scores, span_, scale);
+        const float shift = first || most > largest ? most : largest;
+        exponentials(scores, s_.probs, span_, scale, shift);
+        // Where all scores so far are -infinity this makes NaN, as softmax does.
+        sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
+        largest = shift;
+      }
+  }
+  void store_lse() {
+    for (int64_t h = 0; h < heads_; h++)
+      for (int64_t r = 0; r < rows_; r++)
+        lse(h, r) = s_.largest[h * plan_.block_rows + r] + __builtin_log2f(s_.sums[h * plan_.block_rows + r]);
+  }
+
+  // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
+  void softmax(int64_t r, bool lse_known, bool keep_undropped) {
+    const float scale = p_.scale * kLog2e;
+    for (int64_t h = 0; h < heads_; h++) {
+      const float* scores = row(s_.maps, h, r);
+      float* probs = s_.probs + h * plan_.ld_block;
+      if (lse_known) {
+        exponentials(scores, probs, span_, scale, lse(h, r));
+      } else {
+        const float shift = largest_score(scores, span_, scale);
+        exponentials(scores, probs, span_, scale, shift);
+        s_.sums[h] = sum_row(probs, span_.vecs);
+        lse(h, r) = shift + __builtin_log2f(s_.sums[h]);
+      }
+      if (p_.dropout_p > 0) {
+        float* undropped = probs + (heads_ + 1) * plan_.ld_block;
+        if (keep_undropped) std::memcpy(undropped, probs, span_.vecs * sizeof(Vec));
+        dropout_.apply(probs, probs, span_.vecs * kLanes, sample_, h, first_row_ + r, first_key_);
+      }
+    }
+  }
+
+  // The weights for maps as softmax left them.
+  const float* weights(bool lse_known) {
+    const float kept = 1.0f / (1.0f - p_.dropout_p);
+    if (lse_known && p_.dropout_p == 0) return p_.weight;
+    for (int64_t h = 0; h < heads_; h++) {
+      const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
+      for (int64_t g = 0; g < heads_; g++) s_.weight[h * heads_ + g] = p_.weight[h * heads_ + g] * factor;
+    }
+    return s_.weight;
+  }
+
+  // The row's mixed and normalised maps, over its scores.
+  void mix(int64_t r, const float* weight) {
+    for (int64_t vec = 0; vec < span_.vecs; vec += plan_.tile_keys / kLanes) {
+      const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - vec), key = vec * kLanes;
+      if (E::kGroup == 1 && !p_.gamma) {
+        mix_tile(key, vecs, weight, row(s_.maps, 0, r) + key, plan_.block_rows * plan_.ld_block);
+        continue;
+      }
+      mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
+      if (p_.gamma) normalise(vecs);
+      for (int64_t g = 0; g < heads_; g++) store_maps(r, g, key, vecs, s_.mixed + g * plan_.tile_keys);
+    }
+    if (E::kGroup > 1) pad_maps(s_.maps, r);
+  }
+
+  // The output of these rows, or what these keys add to it.
+  void multiply_values() {
+    for (int64_t g = 0; g < heads_; g++) multiply_rows(s_.maps, g, job_.work.value_rows);
+  }
+  void multiply_keys() {
+    for (int64_t h = 0; h < heads_; h++) multiply_rows(s_.grad_maps, h, job_.work.key_rows);
+  }
+  void store_outs(const Tensor& to) {
+    for (int64_t h = 0; h < heads_; h++)
+      for (int64_t r = 0; r < rows_; r++)
+        store_row(p_.dtype, row_of(to, p_.dtype, sample_, h, first_row_ + r), to.dim, p_.head_dim,
+                  s_.outs + (h * plan_.block_rows + r) * plan_.ld_dim);
+  }
+
+  // Adds the products of centred maps to the unit's sums. The row of ones gives their plain sums.
+  void sum_products(int64_t r, bool lse_known) {
+    (void)r;
+    const float kept = 1.0f / (1.0f - p_.dropout_p), mean = 1.0f / float(p_.seqlen_k);
+    const float* ones = s_.probs + heads_ * plan_.ld_block;
+    for (int64_t h = 0; h < heads_; h++) {
+      float* probs = s_.probs + h * plan_.ld_block;
+      const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
+      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes)
+        reattn::REATTN_ISA::store(probs + i, vec(probs + i) * factor - mean * vec(ones + i));
+    }
+    dot_rows(heads_ + 1, heads_, span_.vecs, s_.probs, plan_.ld_block, s_.probs, plan_.ld_block, s_.products, heads_);
+  }
+
+  // One row of the backward pass: delta and the sums for the parameters' gradients in the first sweep, the mixed maps
+  // and the gradient of the scores, over maps and grad_maps, in the second; one sweep does both where all keys fit.
+  void backward_row(int64_t r, bool first_sweep, bool second_sweep) {
+    const bool dropped = p_.dropout_p > 0;
+    softmax(r, true, true);
+    const float kept = 1.0f / (1.0f - p_.dropout_p);
+    const int64_t ld = plan_.ld_block, stride = plan_.block_rows * ld;
+    if (dropped)
+      for (int64_t i = 0; i < heads_ * ld; i += kLanes) reattn::REATTN_ISA::store(s_.probs + i, vec(s_.probs + i) * kept);
+    for (int64_t v = 0; v < span_.vecs; v += plan_.tile_keys / kLanes) {
+      const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes, tile = plan_.tile_keys;
+      float* grad_maps = row(s_.grad_maps, 0, r) + key;
+      mix_tile(key, vecs, p_.weight, s_.mixed, tile);
+      if (p_.gamma) {
+        normalise_backward(vecs, grad_maps, first_sweep);
+      } else {
+        for (int64_t g = 0; g < heads_; g++)
+          std::memcpy(s_.grad_mixed + g * tile, grad_maps + g * stride, vecs * sizeof(Vec));
+      }
+      if (second_sweep)
+        for (int64_t g = 0; g < heads_; g++) store_maps(r, g, key, vecs, s_.mixed + g * tile);
+      if (first_sweep)
+        dot_rows(heads_ + 1, heads_, vecs, s_.probs + key, ld, s_.grad_mixed, tile, s_.products, heads_);
+      // dP = W dA, and the coupling of batch statistics.
+      if (p_.coupled) {
+        product<Order::kRows, Start::kBias>(
+            heads_, vecs * kLanes, heads_, p_.weight, heads_, s_.grad_mixed, tile, grad_maps, stride, p_.constant);
+        product<Order::kRows, Start::kAccumulate>(
+            heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld, grad_maps, stride);
+      } else {
+        product<Order::kRows, Start::kZero>(
+            heads_, vecs * kLanes, heads_, p_.weight, heads_, s_.grad_mixed, tile, grad_maps, stride);
+      }
+    }
+    for (int64_t h = 0; h < heads_; h++) {
+      const float* probs = s_.probs + h * ld;
+      float *grad_probs = row(s_.grad_maps, h, r), &delta = s_.sums[h * plan_.block_rows + r];
+      if (first_sweep) {
+        const float sum = dot_row(probs, grad_probs, span_.vecs);
+        delta = first_key_ == 0 ? sum : delta + sum;
+      }
+      if (!second_sweep) continue;
+      Operand* grad_scores = reinterpret_cast<Operand*>(grad_probs);
+      const float* undropped = probs + (heads_ + 1) * ld;
+      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes) {
+        const Vec grad = dropped ? vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * delta
+                                 : vec(probs + i) * (vec(grad_probs + i) - delta);
+        E::store(grad_scores + i, grad * p_.scale);
+      }
+    }
+    if (E::kGroup > 1 && second_sweep) {
+      pad_maps(s_.maps, r);
+      pad_maps(s_.grad_maps, r);
+    }
+  }
+
+  // Adds these rows' part to the gradients of keys and values, [head_dim, keys] each.
+  void add_grad_columns(float* grad_key, float* grad_value, bool first) {
+    for (int64_t h = 0; h < heads_; h++) {
+      const int64_t at = h * p_.head_dim * plan_.ld_keys + first_key_;
+      add_columns(s_.queries, s_.queries_t, s_.grad_maps, h, grad_key + at, first);
+      add_columns(s_.grads, s_.grads_t, s_.maps, h, grad_value + at, first);
+    }
+  }
+
+ private:
+  static Vec vec(const float* from) { return reattn::REATTN_ISA::load(from); }
+
+  float* row(float* maps, int64_t head, int64_t r) { return maps + (head * plan_.block_rows + r) * plan_.ld_block; }
+  float& lse(int64_t head, int64_t r) { return p_.lse[(sample_ * heads_ + head) * p_.seqlen + first_row_ + r]; }
+  int64_t packed(int64_t head) const { return (sample_ - job_.first) * heads_ + head; }
+
+  void load(const Tensor& from, Operand* rows, Operand* transposed, bool backward) {
+    const int64_t size = plan_.block_rows * plan_.depth;
+    for (int64_t h = 0; h < heads_; h++) {
+      for (int64_t r = 0; r < rows_; r++)
+        E::load_row(p_.dtype, row_of(from, p_.dtype, sample_, h, first_row_ + r), from.dim, p_.head_dim,
+                    rows + h * size + r * plan_.depth, plan_.depth);
+      if (backward)
+        E::transpose_rows(rows + h * size, rows_, plan_.depth, transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
+    }
+  }
+
+  // maps[h] = rows[h] columns[h] for these keys.
+  void product_with_columns(const Operand* rows, const char* columns, float* maps) {
+    const int64_t size = plan_.ld_keys * plan_.depth;
+    for (int64_t h = 0; h < heads_; h++)
+      E::template product<Start::kZero>(
+          rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth, plan_.depth,
+          reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * E::kGroup, plan_.ld_keys,
+          row(maps, h, 0), plan_.ld_block);
+  }
+
+  // outs[head] (+)= maps[head] rows[head].
+  void multiply_rows(float* maps, int64_t head, const char* rows) {
+    const int64_t size = round_up(p_.seqlen_k, E::kGroup) * plan_.ld_dim;
+    const Operand* b = reinterpret_cast<const Operand*>(rows) + packed(head) * size + first_key_ * plan_.ld_dim;
+    float* outs = s_.outs + head * plan_.block_rows * plan_.ld_dim;
+    const Operand* a = reinterpret_cast<const Operand*>(row(maps, head, 0));
+    const int64_t lda = plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand)), depth = round_up(keys_, E::kGroup);
+    if (first_key_ == 0)
+      E::template product<Start::kZero>(rows_, plan_.ld_dim, depth, a, lda, b, plan_.ld_dim, outs, plan_.ld_dim);
+    else
+      E::template product<Start::kAccumulate>(rows_, plan_.ld_dim, depth, a, lda, b, plan_.ld_dim, outs, plan_.ld_dim);
+  }
+
+  // columns (+)= rows^T maps[head].
+  void add_columns(const Operand* rows, const Operand* transposed, float* maps, int64_t head, float* columns, bool first) {
+    const int64_t size = plan_.block_rows * plan_.depth;
+    E::add_transposed(
+        p_.head_dim, span_.vecs * kLanes, rows_, rows + head * size, plan_.depth,
+        transposed + head * E::transposed_size(plan_.block_rows, plan_.depth), row(maps, head, 0), plan_.ld_block,
+        s_.paired, columns, plan_.ld_keys, first);
+  }
+
+  // A = W^T P + c for some keys of the row.
+  void mix_tile(int64_t key, int64_t vecs, const float* weight, float* mixed, int64_t ld) {
+    product<Order::kColumns, Start::kBias>(
+        heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key, plan_.ld_block, mixed, ld, p_.shift);
+  }
+
+  void store_maps(int64_t r, int64_t head, int64_t key, int64_t vecs, const float* from) {
+    Operand* to = reinterpret_cast<Operand*>(row(s_.maps, head, r)) + key;
+    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) E::store(to + i, vec(from + i));
+  }
+
+  // Sums over keys run on to a whole group: nothing may stand there.
+  void pad_maps(float* maps, int64_t r) {
+    for (int64_t h = 0; h < heads_; h++) {
+      Operand* operand = reinterpret_cast<Operand*>(row(maps, h, r));
+      for (int64_t i = keys_; i < round_up(keys_, E::kGroup); i++) operand[i] = Operand{};
+    }
+  }
+
+  // 1 / sqrt(mean over heads of A^2 + eps) for a vector of keys.
+  Vec inverse_root(const float* mixed) const {
+    Vec squares{};
+    for (int64_t g = 0; g < heads_; g++) {
+      const Vec a = vec(mixed + g * plan_.tile_keys);
+      squares += a * a;
+    }
+    return 1.0f / square_root(squares * (1.0f / float(heads_)) + p_.eps);
+  }
+
+  void normalise(int64_t vecs) {
+    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
+      const Vec inverse = inverse_root(s_.mixed + i);
+      for (int64_t g = 0; g < heads_; g++) {
+        float* mixed = s_.mixed + g * plan_.tile_keys + i;
+        reattn::REATTN_ISA::store(mixed, vec(mixed) * inverse * p_.gamma[g] + p_.beta[g]);
+      }
+    }
+  }
+
+  // From mixed maps and the gradient of the normalised ones to normalised maps and the gradient of the mixed ones. What
+  // all heads share is taken away: weight sums to zero over them.
+  void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters) {
+    const int64_t stride = plan_.block_rows * plan_.ld_block, tile = plan_.tile_keys;
+    const float share = 1.0f / float(heads_);
+    float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads_ * kLanes;
+    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
+      const Vec inverse = inverse_root(s_.mixed + i);
+      Vec mean{}, along{};
+      for (int64_t g = 0; g < heads_; g++) {
+        const Vec unit = vec(s_.mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
+        const Vec scaled = grad * p_.gamma[g];
+        mean += scaled;
+        along += scaled * unit;
+        if (sum_parameters) {
+          reattn::REATTN_ISA::store(gamma_sums + g * kLanes, vec(gamma_sums + g * kLanes) + grad * unit);
+          reattn::REATTN_ISA::store(beta_sums + g * kLanes, vec(beta_sums + g * kLanes) + grad);
+        }
+      }
+      mean *= share;
+      along *= share;
+      for (int64_t g = 0; g < heads_; g++) {
+        float* mixed = s_.mixed + g * tile + i;
+        const Vec unit = vec(mixed) * inverse, grad = vec(grad_maps + g * stride + i);
+        reattn::REATTN_ISA::store(s_.grad_mixed + g * tile + i, (grad * p_.gamma[g] - mean - unit * along) * inverse);
+        reattn::REATTN_ISA::store(mixed, unit * p_.gamma[g] + p_.beta[g]);
+      }
+    }
+  }
+
+  const Job& job_;
+  const Problem& p_;
+  const Plan& plan_;
+  Scratch<E>& s_;
+  int64_t sample_, first_row_, rows_, heads_;
+  int64_t first_key_ = 0, keys_ = 0;
+  Span span_{1};
+  Dropout dropout_;
+};
+
+// The unit'th block of rows of the wave.
+struct Unit {
+  int64_t sample, first_row, rows;
+
+  Unit(const Job& job, int64_t unit) {
+    const int64_t blocks = (job.problem.seqlen + job.plan.block_rows - 1) / job.plan.block_rows;
+    sample = job.first + unit / blocks;
+    first_row = unit % blocks * job.plan.block_rows;
+    rows = smaller(job.plan.block_rows, job.problem.seqlen - first_row);
+  }
+};
+
+template <class E>
+bool whole_rows(const Job& job) {
+  return job.plan.block_keys >= job.problem.seqlen_k;
+}
+
+template <class E>
+void find_lse(const Job& job, Block<E>& block) {
+  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
+    block.set_keys(key);
+    block.compute_scores();
+    block.continue_lse(key == 0);
+  }
+  block.store_lse();
+}
+
+template <class E>
+void forward(const Job& job, int64_t index, char* memory) {
+  const Unit unit(job, index);
+  Scratch<E> scratch(job, false, memory);
+  Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
+  block.load_queries(false);
+  bool lse_known = job.lse_known;
+  if (!lse_known && !whole_rows<E>(job)) {
+    find_lse(job, block);
+    lse_known = true;
+  }
+  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
+    block.set_keys(key);
+    block.compute_scores();
+    for (int64_t r = 0; r < unit.rows; r++) {
+      block.softmax(r, lse_known, false);
+      block.mix(r, block.weights(lse_known));
+    }
+    block.multiply_values();
+  }
+  block.store_outs(job.problem.out);
+}
+
+// Moves sums of one block, a vector each, to the unit's in float64.
+void flush(float* sums, int64_t count, double* to) {
+  for (int64_t i = 0; i < count; i++)
+    for (int lane = 0; lane < kLanes; lane++) to[i] += double(sums[i * kLanes + lane]);
+  std::memset(sums, 0, count * sizeof(Vec));
+}
+
+template <class E>
+void statistics(const Job& job, int64_t index, char* memory) {
+  const Unit unit(job, index);
+  const int64_t heads = job.problem.heads;
+  Scratch<E> scratch(job, false, memory);
+  Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
+  std::memset(scratch.products, 0, (heads + 1) * heads * sizeof(Vec));
+  block.load_queries(false);
+  bool lse_known = false;
+  if (!whole_rows<E>(job)) {
+    find_lse(job, block);
+    lse_known = true;
+  }
+  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
+    block.set_keys(key);
+    block.compute_scores();
+    for (int64_t r = 0; r < unit.rows; r++) {
+      block.softmax(r, lse_known, false);
+      block.sum_products(r, lse_known);
+    }
+  }
+  flush(scratch.products, (heads + 1) * heads, job.work.partial + index * partial_size(heads));
+}
+
+template <class E>
+void backward(const Job& job, int64_t index, char* memory) {
+  const Problem& p = job.problem;
+  const Plan& plan = job.plan;
+  const int64_t sample = index / plan.groups, group = index % plan.groups;
+  Scratch<E> scratch(job, true, memory);
+  std::memset(scratch.products, 0, (p.heads + 1) * p.heads * sizeof(Vec));
+  std::memset(scratch.norm_sums, 0, 2 * p.heads * sizeof(Vec));
+  double* partial = job.work.partial + index * partial_size(p.heads);
+  const int64_t columns = p.heads * p.head_dim * plan.ld_keys;
+  float *grad_key = job.work.grad_key + index * columns, *grad_value = job.work.grad_value + index * columns;
+  const int64_t first = group * plan.group_rows, end = smaller(first + plan.group_rows, p.seqlen);
+  for (int64_t row = first; row < end; row += plan.block_rows) {
+    const int64_t rows = smaller(plan.block_rows, end - row);
+    Block<E> block(job, scratch, job.first + sample, row, rows);
+    block.load_queries(true);
+    const bool whole = whole_rows<E>(job);
+    for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
+      for (int64_t key = 0; key < p.seqlen_k; key += plan.block_keys) {
+        block.set_keys(key);
+        block.compute_scores();
+        block.compute_grad_maps();
+        for (int64_t r = 0; r < rows; r++) block.backward_row(r, whole || sweep == 0, sweep == 1);
+        if (sweep == 0) continue;
+        block.add_grad_columns(grad_key, grad_value, row == first);
+        block.multiply_keys();
+      }
+    }
+    block.store_outs(p.grad_query);
+    flush(scratch.products, (p.heads + 1) * p.heads, partial);
+    flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
+  }
+}
+
+// Keys and values of one head of one sample, in the orders that the products read.
+template <class E>
+void pack(const Job& job, int64_t index, bool backward) {
+  using Operand = typename E::Operand;
+  const Problem& p = job.problem;
+  const Plan& plan = job.plan;
+  const int64_t sample = job.first + index / p.heads, head = index % p.heads;
+  const int64_t column_size = plan.ld_keys * plan.depth, row_size = round_up(p.seqlen_k, E::kGroup) * plan.ld_dim;
+  const auto part = [index](char* of, int64_t size) { return reinterpret_cast<Operand*>(of) + index * size; };
+  if (job.work.key_columns)
+    E::pack_columns(p.dtype, row_of(p.key, p.dtype, sample, head, 0), p.key, p.seqlen_k, p.head_dim, plan,
+                    part(job.work.key_columns, column_size));
+  if (job.work.value_rows)
+    E::pack_rows(p.dtype, row_of(p.value, p.dtype, sample, head, 0), p.value, p.seqlen_k, p.head_dim, plan,
+                 part(job.work.value_rows, row_size));
+  if (!backward) return;
+  E::pack_columns(p.dtype, row_of(p.value, p.dtype, sample, head, 0), p.value, p.seqlen_k, p.head_dim, plan,
+                  part(job.work.value_columns, column_size));
+  E::pack_rows(p.dtype, row_of(p.key, p.dtype, sample, head, 0), p.key, p.seqlen_k, p.head_dim, plan,
+               part(job.work.key_rows, row_size));
+}
+
+// Sums the groups' gradients of one head's keys and values, in their order, and stores them.
+void reduce(const Job& job, int64_t index, char* memory) {
+  const Problem& p = job.problem;
+  const Plan& plan = job.plan;
+  const int64_t sample = index / p.heads, head = index % p.heads, dim = round_up(p.head_dim, 4);
+  constexpr int64_t kColumns = kReduceColumns;
+  float *sums = reinterpret_cast<float*>(memory), *rows = sums + dim * kColumns;
+  const float* sources[] = {job.work.grad_key, job.work.grad_value};
+  const Tensor targets[] = {p.grad_key, p.grad_value};
+  for (int which = 0; which < 2; which++)
+    for (int64_t key = 0; key < p.seqlen_k; key += kColumns) {
+      const int64_t count = smaller(kColumns, p.seqlen_k - key), padded = round_up(count, kLanes);
+      for (int64_t d = 0; d < p.head_dim; d++)
+        for (int64_t i = 0; i < padded; i += kLanes) {
+          Vec total{};
+          for (int64_t group = 0; group < plan.groups; group++)
+            total += load(sources[which] + (((sample * plan.groups + group) * p.heads + head) * p.head_dim + d) * plan.ld_keys + key + i);
+          store(sums + d * kColumns + i, total);
+        }
+      for (int64_t d = p.head_dim; d < dim; d++) std::memset(sums + d * kColumns, 0, padded * sizeof(float));
+      transpose(sums, kColumns, dim, padded, rows, dim);
+      for (int64_t i = 0; i < count; i++)
+        store_row(p.dtype, row_of(targets[which], p.dtype, job.first + sample, head, key + i), targets[which].dim, p.head_dim, rows + i * dim);
+    }
+}
+
+// sum grad * out for one head of one sample.
+void grad_dot_out(const Job& job, int64_t index) {
+  const Problem& p = job.problem;
+  const int64_t sample = index / p.heads, head = index % p.heads;
+  float a[128 + kLanes], b[128 + kLanes];
+  const int64_t padded = round_up(p.head_dim, kLanes);
+  double total = 0;
+  for (int64_t r = 0; r < p.seqlen; r++) {
+    load_row(p.dtype, row_of(p.grad, p.dtype, sample, head, r), p.grad.dim, p.head_dim, a, padded);
+    load_row(p.dtype, row_of(p.out, p.dtype, sample, head, r), p.out.dim, p.head_dim, b, padded);
+    total += double(dot_row(a, b, padded / kLanes));
+  }
+  job.work.partial[index] = total;
+}
+
+template <class E>
+Kernels table(const char* name) {
+  return {name, kLanes, kRowTile, kColumnVecs * kLanes, sizeof(typename E::Operand), E::kGroup,
+          scratch_bytes<E>, pack<E>, statistics<E>, forward<E>, backward<E>, reduce, grad_dot_out};
+}
+
+extern const Kernels kFloat32;
+const Kernels kFloat32 = table<Float32>(REATTN_STRING(REATTN_ISA));
+
+}  // namespace REATTN_ISA
+}  // namespace reattn

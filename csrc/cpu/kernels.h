@@ -1,0 +1,88 @@
+// What the driver and the kernels of every instruction set share: plain structs, no code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace reattn {
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+// (batch, heads, seqlen, head_dim), strides in elements.
+struct Tensor {
+  void* data;
+  int64_t batch, head, row, dim;
+};
+
+// A call in canonical form (reattn/folding.py); names and meaning are those of reattn.backends.FusedBackend. Pointers
+// that a direction has no use for are null.
+struct Problem {
+  Dtype dtype;
+  int64_t batch, heads, seqlen, seqlen_k, head_dim;
+  float scale, eps, dropout_p;
+  Tensor query, key, value, grad, out;
+  Tensor grad_query, grad_key, grad_value;
+  const float *weight, *shift, *gamma, *beta, *coupled, *constant;
+  float* lse;
+  const int64_t* seed;
+  double *sums, *products;                                         // statistics
+  double *grad_weight, *grad_shift, *grad_gamma, *grad_beta;       // backward
+};
+
+// How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
+// cache. Depends on the problem and the instruction set alone, never on the number of threads, and so does every sum.
+struct Plan {
+  int64_t keys;         // seqlen_k in whole vectors
+  int64_t ld_keys;      // row length of what has a column for each key, an odd multiple of 16: no two rows in one set
+  int64_t ld_dim;       // row length of what has a column for each element of head_dim
+  int64_t depth;        // head_dim as a sum over it is taken, padded where the products need it
+  int64_t block_rows;   // query rows of a block
+  int64_t block_keys;   // keys of a block; all of them where they fit
+  int64_t ld_block;     // row length of a block's maps
+  int64_t tile_keys;    // keys mixed at a time: their maps of all heads stay in the L1 cache
+  int64_t groups;       // parts of seqlen that sum the gradients of key, value and weights on their own
+  int64_t group_rows;   // query rows of a group, whole blocks
+  int64_t wave;         // samples whose keys and values are packed at a time
+};
+
+// Memory of one call, and of each thread.
+struct Workspace {
+  // By sample of the wave and head.
+  char* key_columns;    // keys, head_dim down and keys across
+  char* key_rows;       // keys as they are
+  char* value_columns;
+  char* value_rows;
+  float* grad_key;      // by sample of the wave, group and head: head_dim down and keys across
+  float* grad_value;
+  double* partial;      // sums over one unit of work
+};
+
+struct Job {
+  Problem problem;
+  Plan plan;
+  Workspace work;
+  int64_t first, samples;  // the wave: samples first .. first + samples - 1
+  bool lse_known;
+};
+
+// The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
+struct Kernels {
+  const char* name;
+  int64_t lanes;           // floats in a vector
+  int64_t row_tile;        // rows and columns of a product that are held in registers
+  int64_t column_tile;
+  int64_t operand_bytes;   // size of an element of the products' operands
+  int64_t depth_multiple;  // what sums over an index are padded to
+  size_t (*scratch_bytes)(const Job&, bool backward);
+  void (*pack)(const Job&, int64_t unit, bool backward);                   // samples * heads units
+  void (*statistics)(const Job&, int64_t unit, char* scratch);             // samples * row blocks
+  void (*forward)(const Job&, int64_t unit, char* scratch);                // samples * row blocks
+  void (*backward)(const Job&, int64_t unit, char* scratch);               // samples * groups
+  void (*reduce)(const Job&, int64_t unit, char* scratch);                 // samples * heads
+  void (*grad_dot_out)(const Job&, int64_t unit);                          // batch * heads
+};
+
+// Partial sums of a unit: statistics (heads + 1) x heads; backward the same and two vectors of heads.
+inline constexpr int64_t partial_size(int64_t heads) { return (heads + 3) * heads; }
+
+}  // namespace reattn

@@ -1,0 +1,190 @@
+// Rows of tensors in and out: conversion to float32 and back, transposition, and what is done to one row of maps.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace reattn {
+namespace REATTN_ISA {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline size_t bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+inline char* row_of(const Tensor& t, Dtype dtype, int64_t sample, int64_t head, int64_t row) {
+  return static_cast<char*>(t.data) + (sample * t.batch + head * t.head + row * t.row) * int64_t(bytes(dtype));
+}
+
+inline Vec widen(Dtype dtype, VecH half) { return dtype == Dtype::kBFloat16 ? from_bfloat16(half) : from_float16(half); }
+inline VecH narrow(Dtype dtype, Vec v) { return dtype == Dtype::kBFloat16 ? to_bfloat16(v) : to_float16(v); }
+
+// size elements, stride apart, as float32; zeros up to padded.
+inline void load_row(Dtype dtype, const char* from, int64_t stride, int64_t size, float* to, int64_t padded) {
+  int64_t i = 0;
+  if (dtype == Dtype::kFloat32) {
+    const float* source = reinterpret_cast<const float*>(from);
+    if (stride == 1)
+      for (; i + kLanes <= size; i += kLanes) store(to + i, load(source + i));
+    for (; i < size; i++) to[i] = source[i * stride];
+  } else {
+    const uint16_t* source = reinterpret_cast<const uint16_t*>(from);
+    if (stride == 1)
+      for (; i + kLanes <= size; i += kLanes) store(to + i, widen(dtype, load_as<VecH>(source + i)));
+    VecH rest{};
+    const int64_t first = i;
+    for (; i < size; i++) {
+      rest[(i - first) % kLanes] = source[i * stride];
+      if ((i - first) % kLanes == kLanes - 1 || i == size - 1) {
+        const Vec wide = widen(dtype, rest);
+        const int64_t begin = i - (i - first) % kLanes;
+        for (int64_t j = begin; j <= i; j++) to[j] = wide[j - begin];
+      }
+    }
+  }
+  for (; i < padded; i++) to[i] = 0;
+}
+
+inline void store_row(Dtype dtype, char* to, int64_t stride, int64_t size, const float* from) {
+  int64_t i = 0;
+  if (dtype == Dtype::kFloat32) {
+    float* target = reinterpret_cast<float*>(to);
+    if (stride == 1)
+      for (; i + kLanes <= size; i += kLanes) store(target + i, load(from + i));
+    for (; i < size; i++) target[i * stride] = from[i];
+  } else {
+    uint16_t* target = reinterpret_cast<uint16_t*>(to);
+    for (; i < size; i += kLanes) {
+      Vec wide{};
+      const int64_t count = smaller(kLanes, size - i);
+      if (count == kLanes)
+        wide = load(from + i);
+      else
+        for (int64_t j = 0; j < count; j++) wide[j] = from[i + j];
+      const VecH half = narrow(dtype, wide);
+      if (stride == 1 && count == kLanes)
+        store_as(target + i, half);
+      else
+        for (int64_t j = 0; j < count; j++) target[(i + j) * stride] = half[j];
+    }
+  }
+}
+
+// to[c, r] = from[r, c]; rows and columns in fours, as their padding allows.
+inline void transpose(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
+  for (int64_t r = 0; r < rows; r += 4)
+    for (int64_t c = 0; c < columns; c += 4) {
+      const float* source = from + r * ld_from + c;
+      const Vec4 a = load_as<Vec4>(source), b = load_as<Vec4>(source + ld_from),
+                 d = load_as<Vec4>(source + 2 * ld_from), e = load_as<Vec4>(source + 3 * ld_from);
+      const Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), de = __builtin_shufflevector(d, e, 0, 4, 1, 5);
+      const Vec4 ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), de2 = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+      float* target = to + c * ld_to + r;
+      store_as(target, __builtin_shufflevector(ab, de, 0, 1, 4, 5));
+      store_as(target + ld_to, __builtin_shufflevector(ab, de, 2, 3, 6, 7));
+      store_as(target + 2 * ld_to, __builtin_shufflevector(ab2, de2, 0, 1, 4, 5));
+      store_as(target + 3 * ld_to, __builtin_shufflevector(ab2, de2, 2, 3, 6, 7));
+    }
+}
+
+// The keys of a row in whole vectors; lanes of the last one that are no keys are masked out.
+struct Span {
+  int64_t vecs;
+  VecI tail;
+
+  explicit Span(int64_t keys) : vecs((keys + kLanes - 1) / kLanes) {
+    tail = lane_numbers() < broadcast(int32_t(keys - (vecs - 1) * kLanes));
+  }
+};
+
+constexpr float kInfinity = __builtin_inff();
+
+// The largest of scores * scale, to which padding does not count.
+inline float largest_score(const float* scores, Span span, float scale) {
+  Vec most = broadcast(-kInfinity);
+  for (int64_t i = 0; i < span.vecs - 1; i++) most = maximum(load(scores + i * kLanes) * scale, most);
+  const Vec last = load(scores + (span.vecs - 1) * kLanes) * scale;
+  return largest(maximum(span.tail ? last : broadcast(-kInfinity), most));
+}
+
+// probs = 2^(scores * scale - shift), zero in the padding.
+inline void exponentials(const float* scores, float* probs, Span span, float scale, float shift) {
+  int64_t i = 0;
+  for (; i + 1 < span.vecs - 1; i += 2) {
+    const Vec a = exp2(load(scores + i * kLanes) * scale - shift);
+    const Vec b = exp2(load(scores + (i + 1) * kLanes) * scale - shift);
+    store(probs + i * kLanes, a);
+    store(probs + (i + 1) * kLanes, b);
+  }
+  for (; i < span.vecs; i++) {
+    Vec p = exp2(load(scores + i * kLanes) * scale - shift);
+    if (i == span.vecs - 1) p = span.tail ? p : Vec{};
+    store(probs + i * kLanes, p);
+  }
+}
+
+inline float sum_row(const float* row, int64_t vecs) {
+  Vec even{}, odd{};
+  int64_t i = 0;
+  for (; i + 1 < vecs; i += 2) {
+    even += load(row + i * kLanes);
+    odd += load(row + (i + 1) * kLanes);
+  }
+  if (i < vecs) even += load(row + i * kLanes);
+  return sum(even + odd);
+}
+
+inline float dot_row(const float* a, const float* b, int64_t vecs) {
+  Vec even{}, odd{};
+  int64_t i = 0;
+  for (; i + 1 < vecs; i += 2) {
+    even += load(a + i * kLanes) * load(b + i * kLanes);
+    odd += load(a + (i + 1) * kLanes) * load(b + (i + 1) * kLanes);
+  }
+  if (i < vecs) even += load(a + i * kLanes) * load(b + i * kLanes);
+  return sum(even + odd);
+}
+
+// Philox4x32-10 (Salmon et al., 2011), a number for each key: which are kept depends on their position alone.
+class Dropout {
+ public:
+  Dropout(const Problem& p)
+      : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(double(p.dropout_p) * 4294967296.0)) {}
+
+  // kept = probs where they are kept, zero elsewhere, for keys first_key ..., a multiple of 32.
+  void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row, int64_t first_key) const {
+    for (int64_t j = 0; j < padded; j += 32) {
+      uint32_t words[4][8];
+      for (int lane = 0; lane < 8; lane++) {
+        words[0][lane] = uint32_t((first_key + j) / 4 + lane);
+        words[1][lane] = uint32_t(row);
+        words[2][lane] = uint32_t(head);
+        words[3][lane] = uint32_t(sample);
+      }
+      uint32_t key0 = uint32_t(key_), key1 = uint32_t(key_ >> 32);
+      for (int round = 0; round < 10; round++) {
+        for (int lane = 0; lane < 8; lane++) {
+          const uint64_t a = uint64_t(words[0][lane]) * 0xD2511F53u, b = uint64_t(words[2][lane]) * 0xCD9E8D57u;
+          const uint32_t w1 = words[1][lane], w3 = words[3][lane];
+          words[0][lane] = uint32_t(b >> 32) ^ w1 ^ key0;
+          words[1][lane] = uint32_t(b);
+          words[2][lane] = uint32_t(a >> 32) ^ w3 ^ key1;
+          words[3][lane] = uint32_t(a);
+        }
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+      }
+      const uint32_t* word = &words[0][0];
+      const int64_t count = smaller(32, padded - j);
+      for (int64_t i = 0; i < count; i++) kept[j + i] = word[i] >= threshold_ ? probs[j + i] : 0.0f;
+    }
+  }
+
+ private:
+  uint64_t key_;
+  uint32_t threshold_;
+};
+
+}  // namespace REATTN_ISA
+}  // namespace reattn

@@ -1,0 +1,133 @@
+// One vector type for every instruction set, in the compiler's own vector extensions: the width follows the flags.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace reattn {
+namespace REATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+template <class V, class T>
+inline V load_as(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V, class T>
+inline void store_as(T* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+inline Vec load(const float* from) { return load_as<Vec>(from); }
+inline void store(float* to, Vec v) { store_as(to, v); }
+
+// x - 0 is x, signed zeros and NaN included, so that nothing but the broadcast is left.
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline VecI broadcast(int32_t x) { return x - VecI{}; }
+
+// a where it is larger or b is NaN; else b.
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline VecI lane_numbers() {
+  VecI v;
+  for (int i = 0; i < kLanes; i++) v[i] = i;
+  return v;
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+inline float largest(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+inline Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+#else
+  for (int i = 0; i < kLanes; i++) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// 2^x to one unit in the last place; 0 below the smallest normal number, infinity above the largest. NaN stays NaN.
+inline Vec exp2(Vec x) {
+  const Vec low = broadcast(-127.0f), high = broadcast(128.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec magic = broadcast(12582912.0f);
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  const VecI exponent = reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic);
+  // Minimax in relative error on [-1/2, 1/2], 2e-9; exactly 1 at 0.
+  Vec p = broadcast(1.534581242594868e-4f);
+  p = p * f + 1.3399930903688073e-3f;
+  p = p * f + 9.618489071726799e-3f;
+  p = p * f + 5.550328642129898e-2f;
+  p = p * f + 0.24022646248340607f;
+  p = p * f + 0.6931471824645996f;
+  p = p * f + 1.0f;
+  // 2^exponent: -127 gives 0, 128 infinity.
+  return p * reinterpret_cast<Vec>((exponent + 127) << 23);
+}
+
+inline Vec from_bfloat16(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
+
+// To nearest, ties to even.
+inline VecH to_bfloat16(Vec v) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecU quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet, VecH);
+}
+
+inline Vec from_float16(VecH h) {
+  const VecU wide = __builtin_convertvector(h, VecU);
+  const VecU sign = (wide & 0x8000) << 16;
+  // The exponent's bias is mended by a product, which makes denormal numbers normal.
+  const Vec magnitude = reinterpret_cast<Vec>((wide & 0x7fff) << 13) * 0x1p112f;
+  const VecU infinite = reinterpret_cast<VecU>((wide & 0x7c00) == 0x7c00) & 0x7f800000;
+  return reinterpret_cast<Vec>(reinterpret_cast<VecU>(magnitude) | infinite | sign);
+}
+
+// To nearest, ties to even; what is too large becomes infinity.
+inline VecH to_float16(Vec v) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU sign = (bits >> 16) & 0x8000;
+  const VecU magnitude = bits & 0x7fffffff;
+  const Vec absolute = reinterpret_cast<Vec>(magnitude);
+  // Below 2^-14 the result is denormal: the sum rounds where its last bit is.
+  const VecU denormal = reinterpret_cast<VecU>(absolute + 0.5f) - 0x3f000000u;
+  const VecU normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  VecU half = absolute < 0x1p-14f ? denormal : normal;
+  half = magnitude >= 0x47800000u ? VecU{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;
+  return __builtin_convertvector(half | sign, VecH);
+}
+
+}  // namespace REATTN_ISA
+}  // namespace reattn
