@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import reattn
 
@@ -118,11 +119,20 @@ def sdist(tmp_path_factory, poison):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, poison, sdist):
-    """The wheel as pip builds it from nothing but the source distribution, the kernels unoptimised to save time."""
-    folder = tmp_path_factory.mktemp("wheel")
-    settings = {"REATTN_BUILD_CPU": "1" if COMPILES else "0", "CXXFLAGS": "-O0"}
-    finished = pip_wheel(sdist, folder, "--quiet", **poison, **settings)
-    assert finished.returncode == 0, finished.stderr
+    """The wheel as pip builds it from nothing but the source distribution.
+
+    To save time the kernels are not optimised, and pytest's processes share one wheel.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "wheel"
+    folder.mkdir(exist_ok=True)
+    with FileLock(shared / "wheel.lock"):
+        if not list(folder.glob("*.whl")):
+            settings = {"REATTN_BUILD_CPU": "1" if COMPILES else "0", "CXXFLAGS": "-O0"}
+            finished = pip_wheel(sdist, folder, "--quiet", **poison, **settings)
+            assert finished.returncode == 0, finished.stderr
     (archive,) = folder.glob("*.whl")
     return archive
 

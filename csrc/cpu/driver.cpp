@@ -34,6 +34,7 @@ const int64_t kBlockBytes = setting("RB", 320) << 10, kWaveBytes = setting("RW",
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
   plan.keys = round_up(p.seqlen_k, kernels.lanes);
+  plan.packed_keys = round_up(p.seqlen_k, kernels.column_tile);
   plan.ld_keys = spread(plan.keys);
   plan.ld_dim = round_up(p.head_dim, kernels.lanes);
   plan.depth = round_up(p.head_dim, kernels.depth_multiple);
@@ -55,7 +56,7 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   const int64_t block_vectors = ceil_div(plan.block_keys, kernels.lanes);
   plan.tile_keys = ceil_div(block_vectors, ceil_div(block_vectors * kernels.lanes, setting("RT", 128))) * kernels.lanes;
 
-  const int64_t key_bytes = p.heads * plan.ld_keys * plan.depth * kernels.operand_bytes;
+  const int64_t key_bytes = p.heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
   const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
   int64_t sample_bytes = 2 * key_bytes;
   if (backward) {
@@ -141,7 +142,7 @@ class Call {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
     const int64_t packed = plan.wave * p.heads;
-    const int64_t columns = packed * plan.ld_keys * plan.depth * kernels_.operand_bytes;
+    const int64_t columns = packed * plan.packed_keys * plan.depth * kernels_.operand_bytes;
     const int64_t rows = packed * round_up(p.seqlen_k, kernels_.depth_multiple) * plan.ld_dim * kernels_.operand_bytes;
     const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
@@ -161,12 +162,11 @@ class Call {
     for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
       job_.samples = std::min(plan.wave, p.batch - job_.first);
       const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
-      parallel_for(threads_, job_.samples * p.heads, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
+      const int64_t stretches = job_.samples * ceil_div(plan.keys, kernels_.stretch);
+      parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
       parallel_for(threads_, job_.samples * units_per_sample,
                    [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
-      if (backward_)
-        parallel_for(threads_, job_.samples * p.heads,
-                     [&](int thread, int64_t unit) { kernels_.reduce(job_, unit, scratch_of(thread)); });
+      if (backward_) parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.reduce(job_, unit); });
       job_.work.partial += job_.samples * units_per_sample * partial_size(p.heads);
     }
   }

@@ -63,19 +63,23 @@ inline void product_rows(
 // The longest sum that is not cut into parts: rounding errors grow with the length.
 constexpr int64_t kLongestSum = 128;
 
-// C[rows, columns] = start + A[rows, depth] B[depth, columns], columns a multiple of the vector length.
+// Columns that a tile of a product covers.
+constexpr int64_t kPanel = kColumnVecs * kLanes;
+
+// C[rows, columns] = start + A[rows, depth] B[depth, columns], columns a multiple of the vector length. Where B is packed
+// in panels of kPanel columns, each [depth, kPanel], panel is the distance between them and ldb is kPanel.
 template <Order kOrder, Start kStart>
 void product(
     int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc, const float* bias = nullptr) {
+    int64_t ldc, const float* bias = nullptr, int64_t panel = kPanel) {
   if (depth > kLongestSum) {
     const int64_t head = (depth + 1) / 2;
-    product<kOrder, kStart>(rows, columns, head, a, lda, b, ldb, c, ldc, bias);
+    product<kOrder, kStart>(rows, columns, head, a, lda, b, ldb, c, ldc, bias, panel);
     a += kOrder == Order::kRows ? head : head * lda;
-    return product<kOrder, Start::kAccumulate>(rows, columns, depth - head, a, lda, b + head * ldb, ldb, c, ldc);
+    return product<kOrder, Start::kAccumulate>(rows, columns, depth - head, a, lda, b + head * ldb, ldb, c, ldc, nullptr, panel);
   }
   const int64_t tiles = (rows + kRowTile - 1) / kRowTile, size = rows / tiles, larger = rows % tiles;
-  for (int64_t column = 0; column < columns; column += kColumnVecs * kLanes) {
+  for (int64_t column = 0; column < columns; column += kPanel, b += panel) {
     const int64_t left = (columns - column) / kLanes, vecs = left < kColumnVecs ? left : kColumnVecs;
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; tile++) {
@@ -86,7 +90,7 @@ void product(
 #define REATTN_CASE(M) \
   case M:              \
     if constexpr (M <= kRowTile) \
-      product_rows<M, kOrder, kStart>(vecs, a_tile, lda, b + column, ldb, c_tile, ldc, depth, bias_tile); \
+      product_rows<M, kOrder, kStart>(vecs, a_tile, lda, b, ldb, c_tile, ldc, depth, bias_tile); \
     break;
       switch (m) {
         REATTN_CASE(1) REATTN_CASE(2) REATTN_CASE(3) REATTN_CASE(4) REATTN_CASE(5) REATTN_CASE(6) REATTN_CASE(7) REATTN_CASE(8)

@@ -11,7 +11,9 @@
 namespace reattn {
 namespace REATTN_ISA {
 
-constexpr int64_t kReduceColumns = 64;
+// Keys that are packed and reduced as a unit: whole panels of any instruction set.
+constexpr int64_t kStretch = 48;
+static_assert(kStretch % kPanel == 0 && kStretch % 16 == 0);
 constexpr float kLog2e = 1.44269504088896340736f;
 
 // Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
@@ -42,6 +44,7 @@ struct Scratch {
   float* maps;                      // [block_rows, ld_block]: scores, then mixed maps
   float* grad_maps;                 // gradients of the mixed maps, then of the scores
   float* probs;                     // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
+  float* grad_probs;                // gradients of a row of softmax maps [heads, ld_block]
   float *mixed, *grad_mixed;        // [heads, tile_keys]
   float* weight;                    // of this row, [heads, heads]
   float *outs;                      // [block_rows, ld_dim]
@@ -64,11 +67,12 @@ struct Scratch {
     sums = layout.take<float>(heads * rows);
     products = layout.take<float>((heads + 1) * heads * kLanes);
     grads = queries_t = grads_t = paired = nullptr;
-    grad_maps = grad_mixed = norm_sums = nullptr;
+    grad_maps = grad_mixed = grad_probs = norm_sums = nullptr;
     if (backward) {
       grads = layout.take<Operand>(heads * rows * plan.depth);
       grad_maps = layout.take<float>(heads * rows * plan.ld_block);
       grad_mixed = layout.take<float>(heads * plan.tile_keys);
+      grad_probs = layout.take<float>(heads * plan.ld_block);
       norm_sums = layout.take<float>(2 * heads * kLanes);
       if (E::kGroup > 1) {
         queries_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
@@ -76,9 +80,7 @@ struct Scratch {
         paired = layout.take<Operand>(E::paired_size(rows, plan.ld_block));
       }
     }
-    // reduce works in the same memory.
-    const size_t columns = 2 * sizeof(float) * size_t(kReduceColumns * round_up(job.problem.head_dim, 4));
-    size = layout.used() > columns ? layout.used() : columns;
+    size = layout.used();
   }
 };
 
@@ -174,15 +176,14 @@ class Block {
   void mix(int64_t r, const float* weight) {
     for (int64_t vec = 0; vec < span_.vecs; vec += plan_.tile_keys / kLanes) {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - vec), key = vec * kLanes;
-      if (E::kGroup == 1 && !p_.gamma) {
-        mix_tile(key, vecs, weight, row(s_.maps, 0, r) + key, plan_.block_rows * plan_.ld_block);
-        continue;
+      if (p_.gamma) {
+        mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
+        normalise(vecs, operands(s_.maps, r) + key);
+      } else {
+        mix_tile_into_maps(r, key, vecs, weight);
       }
-      mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
-      if (p_.gamma) normalise(vecs);
-      for (int64_t g = 0; g < heads_; g++) store_maps(r, g, key, vecs, s_.mixed + g * plan_.tile_keys);
     }
-    if (E::kGroup > 1) pad_maps(s_.maps, r);
+    pad_maps(s_.maps, r);
   }
 
   // The output of these rows, or what these keys add to it.
@@ -193,8 +194,8 @@ class Block {
     for (int64_t h = 0; h < heads_; h++) multiply_rows(s_.grad_maps, h, job_.work.key_rows);
   }
   void store_outs(const Tensor& to) {
-    for (int64_t h = 0; h < heads_; h++)
-      for (int64_t r = 0; r < rows_; r++)
+    for (int64_t r = 0; r < rows_; r++)
+      for (int64_t h = 0; h < heads_; h++)
         store_row(p_.dtype, row_of(to, p_.dtype, sample_, h, first_row_ + r), to.dim, p_.head_dim,
                   s_.outs + (h * plan_.block_rows + r) * plan_.ld_dim);
   }
@@ -223,47 +224,47 @@ class Block {
     if (dropped)
       for (int64_t i = 0; i < heads_ * ld; i += kLanes) reattn::REATTN_ISA::store(s_.probs + i, vec(s_.probs + i) * kept);
     for (int64_t v = 0; v < span_.vecs; v += plan_.tile_keys / kLanes) {
-      const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes, tile = plan_.tile_keys;
-      float* grad_maps = row(s_.grad_maps, 0, r) + key;
-      mix_tile(key, vecs, p_.weight, s_.mixed, tile);
+      const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes;
+      const float* grad_mixed = row(s_.grad_maps, 0, r) + key;
+      int64_t ld_mixed = stride;
       if (p_.gamma) {
-        normalise_backward(vecs, grad_maps, first_sweep);
-      } else {
-        for (int64_t g = 0; g < heads_; g++)
-          std::memcpy(s_.grad_mixed + g * tile, grad_maps + g * stride, vecs * sizeof(Vec));
+        mix_tile(key, vecs, p_.weight, s_.mixed, plan_.tile_keys);
+        normalise_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr);
+        grad_mixed = s_.grad_mixed;
+        ld_mixed = plan_.tile_keys;
+      } else if (second_sweep) {
+        mix_tile_into_maps(r, key, vecs, p_.weight);
       }
-      if (second_sweep)
-        for (int64_t g = 0; g < heads_; g++) store_maps(r, g, key, vecs, s_.mixed + g * tile);
       if (first_sweep)
-        dot_rows(heads_ + 1, heads_, vecs, s_.probs + key, ld, s_.grad_mixed, tile, s_.products, heads_);
+        dot_rows(heads_ + 1, heads_, vecs, s_.probs + key, ld, grad_mixed, ld_mixed, s_.products, heads_);
       // dP = W dA, and the coupling of batch statistics.
+      float* grad_probs = s_.grad_probs + key;
       if (p_.coupled) {
         product<Order::kRows, Start::kBias>(
-            heads_, vecs * kLanes, heads_, p_.weight, heads_, s_.grad_mixed, tile, grad_maps, stride, p_.constant);
+            heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed, grad_probs, ld, p_.constant);
         product<Order::kRows, Start::kAccumulate>(
-            heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld, grad_maps, stride);
+            heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld, grad_probs, ld);
       } else {
         product<Order::kRows, Start::kZero>(
-            heads_, vecs * kLanes, heads_, p_.weight, heads_, s_.grad_mixed, tile, grad_maps, stride);
+            heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed, grad_probs, ld);
       }
     }
     for (int64_t h = 0; h < heads_; h++) {
-      const float* probs = s_.probs + h * ld;
-      float *grad_probs = row(s_.grad_maps, h, r), &delta = s_.sums[h * plan_.block_rows + r];
+      const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld, *grad_probs = s_.grad_probs + h * ld;
+      float& delta = s_.sums[h * plan_.block_rows + r];
       if (first_sweep) {
         const float sum = dot_row(probs, grad_probs, span_.vecs);
         delta = first_key_ == 0 ? sum : delta + sum;
       }
       if (!second_sweep) continue;
-      Operand* grad_scores = reinterpret_cast<Operand*>(grad_probs);
-      const float* undropped = probs + (heads_ + 1) * ld;
+      Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
       for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes) {
         const Vec grad = dropped ? vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * delta
                                  : vec(probs + i) * (vec(grad_probs + i) - delta);
         E::store(grad_scores + i, grad * p_.scale);
       }
     }
-    if (E::kGroup > 1 && second_sweep) {
+    if (second_sweep) {
       pad_maps(s_.maps, r);
       pad_maps(s_.grad_maps, r);
     }
@@ -287,23 +288,24 @@ class Block {
 
   void load(const Tensor& from, Operand* rows, Operand* transposed, bool backward) {
     const int64_t size = plan_.block_rows * plan_.depth;
-    for (int64_t h = 0; h < heads_; h++) {
-      for (int64_t r = 0; r < rows_; r++)
+    // Heads lie side by side in memory, as a rule: rows of all of them are read in one go.
+    for (int64_t r = 0; r < rows_; r++)
+      for (int64_t h = 0; h < heads_; h++)
         E::load_row(p_.dtype, row_of(from, p_.dtype, sample_, h, first_row_ + r), from.dim, p_.head_dim,
                     rows + h * size + r * plan_.depth, plan_.depth);
-      if (backward)
+    if (backward)
+      for (int64_t h = 0; h < heads_; h++)
         E::transpose_rows(rows + h * size, rows_, plan_.depth, transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
-    }
   }
 
   // maps[h] = rows[h] columns[h] for these keys.
   void product_with_columns(const Operand* rows, const char* columns, float* maps) {
-    const int64_t size = plan_.ld_keys * plan_.depth;
+    const int64_t size = plan_.packed_keys * plan_.depth;
     for (int64_t h = 0; h < heads_; h++)
-      E::template product<Start::kZero>(
+      E::product_with_panels(
           rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth, plan_.depth,
-          reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * E::kGroup, plan_.ld_keys,
-          row(maps, h, 0), plan_.ld_block);
+          reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * plan_.depth, row(maps, h, 0),
+          plan_.ld_block);
   }
 
   // outs[head] (+)= maps[head] rows[head].
@@ -334,13 +336,24 @@ class Block {
         heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key, plan_.ld_block, mixed, ld, p_.shift);
   }
 
-  void store_maps(int64_t r, int64_t head, int64_t key, int64_t vecs, const float* from) {
-    Operand* to = reinterpret_cast<Operand*>(row(s_.maps, head, r)) + key;
-    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) E::store(to + i, vec(from + i));
+  void mix_tile_into_maps(int64_t r, int64_t key, int64_t vecs, const float* weight) {
+    if constexpr (E::kGroup == 1) {
+      mix_tile(key, vecs, weight, row(s_.maps, 0, r) + key, plan_.block_rows * plan_.ld_block);
+    } else {
+      mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
+      for (int64_t g = 0; g < heads_; g++)
+        for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
+          E::store(operands(s_.maps, r) + g * operand_stride() + key + i, vec(s_.mixed + g * plan_.tile_keys + i));
+    }
   }
+
+  // A row of maps as an operand of products, in the place of its float32 values; heads are operand_stride apart.
+  Operand* operands(float* maps, int64_t r) { return reinterpret_cast<Operand*>(row(maps, 0, r)); }
+  int64_t operand_stride() const { return plan_.block_rows * plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand)); }
 
   // Sums over keys run on to a whole group: nothing may stand there.
   void pad_maps(float* maps, int64_t r) {
+    if (E::kGroup == 1) return;
     for (int64_t h = 0; h < heads_; h++) {
       Operand* operand = reinterpret_cast<Operand*>(row(maps, h, r));
       for (int64_t i = keys_; i < round_up(keys_, E::kGroup); i++) operand[i] = Operand{};
@@ -357,19 +370,18 @@ class Block {
     return 1.0f / square_root(squares * (1.0f / float(heads_)) + p_.eps);
   }
 
-  void normalise(int64_t vecs) {
+  void normalise(int64_t vecs, Operand* maps) {
+    const int64_t stride = operand_stride(), tile = plan_.tile_keys;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
       const Vec inverse = inverse_root(s_.mixed + i);
-      for (int64_t g = 0; g < heads_; g++) {
-        float* mixed = s_.mixed + g * plan_.tile_keys + i;
-        reattn::REATTN_ISA::store(mixed, vec(mixed) * inverse * p_.gamma[g] + p_.beta[g]);
-      }
+      for (int64_t g = 0; g < heads_; g++)
+        E::store(maps + g * stride + i, vec(s_.mixed + g * tile + i) * inverse * p_.gamma[g] + p_.beta[g]);
     }
   }
 
-  // From mixed maps and the gradient of the normalised ones to normalised maps and the gradient of the mixed ones. What
-  // all heads share is taken away: weight sums to zero over them.
-  void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters) {
+  // From mixed maps and the gradient of the normalised ones to the gradient of the mixed ones and, unless null, to the
+  // normalised maps. What all heads share is taken away: weight sums to zero over them.
+  void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, tile = plan_.tile_keys;
     const float share = 1.0f / float(heads_);
     float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads_ * kLanes;
@@ -389,10 +401,9 @@ class Block {
       mean *= share;
       along *= share;
       for (int64_t g = 0; g < heads_; g++) {
-        float* mixed = s_.mixed + g * tile + i;
-        const Vec unit = vec(mixed) * inverse, grad = vec(grad_maps + g * stride + i);
+        const Vec unit = vec(s_.mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
         reattn::REATTN_ISA::store(s_.grad_mixed + g * tile + i, (grad * p_.gamma[g] - mean - unit * along) * inverse);
-        reattn::REATTN_ISA::store(mixed, unit * p_.gamma[g] + p_.beta[g]);
+        if (maps) E::store(maps + g * operand_stride() + i, unit * p_.gamma[g] + p_.beta[g]);
       }
     }
   }
@@ -522,52 +533,68 @@ void backward(const Job& job, int64_t index, char* memory) {
   }
 }
 
-// Keys and values of one head of one sample, in the orders that the products read.
+// Which sample of the wave, and which stretch of its keys, a unit of packing and reducing is.
+struct Stretch {
+  int64_t sample, first, end;
+
+  Stretch(const Job& job, int64_t index) {
+    const int64_t stretches = (job.plan.keys + kStretch - 1) / kStretch;
+    sample = index / stretches;
+    first = index % stretches * kStretch;
+    end = smaller(first + kStretch, job.plan.keys);
+  }
+};
+
+// Keys and values, all heads, in the orders that the products read; four rows at a time, as they lie in memory.
 template <class E>
 void pack(const Job& job, int64_t index, bool backward) {
   using Operand = typename E::Operand;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t sample = job.first + index / p.heads, head = index % p.heads;
-  const int64_t column_size = plan.ld_keys * plan.depth, row_size = round_up(p.seqlen_k, E::kGroup) * plan.ld_dim;
-  const auto part = [index](char* of, int64_t size) { return reinterpret_cast<Operand*>(of) + index * size; };
-  if (job.work.key_columns)
-    E::pack_columns(p.dtype, row_of(p.key, p.dtype, sample, head, 0), p.key, p.seqlen_k, p.head_dim, plan,
-                    part(job.work.key_columns, column_size));
-  if (job.work.value_rows)
-    E::pack_rows(p.dtype, row_of(p.value, p.dtype, sample, head, 0), p.value, p.seqlen_k, p.head_dim, plan,
-                 part(job.work.value_rows, row_size));
-  if (!backward) return;
-  E::pack_columns(p.dtype, row_of(p.value, p.dtype, sample, head, 0), p.value, p.seqlen_k, p.head_dim, plan,
-                  part(job.work.value_columns, column_size));
-  E::pack_rows(p.dtype, row_of(p.key, p.dtype, sample, head, 0), p.key, p.seqlen_k, p.head_dim, plan,
-               part(job.work.key_rows, row_size));
+  const Stretch stretch(job, index);
+  const int64_t column_size = plan.packed_keys * plan.depth, row_size = round_up(p.seqlen_k, E::kGroup) * plan.ld_dim;
+  for (int64_t key = stretch.first; key < stretch.end; key += 4)
+    for (int64_t h = 0; h < p.heads; h++) {
+      const auto part = [&](char* of, int64_t size) {
+        return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + h) * size : nullptr;
+      };
+      const auto pack_four = [&](const Tensor& t, char* columns, char* rows) {
+        if (columns || rows)
+          E::pack_four(p.dtype, row_of(t, p.dtype, job.first + stretch.sample, h, key), t, key, p.seqlen_k, p.head_dim,
+                       plan, part(columns, column_size), part(rows, row_size));
+      };
+      pack_four(p.key, job.work.key_columns, backward ? job.work.key_rows : nullptr);
+      pack_four(p.value, backward ? job.work.value_columns : nullptr, job.work.value_rows);
+    }
 }
 
-// Sums the groups' gradients of one head's keys and values, in their order, and stores them.
-void reduce(const Job& job, int64_t index, char* memory) {
+// Sums the groups' gradients of keys and values, in their order, and stores them.
+void reduce(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t sample = index / p.heads, head = index % p.heads, dim = round_up(p.head_dim, 4);
-  constexpr int64_t kColumns = kReduceColumns;
-  float *sums = reinterpret_cast<float*>(memory), *rows = sums + dim * kColumns;
+  const Stretch stretch(job, index);
+  const int64_t group_size = p.heads * p.head_dim * plan.ld_keys, padded = round_up(p.head_dim, 4);
+  constexpr int64_t kColumns = 16;
+  float sums[128 * kColumns], rows[kColumns * 128];
+  std::memset(sums, 0, sizeof sums);
   const float* sources[] = {job.work.grad_key, job.work.grad_value};
   const Tensor targets[] = {p.grad_key, p.grad_value};
-  for (int which = 0; which < 2; which++)
-    for (int64_t key = 0; key < p.seqlen_k; key += kColumns) {
-      const int64_t count = smaller(kColumns, p.seqlen_k - key), padded = round_up(count, kLanes);
-      for (int64_t d = 0; d < p.head_dim; d++)
-        for (int64_t i = 0; i < padded; i += kLanes) {
-          Vec total{};
-          for (int64_t group = 0; group < plan.groups; group++)
-            total += load(sources[which] + (((sample * plan.groups + group) * p.heads + head) * p.head_dim + d) * plan.ld_keys + key + i);
-          store(sums + d * kColumns + i, total);
-        }
-      for (int64_t d = p.head_dim; d < dim; d++) std::memset(sums + d * kColumns, 0, padded * sizeof(float));
-      transpose(sums, kColumns, dim, padded, rows, dim);
-      for (int64_t i = 0; i < count; i++)
-        store_row(p.dtype, row_of(targets[which], p.dtype, job.first + sample, head, key + i), targets[which].dim, p.head_dim, rows + i * dim);
-    }
+  for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns)
+    for (int which = 0; which < 2; which++)
+      for (int64_t h = 0; h < p.heads; h++) {
+        const float* source = sources[which] + stretch.sample * plan.groups * group_size + h * p.head_dim * plan.ld_keys + key;
+        for (int64_t d = 0; d < p.head_dim; d++)
+          for (int64_t i = 0; i < kColumns; i += kLanes) {
+            const float* from = source + d * plan.ld_keys + i;
+            Vec total = load(from);
+            for (int64_t group = 1; group < plan.groups; group++) total += load(from + group * group_size);
+            store(sums + d * kColumns + i, total);
+          }
+        transpose(sums, kColumns, padded, kColumns, rows, padded);
+        for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++)
+          store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i), targets[which].dim,
+                    p.head_dim, rows + i * padded);
+      }
 }
 
 // sum grad * out for one head of one sample.
@@ -586,13 +613,14 @@ void grad_dot_out(const Job& job, int64_t index) {
 }
 
 template <class E>
-Kernels table(const char* name) {
-  return {name, kLanes, kRowTile, kColumnVecs * kLanes, sizeof(typename E::Operand), E::kGroup,
+constexpr Kernels table(const char* name) {
+  return {name, kLanes, kRowTile, kPanel, kStretch, sizeof(typename E::Operand), E::kGroup,
           scratch_bytes<E>, pack<E>, statistics<E>, forward<E>, backward<E>, reduce, grad_dot_out};
 }
 
 extern const Kernels kFloat32;
-const Kernels kFloat32 = table<Float32>(REATTN_STRING(REATTN_ISA));
+// constexpr, so that nothing of this instruction set runs when the library is loaded.
+constexpr Kernels kFloat32 = table<Float32>(REATTN_STRING(REATTN_ISA));
 
 }  // namespace REATTN_ISA
 }  // namespace reattn

@@ -33,6 +33,7 @@ struct Problem {
 // cache. Depends on the problem and the instruction set alone, never on the number of threads, and so does every sum.
 struct Plan {
   int64_t keys;         // seqlen_k in whole vectors
+  int64_t packed_keys;  // seqlen_k in whole panels
   int64_t ld_keys;      // row length of what has a column for each key, an odd multiple of 16: no two rows in one set
   int64_t ld_dim;       // row length of what has a column for each element of head_dim
   int64_t depth;        // head_dim as a sum over it is taken, padded where the products need it
@@ -48,7 +49,7 @@ struct Plan {
 // Memory of one call, and of each thread.
 struct Workspace {
   // By sample of the wave and head.
-  char* key_columns;    // keys, head_dim down and keys across
+  char* key_columns;    // keys, head_dim down and keys across, in panels
   char* key_rows;       // keys as they are
   char* value_columns;
   char* value_rows;
@@ -71,14 +72,15 @@ struct Kernels {
   int64_t lanes;           // floats in a vector
   int64_t row_tile;        // rows and columns of a product that are held in registers
   int64_t column_tile;
+  int64_t stretch;         // keys that are packed, and their gradients reduced, as a unit
   int64_t operand_bytes;   // size of an element of the products' operands
   int64_t depth_multiple;  // what sums over an index are padded to
   size_t (*scratch_bytes)(const Job&, bool backward);
-  void (*pack)(const Job&, int64_t unit, bool backward);                   // samples * heads units
+  void (*pack)(const Job&, int64_t unit, bool backward);                   // samples * stretches of keys
   void (*statistics)(const Job&, int64_t unit, char* scratch);             // samples * row blocks
   void (*forward)(const Job&, int64_t unit, char* scratch);                // samples * row blocks
   void (*backward)(const Job&, int64_t unit, char* scratch);               // samples * groups
-  void (*reduce)(const Job&, int64_t unit, char* scratch);                 // samples * heads
+  void (*reduce)(const Job&, int64_t unit);                                // samples * stretches of keys
   void (*grad_dot_out)(const Job&, int64_t unit);                          // batch * heads
 };
 

@@ -28,6 +28,13 @@ struct Float32 {
     reattn::REATTN_ISA::product<Order::kRows, kStart>(rows, columns, depth, a, lda, b, ldb, c, ldc);
   }
 
+  // C = A B, B as pack_columns leaves it from one of its panels on.
+  static void product_with_panels(
+      int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+    reattn::REATTN_ISA::product<Order::kRows, Start::kZero>(
+        rows, columns, depth, a, lda, b, kPanel, c, ldc, nullptr, depth * kPanel);
+  }
+
   // A product reads its left side down or across: no copy is needed.
   static int64_t transposed_size(int64_t, int64_t) { return 0; }
   static int64_t paired_size(int64_t, int64_t) { return 0; }
@@ -42,32 +49,24 @@ struct Float32 {
       reattn::REATTN_ISA::product<Order::kColumns, Start::kAccumulate>(dim, columns, rows, a, lda, maps, ld_maps, c, ldc);
   }
 
-  // [keys, ld_dim], zero beyond head_dim.
-  static void pack_rows(
-      Dtype dtype, const char* from, const Tensor& t, int64_t keys, int64_t dim, const Plan& plan, float* to) {
-    for (int64_t j = 0; j < keys; j++)
-      load_row(dtype, from + j * t.row * int64_t(bytes(dtype)), t.dim, dim, to + j * plan.ld_dim, plan.ld_dim);
-  }
-
-  // [head_dim, ld_keys], zero beyond the keys.
-  static void pack_columns(
-      Dtype dtype, const char* from, const Tensor& t, int64_t keys, int64_t dim, const Plan& plan, float* to) {
-    constexpr int64_t kRows = 4;
-    float rows[kRows * 128], columns[128 * kRows];
-    const int64_t padded = round_up(dim, 4);
-    for (int64_t j = 0; j < plan.keys; j += kRows) {
-      for (int64_t r = 0; r < kRows; r++) {
-        const bool inside = j + r < keys;
-        load_row(dtype, inside ? from + (j + r) * t.row * int64_t(bytes(dtype)) : from, t.dim, inside ? dim : 0,
-                 rows + r * padded, padded);
-      }
-      if (dim == padded) {
-        transpose(rows, padded, kRows, dim, to + j, plan.ld_keys);
-        continue;
-      }
-      transpose(rows, padded, kRows, padded, columns, kRows);
-      for (int64_t d = 0; d < dim; d++) std::memcpy(to + d * plan.ld_keys + j, columns + d * kRows, sizeof(Vec4));
-    }
+  // Four keys into columns: panels of kPanel keys, [head_dim, kPanel] each, zero beyond the keys; and into rows [keys,
+  // ld_dim], zero beyond head_dim. Either may be null.
+  static void pack_four(
+      Dtype dtype, const char* from, const Tensor& t, int64_t first, int64_t keys, int64_t dim, const Plan& plan,
+      float* columns, float* rows) {
+    const int64_t padded = round_up(dim, 4), stride = t.row * int64_t(bytes(dtype)), inside = smaller(4, keys - first);
+    if (rows)
+      for (int64_t r = 0; r < inside; r++)
+        load_row(dtype, from + r * stride, t.dim, dim, rows + (first + r) * plan.ld_dim, plan.ld_dim);
+    if (!columns) return;
+    float* target = columns + first / kPanel * kPanel * dim + first % kPanel;
+    if (dtype == Dtype::kFloat32 && t.dim == 1 && dim == padded && inside == 4)
+      return transpose(reinterpret_cast<const float*>(from), t.row, 4, dim, target, kPanel);
+    float four[4 * 128], turned[128 * 4];
+    for (int64_t r = 0; r < 4; r++)
+      load_row(dtype, from + r * stride, t.dim, r < inside ? dim : 0, four + r * padded, padded);
+    transpose(four, padded, 4, padded, turned, 4);
+    for (int64_t d = 0; d < dim; d++) std::memcpy(target + d * kPanel, turned + d * 4, sizeof(Vec4));
   }
 };
 

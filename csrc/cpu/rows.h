@@ -100,12 +100,28 @@ struct Span {
 
 constexpr float kInfinity = __builtin_inff();
 
-// The largest of scores * scale, to which padding does not count.
+// The largest of scores, or with kLargest false the smallest, to which padding does not count.
+template <bool kLargest>
+inline float extreme(const float* scores, Span span) {
+  const Vec none = broadcast(kLargest ? -kInfinity : kInfinity);
+  const auto pick = [](Vec a, Vec b) { return kLargest ? (a > b ? a : b) : (a < b ? a : b); };
+  Vec even = none, odd = none;
+  int64_t i = 0;
+  for (; i + 1 < span.vecs - 1; i += 2) {
+    even = pick(load(scores + i * kLanes), even);
+    odd = pick(load(scores + (i + 1) * kLanes), odd);
+  }
+  if (i < span.vecs - 1) even = pick(load(scores + i * kLanes), even);
+  const Vec last = load(scores + (span.vecs - 1) * kLanes);
+  const Vec all = pick(pick(span.tail ? last : none, even), odd);
+  float result = all[0];
+  for (int lane = 1; lane < kLanes; lane++) result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
+  return result;
+}
+
+// The largest of scores * scale.
 inline float largest_score(const float* scores, Span span, float scale) {
-  Vec most = broadcast(-kInfinity);
-  for (int64_t i = 0; i < span.vecs - 1; i++) most = maximum(load(scores + i * kLanes) * scale, most);
-  const Vec last = load(scores + (span.vecs - 1) * kLanes) * scale;
-  return largest(maximum(span.tail ? last : broadcast(-kInfinity), most));
+  return scale >= 0 ? extreme<true>(scores, span) * scale : extreme<false>(scores, span) * scale;
 }
 
 // probs = 2^(scores * scale - shift), zero in the padding.

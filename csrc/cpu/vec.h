@@ -56,12 +56,6 @@ inline float sum(Vec v) {
   for (int i = 0; i < kLanes; i++) total += v[i];
   return total;
 }
-inline float largest(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; i++) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
 inline Vec square_root(Vec v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
@@ -73,16 +67,15 @@ inline Vec square_root(Vec v) {
 #endif
 }
 
-// 2^x to one unit in the last place; 0 below the smallest normal number, infinity above the largest. NaN stays NaN.
+// 2^x to one unit in the last place, for x below 128; 0 below the smallest normal number. NaN stays NaN.
 inline Vec exp2(Vec x) {
-  const Vec low = broadcast(-127.0f), high = broadcast(128.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = maximum(broadcast(-127.0f), x);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const Vec magic = broadcast(12582912.0f);
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  const VecI exponent = reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic);
+  // 2^integer; 0 for -127.
+  const Vec power = reinterpret_cast<Vec>((reinterpret_cast<VecI>(shifted) << 23) + 0x3f800000);
   // Minimax in relative error on [-1/2, 1/2], 2e-9; exactly 1 at 0.
   Vec p = broadcast(1.534581242594868e-4f);
   p = p * f + 1.3399930903688073e-3f;
@@ -91,8 +84,7 @@ inline Vec exp2(Vec x) {
   p = p * f + 0.24022646248340607f;
   p = p * f + 0.6931471824645996f;
   p = p * f + 1.0f;
-  // 2^exponent: -127 gives 0, 128 infinity.
-  return p * reinterpret_cast<Vec>((exponent + 127) << 23);
+  return p * power;
 }
 
 inline Vec from_bfloat16(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
