@@ -163,13 +163,15 @@ class Block {
 
   // The weights for maps as softmax left them.
   const float* weights(bool lse_known) {
-    const float kept = 1.0f / (1.0f - p_.dropout_p);
     if (lse_known && p_.dropout_p == 0) return p_.weight;
-    for (int64_t h = 0; h < heads_; h++) {
+    const int64_t heads = heads_;
+    const float *weight = p_.weight, kept = 1.0f / (1.0f - p_.dropout_p);
+    float* scaled = s_.weight;
+    for (int64_t h = 0; h < heads; h++) {
       const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
-      for (int64_t g = 0; g < heads_; g++) s_.weight[h * heads_ + g] = p_.weight[h * heads_ + g] * factor;
+      for (int64_t g = 0; g < heads; g++) scaled[h * heads + g] = weight[h * heads + g] * factor;
     }
-    return s_.weight;
+    return scaled;
   }
 
   // The row's mixed and normalised maps, over its scores.
@@ -201,15 +203,14 @@ class Block {
   }
 
   // Adds the products of centred maps to the unit's sums. The row of ones gives their plain sums.
-  void sum_products(int64_t r, bool lse_known) {
-    (void)r;
+  void sum_products(bool lse_known) {
     const float kept = 1.0f / (1.0f - p_.dropout_p), mean = 1.0f / float(p_.seqlen_k);
     const float* ones = s_.probs + heads_ * plan_.ld_block;
     for (int64_t h = 0; h < heads_; h++) {
       float* probs = s_.probs + h * plan_.ld_block;
       const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
-      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes)
-        reattn::REATTN_ISA::store(probs + i, vec(probs + i) * factor - mean * vec(ones + i));
+      for (int64_t i = 0, end = span_.vecs * kLanes; i < end; i += kLanes)
+        put(probs + i, vec(probs + i) * factor - mean * vec(ones + i));
     }
     dot_rows(heads_ + 1, heads_, span_.vecs, s_.probs, plan_.ld_block, s_.probs, plan_.ld_block, s_.products, heads_);
   }
@@ -222,7 +223,9 @@ class Block {
     const float kept = 1.0f / (1.0f - p_.dropout_p);
     const int64_t ld = plan_.ld_block, stride = plan_.block_rows * ld;
     if (dropped)
-      for (int64_t i = 0; i < heads_ * ld; i += kLanes) reattn::REATTN_ISA::store(s_.probs + i, vec(s_.probs + i) * kept);
+      for (int64_t h = 0; h < heads_; h++)
+        for (int64_t i = h * ld, end = i + span_.vecs * kLanes; i < end; i += kLanes)
+          put(s_.probs + i, vec(s_.probs + i) * kept);
     for (int64_t v = 0; v < span_.vecs; v += plan_.tile_keys / kLanes) {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes;
       const float* grad_mixed = row(s_.grad_maps, 0, r) + key;
@@ -258,11 +261,14 @@ class Block {
       }
       if (!second_sweep) continue;
       Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
-      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes) {
-        const Vec grad = dropped ? vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * delta
-                                 : vec(probs + i) * (vec(grad_probs + i) - delta);
-        E::store(grad_scores + i, grad * p_.scale);
-      }
+      const float along = delta, scale = p_.scale;
+      const int64_t end = span_.vecs * kLanes;
+      if (dropped)
+        for (int64_t i = 0; i < end; i += kLanes)
+          E::store(grad_scores + i, (vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * along) * scale);
+      else
+        for (int64_t i = 0; i < end; i += kLanes)
+          E::store(grad_scores + i, vec(probs + i) * (vec(grad_probs + i) - along) * scale);
     }
     if (second_sweep) {
       pad_maps(s_.maps, r);
@@ -280,7 +286,9 @@ class Block {
   }
 
  private:
+  // Names of the class hide those of the namespace.
   static Vec vec(const float* from) { return reattn::REATTN_ISA::load(from); }
+  static void put(float* to, Vec v) { reattn::REATTN_ISA::store(to, v); }
 
   float* row(float* maps, int64_t head, int64_t r) { return maps + (head * plan_.block_rows + r) * plan_.ld_block; }
   float& lse(int64_t head, int64_t r) { return p_.lse[(sample_ * heads_ + head) * p_.seqlen + first_row_ + r]; }
@@ -360,50 +368,56 @@ class Block {
     }
   }
 
-  // 1 / sqrt(mean over heads of A^2 + eps) for a vector of keys.
-  Vec inverse_root(const float* mixed) const {
-    Vec squares{};
-    for (int64_t g = 0; g < heads_; g++) {
-      const Vec a = vec(mixed + g * plan_.tile_keys);
-      squares += a * a;
+  // 1 / sqrt(mean over heads of A^2 + eps) for a vector of keys; heads are ld apart.
+  static Vec inverse_root(const float* mixed, int64_t heads, int64_t ld, float eps) {
+    Vec even{}, odd{};
+    int64_t g = 0;
+    for (; g + 1 < heads; g += 2) {
+      const Vec a = vec(mixed + g * ld), b = vec(mixed + (g + 1) * ld);
+      even += a * a;
+      odd += b * b;
     }
-    return 1.0f / square_root(squares * (1.0f / float(heads_)) + p_.eps);
+    if (g < heads) even += vec(mixed + g * ld) * vec(mixed + g * ld);
+    return 1.0f / square_root((even + odd) * (1.0f / float(heads)) + eps);
   }
 
+  // What is stored may lie anywhere, for all the compiler knows: hot loops keep pointers and sizes in locals.
   void normalise(int64_t vecs, Operand* maps) {
-    const int64_t stride = operand_stride(), tile = plan_.tile_keys;
+    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_;
+    const float *mixed = s_.mixed, *gamma = p_.gamma, *beta = p_.beta, eps = p_.eps;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-      const Vec inverse = inverse_root(s_.mixed + i);
-      for (int64_t g = 0; g < heads_; g++)
-        E::store(maps + g * stride + i, vec(s_.mixed + g * tile + i) * inverse * p_.gamma[g] + p_.beta[g]);
+      const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
+      for (int64_t g = 0; g < heads; g++)
+        E::store(maps + g * stride + i, vec(mixed + g * tile + i) * inverse * gamma[g] + beta[g]);
     }
   }
 
   // From mixed maps and the gradient of the normalised ones to the gradient of the mixed ones and, unless null, to the
   // normalised maps. What all heads share is taken away: weight sums to zero over them.
   void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
-    const int64_t stride = plan_.block_rows * plan_.ld_block, tile = plan_.tile_keys;
-    const float share = 1.0f / float(heads_);
-    float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads_ * kLanes;
+    const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys,
+                  heads = heads_;
+    const float *mixed = s_.mixed, *gamma = p_.gamma, *beta = p_.beta, eps = p_.eps, share = 1.0f / float(heads);
+    float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads * kLanes, *grad_mixed = s_.grad_mixed;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-      const Vec inverse = inverse_root(s_.mixed + i);
+      const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
       Vec mean{}, along{};
-      for (int64_t g = 0; g < heads_; g++) {
-        const Vec unit = vec(s_.mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
-        const Vec scaled = grad * p_.gamma[g];
+      for (int64_t g = 0; g < heads; g++) {
+        const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
+        const Vec scaled = grad * gamma[g];
         mean += scaled;
         along += scaled * unit;
         if (sum_parameters) {
-          reattn::REATTN_ISA::store(gamma_sums + g * kLanes, vec(gamma_sums + g * kLanes) + grad * unit);
-          reattn::REATTN_ISA::store(beta_sums + g * kLanes, vec(beta_sums + g * kLanes) + grad);
+          put(gamma_sums + g * kLanes, vec(gamma_sums + g * kLanes) + grad * unit);
+          put(beta_sums + g * kLanes, vec(beta_sums + g * kLanes) + grad);
         }
       }
       mean *= share;
       along *= share;
-      for (int64_t g = 0; g < heads_; g++) {
-        const Vec unit = vec(s_.mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
-        reattn::REATTN_ISA::store(s_.grad_mixed + g * tile + i, (grad * p_.gamma[g] - mean - unit * along) * inverse);
-        if (maps) E::store(maps + g * operand_stride() + i, unit * p_.gamma[g] + p_.beta[g]);
+      for (int64_t g = 0; g < heads; g++) {
+        const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
+        put(grad_mixed + g * tile + i, (grad * gamma[g] - mean - unit * along) * inverse);
+        if (maps) E::store(maps + g * maps_stride + i, unit * gamma[g] + beta[g]);
       }
     }
   }
@@ -493,7 +507,7 @@ void statistics(const Job& job, int64_t index, char* memory) {
     block.compute_scores();
     for (int64_t r = 0; r < unit.rows; r++) {
       block.softmax(r, lse_known, false);
-      block.sum_products(r, lse_known);
+      block.sum_products(lse_known);
     }
   }
   flush(scratch.products, (heads + 1) * heads, job.work.partial + index * partial_size(heads));
@@ -545,7 +559,7 @@ struct Stretch {
   }
 };
 
-// Keys and values, all heads, in the orders that the products read; four rows at a time, as they lie in memory.
+// Keys and values, all heads, in the orders that the products read.
 template <class E>
 void pack(const Job& job, int64_t index, bool backward) {
   using Operand = typename E::Operand;
@@ -553,18 +567,19 @@ void pack(const Job& job, int64_t index, bool backward) {
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
   const int64_t column_size = plan.packed_keys * plan.depth, row_size = round_up(p.seqlen_k, E::kGroup) * plan.ld_dim;
-  for (int64_t key = stretch.first; key < stretch.end; key += 4)
+  const auto pack_panel = [&](const Tensor& t, int64_t head, int64_t panel, char* columns, char* rows) {
+    if (!columns && !rows) return;
+    const auto part = [&](char* of, int64_t size) {
+      return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + head) * size : nullptr;
+    };
+    for (int64_t key = panel; key < smaller(panel + kPanel, stretch.end); key += 4)
+      E::pack_four(p.dtype, row_of(t, p.dtype, job.first + stretch.sample, head, key), t, key, p.seqlen_k, p.head_dim,
+                   plan, part(columns, column_size), part(rows, row_size));
+  };
+  for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel)
     for (int64_t h = 0; h < p.heads; h++) {
-      const auto part = [&](char* of, int64_t size) {
-        return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + h) * size : nullptr;
-      };
-      const auto pack_four = [&](const Tensor& t, char* columns, char* rows) {
-        if (columns || rows)
-          E::pack_four(p.dtype, row_of(t, p.dtype, job.first + stretch.sample, h, key), t, key, p.seqlen_k, p.head_dim,
-                       plan, part(columns, column_size), part(rows, row_size));
-      };
-      pack_four(p.key, job.work.key_columns, backward ? job.work.key_rows : nullptr);
-      pack_four(p.value, backward ? job.work.value_columns : nullptr, job.work.value_rows);
+      pack_panel(p.key, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr);
+      pack_panel(p.value, h, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows);
     }
 }
 
@@ -621,6 +636,10 @@ constexpr Kernels table(const char* name) {
 extern const Kernels kFloat32;
 // constexpr, so that nothing of this instruction set runs when the library is loaded.
 constexpr Kernels kFloat32 = table<Float32>(REATTN_STRING(REATTN_ISA));
+#if defined(__AVX512BF16__)
+extern const Kernels kBFloat16;
+constexpr Kernels kBFloat16 = table<Float32>(REATTN_STRING(REATTN_ISA));
+#endif
 
 }  // namespace REATTN_ISA
 }  // namespace reattn
