@@ -28,8 +28,11 @@ int64_t setting(const char* name, int64_t otherwise) {
   return value ? std::atoll(value) : otherwise;
 }
 
-// What the maps of a block may take of the L2 cache, and the packed keys and values of a wave of the L3 cache.
-const int64_t kBlockBytes = setting("RB", 320) << 10, kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
+// What the maps of a block should take, in the backward pass of maps and their gradients; and may take, so that a row is
+// whole. Larger ones are read from farther away, but the keys, values and their gradients less often.
+const int64_t kForwardBytes = setting("RF", 384) << 10, kBackwardBytes = setting("RB", 1024) << 10, kWholeBytes = setting("RW1", 5) << 20;
+// What the packed keys and values of a wave should take of the L3 cache, and the gradients of all groups of memory.
+const int64_t kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
 
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
@@ -39,15 +42,15 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   plan.ld_dim = round_up(p.head_dim, kernels.lanes);
   plan.depth = round_up(p.head_dim, kernels.depth_multiple);
 
-  const int64_t maps = backward ? 2 : 1, tile = kernels.row_tile;
-  const int64_t row_bytes = maps * p.heads * plan.ld_keys * int64_t(sizeof(float));
-  const int64_t fit = kBlockBytes / row_bytes;
+  const int64_t tile = kernels.row_tile, wanted_bytes = backward ? kBackwardBytes : kForwardBytes;
+  const int64_t element_bytes = (backward ? 2 : 1) * p.heads * int64_t(sizeof(float));
+  const int64_t row_bytes = element_bytes * plan.ld_keys;
+  const int64_t fewest = (backward ? 4 : 2) * tile, most = 8 * tile;
+  plan.block_rows = std::clamp(wanted_bytes / row_bytes, fewest, most);
   plan.block_keys = p.seqlen_k;
-  plan.block_rows = std::min<int64_t>(fit / tile * tile, setting("RM", 48));
-  if (fit < tile) {
-    plan.block_rows = 4 * tile;
-    const int64_t column_bytes = maps * p.heads * plan.block_rows * int64_t(sizeof(float));
-    plan.block_keys = std::min(std::max<int64_t>(kBlockBytes / column_bytes / 96, 1) * 96, p.seqlen_k);
+  if (plan.block_rows * row_bytes > kWholeBytes) {
+    plan.block_rows = most;
+    plan.block_keys = std::max<int64_t>(wanted_bytes / (most * element_bytes) / 96, 1) * 96;
   }
   // Blocks of about one size.
   const int64_t blocks = ceil_div(std::max<int64_t>(p.seqlen, 1), plan.block_rows);
@@ -61,9 +64,9 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   int64_t sample_bytes = 2 * key_bytes;
   if (backward) {
     // Enough units for many threads, in groups not so small that their sums cost more than they do.
-    const int64_t wanted = ceil_div(setting("RU", 16), p.batch);
+    const int64_t wanted = ceil_div(setting("RU", 8), p.batch);
     const int64_t affordable = std::max<int64_t>(kGroupBytes / grad_bytes, 1);
-    const int64_t groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / setting("RG", 32)}), 1);
+    const int64_t groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / setting("RG", 48)}), 1);
     plan.group_rows = round_up(ceil_div(p.seqlen, groups), plan.block_rows);
     plan.groups = ceil_div(p.seqlen, plan.group_rows);
     sample_bytes = 4 * key_bytes + plan.groups * grad_bytes;
