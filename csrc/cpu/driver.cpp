@@ -36,7 +36,7 @@ const int64_t kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
 
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
-  plan.keys = round_up(p.seqlen_k, kernels.lanes);
+  plan.keys = round_up(p.seqlen_k, std::max(kernels.lanes, kernels.depth_multiple));
   plan.packed_keys = round_up(p.seqlen_k, kernels.column_tile);
   plan.ld_keys = spread(plan.keys);
   plan.ld_dim = round_up(p.head_dim, kernels.lanes);
@@ -146,7 +146,7 @@ class Call {
     const Plan& plan = job_.plan;
     const int64_t packed = plan.wave * p.heads;
     const int64_t columns = packed * plan.packed_keys * plan.depth * kernels_.operand_bytes;
-    const int64_t rows = packed * round_up(p.seqlen_k, kernels_.depth_multiple) * plan.ld_dim * kernels_.operand_bytes;
+    const int64_t rows = packed * plan.keys * plan.ld_dim * kernels_.operand_bytes;
     const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
     const int64_t sizes[] = {columns, needs_values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads, grads,

@@ -17,10 +17,29 @@ enum class Start { kZero, kAccumulate, kBias };
 // Where A[m, k] lies: rows m, or columns k, are lda apart.
 enum class Order { kRows, kColumns };
 
-template <int M, int N, Order kOrder, Start kStart>
+// What is multiplied: a word of A with each lane of a row of B.
+struct Floats {
+  using Word = float;
+  using Words = Vec;
+  static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Two neighbours along the depth in each word.
+struct BFloat16Pairs {
+  using Word = int32_t;
+  using Words = VecI;
+  static Vec add(Vec sum, VecI a, VecI b) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+template <class A, int M, int N, Order kOrder, Start kStart>
 __attribute__((noinline)) void product_tile(
-    const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb, float* __restrict c, int64_t ldc,
-    int64_t depth, const float* bias) {
+    const typename A::Word* __restrict a, int64_t lda, const typename A::Word* __restrict b, int64_t ldb,
+    float* __restrict c, int64_t ldc, int64_t depth, const float* bias) {
   Vec acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -29,14 +48,14 @@ __attribute__((noinline)) void product_tile(
       acc[m][n] = kStart == Start::kBias ? broadcast(bias[m]) : Vec{};
     }
   for (int64_t k = 0; k < depth; k++) {
-    Vec row[N];
+    typename A::Words row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) row[n] = load(b + n * kLanes);
+    for (int n = 0; n < N; n++) row[n] = load_as<typename A::Words>(b + n * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      const Vec factor = broadcast(kOrder == Order::kRows ? a[m * lda] : a[m]);
+      const typename A::Words factor = broadcast(kOrder == Order::kRows ? a[m * lda] : a[m]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) acc[m][n] += factor * row[n];
+      for (int n = 0; n < N; n++) acc[m][n] = A::add(acc[m][n], factor, row[n]);
     }
     b += ldb;
     a += kOrder == Order::kRows ? 1 : lda;
@@ -50,14 +69,14 @@ __attribute__((noinline)) void product_tile(
     }
 }
 
-template <int M, Order kOrder, Start kStart>
+template <class A, int M, Order kOrder, Start kStart>
 inline void product_rows(
-    int64_t vecs, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
-    const float* bias) {
+    int64_t vecs, const typename A::Word* a, int64_t lda, const typename A::Word* b, int64_t ldb, float* c, int64_t ldc,
+    int64_t depth, const float* bias) {
   if constexpr (kColumnVecs >= 3)
-    if (vecs == 3) return product_tile<M, 3, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
-  if (vecs == 2) return product_tile<M, 2, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
-  product_tile<M, 1, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
+    if (vecs == 3) return product_tile<A, M, 3, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
+  if (vecs == 2) return product_tile<A, M, 2, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
+  product_tile<A, M, 1, kOrder, kStart>(a, lda, b, ldb, c, ldc, depth, bias);
 }
 
 // The longest sum that is not cut into parts: rounding errors grow with the length.
@@ -67,16 +86,17 @@ constexpr int64_t kLongestSum = 128;
 constexpr int64_t kPanel = kColumnVecs * kLanes;
 
 // C[rows, columns] = start + A[rows, depth] B[depth, columns], columns a multiple of the vector length. Where B is packed
-// in panels of kPanel columns, each [depth, kPanel], panel is the distance between them and ldb is kPanel.
-template <Order kOrder, Start kStart>
+// in panels of kPanel columns, each [depth, kPanel], panel is the distance between them and ldb is kPanel. Depth and all
+// distances are in words.
+template <Order kOrder, Start kStart, class A = Floats>
 void product(
-    int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc, const float* bias = nullptr, int64_t panel = kPanel) {
+    int64_t rows, int64_t columns, int64_t depth, const typename A::Word* a, int64_t lda, const typename A::Word* b,
+    int64_t ldb, float* c, int64_t ldc, const float* bias = nullptr, int64_t panel = kPanel) {
   if (depth > kLongestSum) {
     const int64_t head = (depth + 1) / 2;
-    product<kOrder, kStart>(rows, columns, head, a, lda, b, ldb, c, ldc, bias, panel);
+    product<kOrder, kStart, A>(rows, columns, head, a, lda, b, ldb, c, ldc, bias, panel);
     a += kOrder == Order::kRows ? head : head * lda;
-    return product<kOrder, Start::kAccumulate>(rows, columns, depth - head, a, lda, b + head * ldb, ldb, c, ldc, nullptr, panel);
+    return product<kOrder, Start::kAccumulate, A>(rows, columns, depth - head, a, lda, b + head * ldb, ldb, c, ldc, nullptr, panel);
   }
   const int64_t tiles = (rows + kRowTile - 1) / kRowTile, size = rows / tiles, larger = rows % tiles;
   for (int64_t column = 0; column < columns; column += kPanel, b += panel) {
@@ -84,13 +104,13 @@ void product(
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t m = size + (tile < larger);
-      const float* a_tile = a + (kOrder == Order::kRows ? row * lda : row);
+      const typename A::Word* a_tile = a + (kOrder == Order::kRows ? row * lda : row);
       const float* bias_tile = kStart == Start::kBias ? bias + row : nullptr;
       float* c_tile = c + row * ldc + column;
 #define REATTN_CASE(M) \
   case M:              \
     if constexpr (M <= kRowTile) \
-      product_rows<M, kOrder, kStart>(vecs, a_tile, lda, b, ldb, c_tile, ldc, depth, bias_tile); \
+      product_rows<A, M, kOrder, kStart>(vecs, a_tile, lda, b, ldb, c_tile, ldc, depth, bias_tile); \
     break;
       switch (m) {
         REATTN_CASE(1) REATTN_CASE(2) REATTN_CASE(3) REATTN_CASE(4) REATTN_CASE(5) REATTN_CASE(6) REATTN_CASE(7) REATTN_CASE(8)

@@ -4,6 +4,7 @@
 // softmax, mixing and norm of a row stay in the L1 cache. Derivations: docs/operator.md. Nothing of the C++ library
 // is used that the linker could share with code for another instruction set.
 
+#include "bfloat16.h"
 #include "kernels.h"
 #include "products.h"
 #include "rows.h"
@@ -318,7 +319,7 @@ class Block {
 
   // outs[head] (+)= maps[head] rows[head].
   void multiply_rows(float* maps, int64_t head, const char* rows) {
-    const int64_t size = round_up(p_.seqlen_k, E::kGroup) * plan_.ld_dim;
+    const int64_t size = plan_.keys * plan_.ld_dim;
     const Operand* b = reinterpret_cast<const Operand*>(rows) + packed(head) * size + first_key_ * plan_.ld_dim;
     float* outs = s_.outs + head * plan_.block_rows * plan_.ld_dim;
     const Operand* a = reinterpret_cast<const Operand*>(row(maps, head, 0));
@@ -432,6 +433,13 @@ class Block {
   Dropout dropout_;
 };
 
+// What the products need around them.
+template <class E>
+struct Session {
+  Session() { E::begin(); }
+  ~Session() { E::end(); }
+};
+
 // The unit'th block of rows of the wave.
 struct Unit {
   int64_t sample, first_row, rows;
@@ -461,6 +469,7 @@ void find_lse(const Job& job, Block<E>& block) {
 
 template <class E>
 void forward(const Job& job, int64_t index, char* memory) {
+  const Session<E> session;
   const Unit unit(job, index);
   Scratch<E> scratch(job, false, memory);
   Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
@@ -482,7 +491,10 @@ void forward(const Job& job, int64_t index, char* memory) {
   block.store_outs(job.problem.out);
 }
 
-// Moves sums of one block, a vector each, to the unit's in float64.
+// Rows whose sums are kept in float32 at most: rounding errors grow with their number.
+constexpr int64_t kFlushRows = 8;
+
+// Moves such sums, a vector each, to the unit's in float64.
 void flush(float* sums, int64_t count, double* to) {
   for (int64_t i = 0; i < count; i++)
     for (int lane = 0; lane < kLanes; lane++) to[i] += double(sums[i * kLanes + lane]);
@@ -491,6 +503,7 @@ void flush(float* sums, int64_t count, double* to) {
 
 template <class E>
 void statistics(const Job& job, int64_t index, char* memory) {
+  const Session<E> session;
   const Unit unit(job, index);
   const int64_t heads = job.problem.heads;
   Scratch<E> scratch(job, false, memory);
@@ -508,13 +521,15 @@ void statistics(const Job& job, int64_t index, char* memory) {
     for (int64_t r = 0; r < unit.rows; r++) {
       block.softmax(r, lse_known, false);
       block.sum_products(lse_known);
+      if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1)
+        flush(scratch.products, (heads + 1) * heads, job.work.partial + index * partial_size(heads));
     }
   }
-  flush(scratch.products, (heads + 1) * heads, job.work.partial + index * partial_size(heads));
 }
 
 template <class E>
 void backward(const Job& job, int64_t index, char* memory) {
+  const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
   const int64_t sample = index / plan.groups, group = index % plan.groups;
@@ -535,15 +550,19 @@ void backward(const Job& job, int64_t index, char* memory) {
         block.set_keys(key);
         block.compute_scores();
         block.compute_grad_maps();
-        for (int64_t r = 0; r < rows; r++) block.backward_row(r, whole || sweep == 0, sweep == 1);
+        for (int64_t r = 0; r < rows; r++) {
+          block.backward_row(r, whole || sweep == 0, sweep == 1);
+          if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
+            flush(scratch.products, (p.heads + 1) * p.heads, partial);
+            flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
+          }
+        }
         if (sweep == 0) continue;
         block.add_grad_columns(grad_key, grad_value, row == first);
         block.multiply_keys();
       }
     }
     block.store_outs(p.grad_query);
-    flush(scratch.products, (p.heads + 1) * p.heads, partial);
-    flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
   }
 }
 
@@ -566,7 +585,7 @@ void pack(const Job& job, int64_t index, bool backward) {
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
-  const int64_t column_size = plan.packed_keys * plan.depth, row_size = round_up(p.seqlen_k, E::kGroup) * plan.ld_dim;
+  const int64_t column_size = plan.packed_keys * plan.depth, row_size = plan.keys * plan.ld_dim;
   const auto pack_panel = [&](const Tensor& t, int64_t head, int64_t panel, char* columns, char* rows) {
     if (!columns && !rows) return;
     const auto part = [&](char* of, int64_t size) {
@@ -628,17 +647,20 @@ void grad_dot_out(const Job& job, int64_t index) {
 }
 
 template <class E>
-constexpr Kernels table(const char* name) {
-  return {name, kLanes, kRowTile, kPanel, kStretch, sizeof(typename E::Operand), E::kGroup,
+constexpr Kernels table(int64_t row_tile) {
+  return {kLanes, row_tile, kPanel, kStretch, sizeof(typename E::Operand), E::kGroup,
           scratch_bytes<E>, pack<E>, statistics<E>, forward<E>, backward<E>, reduce, grad_dot_out};
 }
 
-extern const Kernels kFloat32;
 // constexpr, so that nothing of this instruction set runs when the library is loaded.
-constexpr Kernels kFloat32 = table<Float32>(REATTN_STRING(REATTN_ISA));
-#if defined(__AVX512BF16__)
+extern const Kernels kFloat32;
+constexpr Kernels kFloat32 = table<Float32>(kRowTile);
+#if defined(__AMX_BF16__)
 extern const Kernels kBFloat16;
-constexpr Kernels kBFloat16 = table<Float32>(REATTN_STRING(REATTN_ISA));
+constexpr Kernels kBFloat16 = table<BFloat16Tiles>(BFloat16Tiles::kTile);
+#elif defined(__AVX512BF16__)
+extern const Kernels kBFloat16;
+constexpr Kernels kBFloat16 = table<BFloat16Dots>(kRowTile);
 #endif
 
 }  // namespace REATTN_ISA

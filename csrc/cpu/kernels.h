@@ -32,7 +32,7 @@ struct Problem {
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
 // cache. Depends on the problem and the instruction set alone, never on the number of threads, and so does every sum.
 struct Plan {
-  int64_t keys;         // seqlen_k in whole vectors
+  int64_t keys;         // seqlen_k in whole vectors, and in whole groups where products sum over them
   int64_t packed_keys;  // seqlen_k in whole panels
   int64_t ld_keys;      // row length of what has a column for each key, an odd multiple of 16: no two rows in one set
   int64_t ld_dim;       // row length of what has a column for each element of head_dim
@@ -68,7 +68,6 @@ struct Job {
 
 // The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
 struct Kernels {
-  const char* name;
   int64_t lanes;           // floats in a vector
   int64_t row_tile;        // rows and columns of a product that are held in registers
   int64_t column_tile;

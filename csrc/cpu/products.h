@@ -1,13 +1,9 @@
-// The products with query, key, value and gradients: in float32 whatever the tensors' dtype, or in bfloat16 where the
-// instruction set multiplies that.
+// The products with query, key, value and gradients, in float32 whatever the tensors' dtype; bfloat16.h is its like.
 #pragma once
 
 #include "gemm.h"
 #include "kernels.h"
 #include "rows.h"
-
-#define REATTN_STRING_OF(x) #x
-#define REATTN_STRING(x) REATTN_STRING_OF(x)
 
 namespace reattn {
 namespace REATTN_ISA {
@@ -15,6 +11,9 @@ namespace REATTN_ISA {
 struct Float32 {
   using Operand = float;
   static constexpr int64_t kGroup = 1;
+
+  static void begin() {}
+  static void end() {}
 
   static void store(float* to, Vec v) { reattn::REATTN_ISA::store(to, v); }
   static void load_row(Dtype dtype, const char* from, int64_t stride, int64_t size, float* to, int64_t padded) {
