@@ -4,7 +4,7 @@
 
 #include "products.h"
 
-#if defined(__AVX512BF16__)
+#if defined(REATTN_BFLOAT16)
 
 namespace reattn {
 namespace REATTN_ISA {
@@ -109,7 +109,7 @@ struct BFloat16Dots : BFloat16Operands<2> {
   }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(REATTN_AMX)
 
 // By the tile unit: 16 x 16 sums of 32 products each. Rows of A and C are read and written in sixteens; C has them, or
 // is written through a buffer.
@@ -127,6 +127,8 @@ struct BFloat16Tiles : BFloat16Operands<32> {
       config.row_bytes[i] = 64;
       config.rows[i] = 16;
     }
+    // GCC 12 takes only the first bytes for read.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   static void end() { _tile_release(); }

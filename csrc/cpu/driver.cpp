@@ -37,7 +37,7 @@ const int64_t kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
   plan.keys = round_up(p.seqlen_k, std::max(kernels.lanes, kernels.depth_multiple));
-  plan.packed_keys = round_up(p.seqlen_k, kernels.column_tile);
+  plan.packed_keys = round_up(plan.keys, kernels.column_tile);
   plan.ld_keys = spread(plan.keys);
   plan.ld_dim = round_up(p.head_dim, kernels.lanes);
   plan.depth = round_up(p.head_dim, kernels.depth_multiple);

@@ -6,7 +6,7 @@
 namespace reattn {
 namespace REATTN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(REATTN_AVX512)
 constexpr int kRowTile = 8, kColumnVecs = 3;
 #else
 constexpr int kRowTile = 6, kColumnVecs = 2;
@@ -24,7 +24,7 @@ struct Floats {
   static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(REATTN_BFLOAT16)
 // Two neighbours along the depth in each word.
 struct BFloat16Pairs {
   using Word = int32_t;

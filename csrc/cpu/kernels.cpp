@@ -655,10 +655,10 @@ constexpr Kernels table(int64_t row_tile) {
 // constexpr, so that nothing of this instruction set runs when the library is loaded.
 extern const Kernels kFloat32;
 constexpr Kernels kFloat32 = table<Float32>(kRowTile);
-#if defined(__AMX_BF16__)
+#if defined(REATTN_AMX)
 extern const Kernels kBFloat16;
 constexpr Kernels kBFloat16 = table<BFloat16Tiles>(BFloat16Tiles::kTile);
-#elif defined(__AVX512BF16__)
+#elif defined(REATTN_BFLOAT16)
 extern const Kernels kBFloat16;
 constexpr Kernels kBFloat16 = table<BFloat16Dots>(kRowTile);
 #endif

@@ -4,14 +4,26 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX__)
+// What the instruction set has; tests emulate what their CPU lacks.
+#if defined(REATTN_EMULATED)
+#include "emulated_intrinsics.h"
+#elif defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(REATTN_EMULATED) || defined(__AVX512F__)
+#define REATTN_AVX512
+#endif
+#if defined(REATTN_EMULATED) || defined(__AVX512BF16__)
+#define REATTN_BFLOAT16
+#endif
+#if defined(REATTN_EMULATED_AMX) || defined(__AMX_BF16__)
+#define REATTN_AMX
 #endif
 
 namespace reattn {
 namespace REATTN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(REATTN_AVX512)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -57,7 +69,7 @@ inline float sum(Vec v) {
   return total;
 }
 inline Vec square_root(Vec v) {
-#if defined(__AVX512F__)
+#if defined(REATTN_AVX512)
   return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
 #elif defined(__AVX2__)
   return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
