@@ -158,6 +158,10 @@ def fused_attention(
 ) -> Tensor:
     """The canonical form on a fused backend, differentiable in query, key, value and the canonical tensors."""
     options = (scale, eps, dropout_p, backend)
+    inputs = (query, key, value, *canonical)
+    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
+        # The Function would cost as much as a small problem.
+        return torch.ops.reattn.forward(*inputs, lse, seed, *options)[0]
     return ReAttentionFunction.apply(query, key, value, *canonical, lse, seed, options, group, *(coupling or ()))
 
 

@@ -23,16 +23,16 @@ int64_t spread(int64_t row) {
   return 16 * (sixteens | 1);
 }
 
-int64_t setting(const char* name, int64_t otherwise) {
-  const char* value = std::getenv(name);
-  return value ? std::atoll(value) : otherwise;
-}
-
-// What the maps of a block should take, in the backward pass of maps and their gradients; and may take, so that a row is
-// whole. Larger ones are read from farther away, but the keys, values and their gradients less often.
-const int64_t kForwardBytes = setting("RF", 384) << 10, kBackwardBytes = setting("RB", 1024) << 10, kWholeBytes = setting("RW1", 5) << 20;
-// What the packed keys and values of a wave should take of the L3 cache, and the gradients of all groups of memory.
-const int64_t kWaveBytes = setting("RW", 16) << 20, kGroupBytes = 192 << 20;
+// What the maps of a block should take, with their gradients in the backward pass; and what they may take for the sake of
+// whole rows, which need one sweep over the keys instead of two. Larger blocks are read from farther away, but keys,
+// values and their gradients less often.
+constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 1 << 20, kWholeBytes = 5 << 20;
+// Of the L1 cache, the maps that are mixed at a time.
+constexpr int64_t kTileBytes = 12 << 10;
+// Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all groups.
+constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
+// Units of work for threads to share, and the fewest query rows of a group: its sums are work as well.
+constexpr int64_t kForwardUnits = 16, kBackwardUnits = 8, kGroupRows = 48;
 
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
@@ -52,25 +52,26 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
     plan.block_rows = most;
     plan.block_keys = std::max<int64_t>(wanted_bytes / (most * element_bytes) / 96, 1) * 96;
   }
-  // Blocks of about one size.
-  const int64_t blocks = ceil_div(std::max<int64_t>(p.seqlen, 1), plan.block_rows);
-  plan.block_rows = round_up(ceil_div(std::max<int64_t>(p.seqlen, 1), blocks), tile);
   plan.ld_block = spread(round_up(plan.block_keys, kernels.lanes));
-  const int64_t block_vectors = ceil_div(plan.block_keys, kernels.lanes);
-  plan.tile_keys = ceil_div(block_vectors, ceil_div(block_vectors * kernels.lanes, setting("RT", 128))) * kernels.lanes;
+  const int64_t vectors = ceil_div(plan.block_keys, kernels.lanes);
+  const int64_t tile_vectors = std::max<int64_t>(kTileBytes / (p.heads * kernels.lanes * int64_t(sizeof(float))), 1);
+  plan.tile_keys = ceil_div(vectors, ceil_div(vectors, tile_vectors)) * kernels.lanes;
 
   const int64_t key_bytes = p.heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
-  const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
   int64_t sample_bytes = 2 * key_bytes;
+  plan.groups = 1;
   if (backward) {
-    // Enough units for many threads, in groups not so small that their sums cost more than they do.
-    const int64_t wanted = ceil_div(setting("RU", 8), p.batch);
-    const int64_t affordable = std::max<int64_t>(kGroupBytes / grad_bytes, 1);
-    const int64_t groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / setting("RG", 48)}), 1);
-    plan.group_rows = round_up(ceil_div(p.seqlen, groups), plan.block_rows);
-    plan.groups = ceil_div(p.seqlen, plan.group_rows);
+    const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
+    const int64_t wanted = ceil_div(kBackwardUnits, p.batch), affordable = kGroupBytes / grad_bytes;
+    plan.groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / kGroupRows}), 1);
     sample_bytes = 4 * key_bytes + plan.groups * grad_bytes;
+  } else {
+    plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kForwardUnits), fewest, plan.block_rows);
   }
+  // Groups, and the blocks of each, of about one size.
+  plan.group_rows = ceil_div(p.seqlen, plan.groups);
+  const int64_t blocks = ceil_div(plan.group_rows, plan.block_rows);
+  plan.block_rows = round_up(ceil_div(plan.group_rows, blocks), tile);
   plan.wave = std::clamp<int64_t>(kWaveBytes / sample_bytes, 1, p.batch);
   return plan;
 }
@@ -198,7 +199,10 @@ void run_statistics(const Kernels& kernels, const Problem& p, int threads) {
   Call call(kernels, p, false, threads);
   call.run(false, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.statistics);
   const std::vector<double> sums = call.sums();
-  std::copy_n(sums.begin(), p.heads * p.heads, p.products);
+  // Symmetric, and computed above the diagonal.
+  for (int64_t h = 0; h < p.heads; h++)
+    for (int64_t g = 0; g < p.heads; g++)
+      p.products[h * p.heads + g] = sums[size_t(std::min(g, h) * p.heads + std::max(g, h))];
   std::copy_n(sums.begin() + p.heads * p.heads, p.heads, p.sums);
 }
 

@@ -147,12 +147,13 @@ __attribute__((noinline)) void dot_tile(
 }
 
 // C[m, n] += A[m, :] . B[n, :] over whole vectors of columns, lane by lane: C holds a vector for each of its ldc columns.
+// With upper, only tiles that reach the diagonal or lie above it.
 inline void dot_rows(
     int64_t rows, int64_t columns, int64_t vecs, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc) {
+    int64_t ldc, bool upper = false) {
   constexpr int kM = 3, kN = 4;
   for (int64_t m = 0; m < rows; m += kM)
-    for (int64_t n = 0; n < columns; n += kN) {
+    for (int64_t n = upper ? m / kN * kN : 0; n < columns; n += kN) {
       const int64_t height = rows - m < kM ? rows - m : kM, width = columns - n < kN ? columns - n : kN;
       const float *a_tile = a + m * lda, *b_tile = b + n * ldb;
       float* c_tile = c + (m * ldc + n) * kLanes;

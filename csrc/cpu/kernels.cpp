@@ -213,7 +213,9 @@ class Block {
       for (int64_t i = 0, end = span_.vecs * kLanes; i < end; i += kLanes)
         put(probs + i, vec(probs + i) * factor - mean * vec(ones + i));
     }
-    dot_rows(heads_ + 1, heads_, span_.vecs, s_.probs, plan_.ld_block, s_.probs, plan_.ld_block, s_.products, heads_);
+    const int64_t ld = plan_.ld_block;
+    dot_rows(heads_, heads_, span_.vecs, s_.probs, ld, s_.probs, ld, s_.products, heads_, true);
+    dot_rows(1, heads_, span_.vecs, ones, ld, s_.probs, ld, s_.products + heads_ * heads_ * kLanes, heads_);
   }
 
   // One row of the backward pass: delta and the sums for the parameters' gradients in the first sweep, the mixed maps

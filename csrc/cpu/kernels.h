@@ -42,7 +42,7 @@ struct Plan {
   int64_t ld_block;     // row length of a block's maps
   int64_t tile_keys;    // keys mixed at a time: their maps of all heads stay in the L1 cache
   int64_t groups;       // parts of seqlen that sum the gradients of key, value and weights on their own
-  int64_t group_rows;   // query rows of a group, whole blocks
+  int64_t group_rows;   // query rows of a group
   int64_t wave;         // samples whose keys and values are packed at a time
 };
 
