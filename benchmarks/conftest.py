@@ -10,6 +10,12 @@ import torch
 from benchmarks import measure
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-peer", action="store_true", help="compile the eager forms for every problem, not only for the first"
+    )
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

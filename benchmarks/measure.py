@@ -42,6 +42,11 @@ class Problem:
     norm: str
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """batch, heads, seqlen, head_dim"""
+        return self.batch, self.heads, self.seqlen, self.head_dim
+
     def flops(self, backward: bool) -> int:
         """Multiplications and additions of the two products and of the mixing; a backward pass is twice its forward.
 
@@ -136,20 +141,19 @@ def operator(norm: str, backend: str) -> Peer:
 
 
 def default_backend(device: torch.device) -> str:
-    """The backend worth timing: the fused one on CUDA, the reference on a CPU, where Triton only interprets.
+    """The fused backend worth timing: triton on CUDA; on a CPU the native one, as Triton only interprets there.
 
-    Raises ``RuntimeError`` where Triton is set to interpret its kernels on a CUDA machine, or cannot run there.
+    Raises ``RuntimeError`` where that backend cannot run, or Triton is set to interpret its kernels on a CUDA machine.
     """
-    if device.type != "cuda":
-        return "reference"
-    from reattn.backends import triton
+    from reattn.backends import BACKENDS, Request, triton
 
-    if triton.INTERPRETED:
+    name = "triton" if device.type == "cuda" else "cpu"
+    if name == "triton" and triton.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are for tests, their times mean nothing")
-    reasons = reattn.available_backends()["triton"]
+    reasons = BACKENDS[name].not_supported(Request(device))
     if reasons:
-        raise RuntimeError(f"the triton backend cannot run here: {'; '.join(reasons)}")
-    return "triton"
+        raise RuntimeError(f"the {name} backend cannot run here: {'; '.join(reasons)}")
+    return name
 
 
 class WrongResult(RuntimeError):
@@ -372,6 +376,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def cpu_flops_per_s(threads: int) -> float:
+    """What this CPU reaches in float32: the faster of torch's matrix product and NumPy's, which are two libraries'."""
+    from threadpoolctl import threadpool_limits
+
+    size = 1536
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    with threadpool_limits(threads):
+        ms = time_interleaved({"torch": lambda: left @ right, "numpy": lambda: left.numpy() @ right.numpy()})
+    return 2 * size**3 / (1e-3 * min(ms.values()))
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
     """What the device reaches: ``flops_per_s`` in a bfloat16 matrix product, ``bytes_per_s`` both ways in a copy."""
     size = 8192
@@ -388,6 +403,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def machine_info(device: torch.device) -> dict[str, Any]:
     """What a committed figure must say about where it comes from."""
+    from reattn.backends import cpu
     from reattn.info import info
 
     facts = info()
@@ -395,12 +411,14 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     root = pathlib.Path(__file__).parent
     changes = _first_line("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     machine: dict[str, Any] = {
-        "device": "cpu",
         **kept,
         "commit": _first_line("git", "-C", str(root), "rev-parse", "HEAD") or None,
         "modified": None if changes is None else bool(changes),
+        "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    if device.type == "cpu":
+        machine |= {"device": _cpu_name(), "instruction_set": cpu.instruction_set(), "team": cpu.threads_from()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {
@@ -412,6 +430,15 @@ def machine_info(device: torch.device) -> dict[str, Any]:
             "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return machine
+
+
+def _cpu_name() -> str:
+    """As the kernel tells it; "cpu" where it does not."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
 
 
 def _first_line(*command: str) -> str | None:

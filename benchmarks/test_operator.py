@@ -1,8 +1,10 @@
 """``pytest benchmarks/ --benchmark-only``: the operator against its peers, forward and forward + backward.
 
-On CUDA the triton backend at the sizes of the official models, on a CPU the reference backend at small ones. Contenders
-are validated and then timed side by side: from this come the ratios to plain attention and to the best peer, and the
-TFLOP/s, in ``extra_info``. On a CPU only these ratios mean anything: the times beside them were not taken in turns.
+The fused backend of this machine, triton on CUDA, else the native CPU backend, at sizes of the official models.
+Contenders are validated and then timed side by side: from this come the ratios to plain attention and to the best peer,
+the GFLOP/s, and on a CPU their share of what a matrix product reaches, in ``extra_info``. On a CPU only these ratios
+mean anything: the times beside them were not taken in turns. ``--every-peer`` compiles the eager forms for every
+problem, not only for the first: ten seconds or more each.
 """
 
 from __future__ import annotations
@@ -19,28 +21,39 @@ from benchmarks import measure, peers
 from benchmarks.measure import Call, Oracle, Problem
 
 CUDA = torch.cuda.is_available()
-OURS = "triton" if CUDA else "reference"
+OURS = "triton" if CUDA else "cpu"
 DIRECTIONS = ("forward", "forward+backward")
 PUBLISHED = ("batch", "layer")
+# batch, heads, seqlen, head_dim
+CPU_SHAPES = [
+    (8, 12, 197, 32),
+    (8, 12, 197, 64),
+    (2, 12, 577, 32),
+    (64, 12, 197, 32),
+    (1, 12, 197, 32),
+    (8, 6, 197, 64),
+    (8, 12, 197, 33),
+]
 
 
 def problems() -> list[Problem]:
     """Every norm in the usual dtype, the published ones in the others."""
-    norms, others = tuple(peers.EAGER), (torch.float16, torch.float32)
+    norms = tuple(peers.EAGER)
     shapes = [(128, 12, 197, 32), (128, 12, 197, 64), (128, 12, 197, 33), (32, 12, 577, 32)]
     if CUDA:
         usual = [Problem(*shape, norm, torch.bfloat16) for shape in shapes for norm in norms]
+        others = (torch.float16, torch.float32)
         return usual + [Problem(*shapes[0], norm, dtype) for norm in PUBLISHED for dtype in others]
-    usual = [Problem(4, 12, 197, 32, norm, torch.float32) for norm in norms]
-    odd = [Problem(2, 6, 65, 33, norm, torch.float32) for norm in PUBLISHED]
-    return usual + odd + [Problem(4, 12, 197, 32, norm, torch.bfloat16) for norm in PUBLISHED]
+    single = [Problem(*shape, norm, torch.float32) for shape in CPU_SHAPES[1:] for norm in PUBLISHED]
+    half = [Problem(*shape, norm, torch.bfloat16) for shape in CPU_SHAPES if shape[0] <= 8 for norm in PUBLISHED]
+    return [Problem(*CPU_SHAPES[0], norm, torch.float32) for norm in norms] + single + half
 
 
-def contenders(problem: Problem) -> tuple[str, ...]:
+def contenders(problem: Problem, every_peer: bool) -> tuple[str, ...]:
     """On CUDA one sample at a time would be nothing but launches; on a CPU compiling takes ten seconds or more each."""
     if CUDA:
         return (OURS, "eager", "compiled", "sdpa")
-    compiled = problem.norm == "layer" and problem.head_dim == 32 and problem.dtype == torch.float32
+    compiled = every_peer or (problem.norm in PUBLISHED and problem.shape == CPU_SHAPES[0])
     return (OURS, "eager", *(("compiled",) if compiled else ()), "one-sample-at-a-time", "sdpa")
 
 
@@ -50,12 +63,14 @@ def label(problem: Problem, direction: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def validated(problem: Problem, device: torch.device) -> tuple[dict[str, peers.Peer], dict[str, str]]:
+def validated(
+    problem: Problem, names: tuple[str, ...], device: torch.device
+) -> tuple[dict[str, peers.Peer], dict[str, str]]:
     """The contenders whose results are right, and by name what is the matter with the others."""
     backend = measure.default_backend(device)
     oracle = Oracle(problem, device, distinct=4 if CUDA else problem.batch)
     right, faults = {}, {}
-    for name in contenders(problem):
+    for name in names:
         ours = name == OURS
         contender = measure.operator(problem.norm, backend) if ours else peers.by_name(name, problem.norm)
         # Plain attention computes something else on purpose.
@@ -71,10 +86,10 @@ def validated(problem: Problem, device: torch.device) -> tuple[dict[str, peers.P
 class Comparison:
     """Every contender timed in one direction, side by side."""
 
-    def __init__(self, problem: Problem, direction: str, device: torch.device) -> None:
+    def __init__(self, problem: Problem, direction: str, names: tuple[str, ...], device: torch.device) -> None:
         self.problem, self.direction = problem, direction
         self.backward = direction != "forward"
-        right, faults = validated(problem, device)
+        right, faults = validated(problem, names, device)
         self.faults = dict(faults)
         inputs = [
             measure.make_inputs(problem, device, seed) for seed in range(1, 1 + measure.rotations(problem, device))
@@ -118,11 +133,17 @@ class Comparison:
             "ratio_to_sdpa": ms / self.ms["sdpa"] if "sdpa" in self.ms else None,
             "best_peer": best,
             "ratio_to_best_peer": ms / rivals[best] if best else None,
+            "share_of_matmul": None if CUDA else problem.flops(self.backward) / (1e-3 * ms) / matmul_rate(),
         }
 
 
 # One at a time is kept: its inputs take memory, and tests of one problem follow each other.
 compare = functools.lru_cache(maxsize=1)(Comparison)
+
+
+@functools.cache
+def matmul_rate() -> float:
+    return measure.cpu_flops_per_s(torch.get_num_threads())
 
 
 def synchronised_clock() -> float:
@@ -132,19 +153,20 @@ def synchronised_clock() -> float:
     return time.perf_counter()
 
 
-def cases() -> list[Any]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every problem, direction and contender, those that share a comparison one after the other."""
-    return [
-        pytest.param(problem, direction, name, id=f"{label(problem, direction)}-{name}")
-        for problem, direction in itertools.product(problems(), DIRECTIONS)
-        for name in contenders(problem)
-    ]
+    cases = []
+    for problem, direction in itertools.product(problems(), DIRECTIONS):
+        names = contenders(problem, metafunc.config.getoption("--every-peer"))
+        cases += [
+            pytest.param(problem, direction, names, name, id=f"{label(problem, direction)}-{name}") for name in names
+        ]
+    metafunc.parametrize(("problem", "direction", "names", "contender"), cases)
 
 
 @pytest.mark.benchmark(timer=synchronised_clock)
-@pytest.mark.parametrize(("problem", "direction", "contender"), cases())
-def test_operator(benchmark, device, problem, direction, contender):
-    comparison = compare(problem, direction, device)
+def test_operator(benchmark, device, problem, direction, names, contender):
+    comparison = compare(problem, direction, names, device)
     if contender in comparison.faults:
         give_up = pytest.fail if contender == OURS else pytest.skip
         give_up(comparison.faults[contender])

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 import reattn
+from reattn.backends import Request, cpu
 
 _ENVIRONMENT = (
     "REATTN_BACKEND",
     "REATTN_AUTOTUNE",
+    "REATTN_CPU_ISA",
     "TRITON_INTERPRET",
     "TRITON_CACHE_DIR",
     "CUDA_VISIBLE_DEVICES",
@@ -26,6 +28,7 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``reattn``, ``python``, ``platform``, ``torch``, ``triton``, ``cuda``: str, a version, or why there is none;
+        ``cpu``: str, the CPU backend's instruction set and threads, or why it does not run;
         ``devices``: list of str, one for each CUDA device, empty without any;
         ``backends``: dict of name to list of str, see :func:`reattn.available_backends`;
         ``environment``: dict of variable to its value, None where it is not set.
@@ -37,6 +40,7 @@ def info() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "triton": _triton_version(),
         "cuda": torch.version.cuda or "none: torch is built without it",
+        "cpu": _cpu(),
         "devices": _devices(),
         "backends": reattn.available_backends(),
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
@@ -54,6 +58,13 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+def _cpu() -> str:
+    reasons = cpu.not_supported(Request(torch.device("cpu")))
+    if reasons:
+        return "; ".join(reasons)
+    return f"{cpu.instruction_set()}, {torch.get_num_threads()} of {cpu.threads_from()}"
+
+
 def _devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
@@ -66,7 +77,7 @@ def _devices() -> list[str]:
 
 
 def _report(facts: dict[str, Any]) -> str:
-    lines = [(name, facts[name]) for name in ("reattn", "python", "platform", "torch", "triton", "cuda")]
+    lines = [(name, facts[name]) for name in ("reattn", "python", "platform", "torch", "triton", "cuda", "cpu")]
     lines += [(f"device {index}", device) for index, device in enumerate(facts["devices"])]
     if not facts["devices"]:
         lines.append(("device", "no CUDA device"))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reattn.backends import Request
 
 try:
-    from reattn import _cpu
+    import reattn._cpu as _cpu
 
     _import_error = ""
 except ImportError as error:
@@ -183,12 +183,11 @@ def backward(
         for tensor in grads:
             tensor.zero_()
     # Copies: of one tensor, an op may not return several views.
-    grad_weight, grad_shift, grad_gamma, grad_beta = (
-        part.float() for part in (sums[:heads], *sums[heads:].unbind())
-    )
+    grad_weight, (grad_shift, grad_gamma, grad_beta) = sums[:heads].float(), sums[heads:].float().unbind()
     if gamma is None:
         grad_gamma, grad_beta = shift.new_empty(0), shift.new_empty(0)
-    return *grads, grad_weight, grad_shift, grad_gamma, grad_beta
+    grad_query, grad_key, grad_value = grads
+    return grad_query, grad_key, grad_value, grad_weight, grad_shift.clone(), grad_gamma.clone(), grad_beta.clone()
 
 
 def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
