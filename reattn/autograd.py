@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from reattn import folding
@@ -159,10 +160,17 @@ def fused_attention(
     """The canonical form on a fused backend, differentiable in query, key, value and the canonical tensors."""
     options = (scale, eps, dropout_p, backend)
     inputs = (query, key, value, *canonical)
-    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
+    if not (torch.compiler.is_compiling() or any(_differentiated(tensor) for tensor in inputs)):
         # The Function would cost as much as a small problem.
         return torch.ops.reattn.forward(*inputs, lse, seed, *options)[0]
     return ReAttentionFunction.apply(query, key, value, *canonical, lse, seed, options, group, *(coupling or ()))
+
+
+def _differentiated(tensor: Tensor | None) -> bool:
+    """Whether a gradient or, in forward mode, a tangent is asked of what this tensor enters."""
+    if tensor is None:
+        return False
+    return (torch.is_grad_enabled() and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class ReAttentionFunction(torch.autograd.Function):

@@ -47,7 +47,7 @@ const Kernels& kernels(size_t isa, const Problem& p) {
 
 void statistics(
     size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key, Address seed,
-    float scale, float dropout_p, Address lse, Address sums, Address products) {
+    float scale, double dropout_p, Address lse, Address sums, Address products) {
   Problem p = problem(shape);
   p.query = tensor(query), p.key = tensor(key);
   p.seed = pointer<int64_t>(seed), p.scale = scale, p.dropout_p = dropout_p;
@@ -58,7 +58,7 @@ void statistics(
 void forward(
     size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key,
     const TensorArgument& value, const TensorArgument& out, const std::array<Address, 4>& parameters, Address seed,
-    float scale, float eps, float dropout_p, Address lse, bool lse_known) {
+    float scale, float eps, double dropout_p, Address lse, bool lse_known) {
   Problem p = problem(shape);
   p.query = tensor(query), p.key = tensor(key), p.value = tensor(value), p.out = tensor(out);
   p.weight = pointer<float>(parameters[0]), p.shift = pointer<float>(parameters[1]);
@@ -71,7 +71,7 @@ void forward(
 void backward(
     size_t isa, int threads, const Shape& shape, const TensorArgument& grad, const TensorArgument& query,
     const TensorArgument& key, const TensorArgument& value, const std::array<TensorArgument, 3>& grads,
-    const std::array<Address, 6>& parameters, Address seed, float scale, float eps, float dropout_p, Address lse,
+    const std::array<Address, 6>& parameters, Address seed, float scale, float eps, double dropout_p, Address lse,
     const std::array<Address, 4>& grad_parameters) {
   Problem p = problem(shape);
   p.grad = tensor(grad), p.query = tensor(query), p.key = tensor(key), p.value = tensor(value);
@@ -97,6 +97,7 @@ void grad_dot_out(
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Re-attention on a CPU. A tensor is (address, strides in elements); an absent one has address 0.";
+  watch_forks();
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("instruction_sets", [] {
     std::vector<std::pair<std::string, bool>> sets;

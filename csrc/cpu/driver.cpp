@@ -33,6 +33,7 @@ constexpr int64_t kTileBytes = 12 << 10;
 constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
 // Units of work for threads to share, and the fewest query rows of a group: its sums are work as well.
 constexpr int64_t kForwardUnits = 16, kBackwardUnits = 8, kGroupRows = 48;
+static_assert(kBackwardUnits <= kGroupRows, "rounding up the rows of a group would leave the last one empty");
 
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
@@ -142,16 +143,18 @@ class Call {
       : kernels_(kernels), job_{problem, make_plan(kernels, problem, backward), {}, 0, 0, false}, backward_(backward),
         threads_(threads) {}
 
-  void run(bool needs_values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
+  // sums: whether units leave any; values: whether they need them.
+  void run(bool sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
     const int64_t packed = plan.wave * p.heads;
     const int64_t columns = packed * plan.packed_keys * plan.depth * kernels_.operand_bytes;
     const int64_t rows = packed * plan.keys * plan.ld_dim * kernels_.operand_bytes;
     const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t most = plan.wave * units_per_sample, threads = std::min<int64_t>(threads_, most);
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
-    const int64_t sizes[] = {columns, needs_values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads, grads,
-                             scratch * threads_};
+    const int64_t sizes[] = {columns, values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads, grads,
+                             scratch * threads};
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 64);
     Memory memory{size_t(total)};
@@ -161,17 +164,17 @@ class Call {
       parts[i] = sizes[i] ? at : nullptr;
       at += round_up(sizes[i], 64);
     }
-    partial_.resize(size_t(p.batch * units_per_sample * partial_size(p.heads)));
+    if (sums) partial_.resize(size_t(p.batch * units_per_sample * partial_size(p.heads)));
     job_.work = {parts[0], parts[3], parts[2], parts[1], reinterpret_cast<float*>(parts[4]), reinterpret_cast<float*>(parts[5]), partial_.data()};
     for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
       job_.samples = std::min(plan.wave, p.batch - job_.first);
       const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
       const int64_t stretches = job_.samples * ceil_div(plan.keys, kernels_.stretch);
       parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
-      parallel_for(threads_, job_.samples * units_per_sample,
+      parallel_for(int(threads), job_.samples * units_per_sample,
                    [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
       if (backward_) parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.reduce(job_, unit); });
-      job_.work.partial += job_.samples * units_per_sample * partial_size(p.heads);
+      if (sums) job_.work.partial += job_.samples * units_per_sample * partial_size(p.heads);
     }
   }
 
@@ -197,7 +200,7 @@ class Call {
 
 void run_statistics(const Kernels& kernels, const Problem& p, int threads) {
   Call call(kernels, p, false, threads);
-  call.run(false, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.statistics);
+  call.run(true, false, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.statistics);
   const std::vector<double> sums = call.sums();
   // Symmetric, and computed above the diagonal.
   for (int64_t h = 0; h < p.heads; h++)
@@ -209,12 +212,12 @@ void run_statistics(const Kernels& kernels, const Problem& p, int threads) {
 void run_forward(const Kernels& kernels, const Problem& p, bool lse_known, int threads) {
   Call call(kernels, p, false, threads);
   call.job().lse_known = lse_known;
-  call.run(true, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.forward);
+  call.run(false, true, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.forward);
 }
 
 void run_backward(const Kernels& kernels, const Problem& p, int threads) {
   Call call(kernels, p, true, threads);
-  call.run(true, call.job().plan.groups, kernels.backward);
+  call.run(true, true, call.job().plan.groups, kernels.backward);
   const std::vector<double> sums = call.sums();
   auto from = sums.begin();
   from = std::copy_n(from, p.heads * p.heads, p.grad_weight) - p.grad_weight + sums.begin();

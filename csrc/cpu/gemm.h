@@ -27,7 +27,7 @@ struct Floats {
 #if defined(REATTN_BFLOAT16)
 // Two neighbours along the depth in each word.
 struct BFloat16Pairs {
-  using Word = int32_t;
+  typedef int32_t Word __attribute__((may_alias));
   using Words = VecI;
   static Vec add(Vec sum, VecI a, VecI b) {
     return reinterpret_cast<Vec>(_mm512_dpbf16_ps(

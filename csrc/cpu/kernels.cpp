@@ -98,7 +98,7 @@ class Block {
 
   Block(const Job& job, Scratch<E>& scratch, int64_t sample, int64_t first_row, int64_t rows)
       : job_(job), p_(job.problem), plan_(job.plan), s_(scratch), sample_(sample), first_row_(first_row), rows_(rows),
-        heads_(p_.heads), dropout_(p_) {}
+        heads_(p_.heads), dropout_(p_), kept_(float(1.0 / (1.0 - p_.dropout_p))) {}
 
   void load_queries(bool backward) {
     load(p_.query, s_.queries, s_.queries_t, backward);
@@ -127,11 +127,12 @@ class Block {
         float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
         const float* scores = row(s_.maps, h, r);
         const float most = largest_score(scores, span_, scale);
-        const float shift = first || most > largest ? most : largest;
+        const float next = first || most > largest ? most : largest;
+        // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are NaN.
+        const float shift = next == -kInfinity ? 0.0f : next;
         exponentials(scores, s_.probs, span_, scale, shift);
-        // Where all scores so far are -infinity this makes NaN, as softmax does.
         sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
-        largest = shift;
+        largest = next;
       }
   }
   void store_lse() {
@@ -166,7 +167,7 @@ class Block {
   const float* weights(bool lse_known) {
     if (lse_known && p_.dropout_p == 0) return p_.weight;
     const int64_t heads = heads_;
-    const float *weight = p_.weight, kept = 1.0f / (1.0f - p_.dropout_p);
+    const float *weight = p_.weight, kept = kept_;
     float* scaled = s_.weight;
     for (int64_t h = 0; h < heads; h++) {
       const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
@@ -205,7 +206,7 @@ class Block {
 
   // Adds the products of centred maps to the unit's sums. The row of ones gives their plain sums.
   void sum_products(bool lse_known) {
-    const float kept = 1.0f / (1.0f - p_.dropout_p), mean = 1.0f / float(p_.seqlen_k);
+    const float kept = kept_, mean = 1.0f / float(p_.seqlen_k);
     const float* ones = s_.probs + heads_ * plan_.ld_block;
     for (int64_t h = 0; h < heads_; h++) {
       float* probs = s_.probs + h * plan_.ld_block;
@@ -223,7 +224,7 @@ class Block {
   void backward_row(int64_t r, bool first_sweep, bool second_sweep) {
     const bool dropped = p_.dropout_p > 0;
     softmax(r, true, true);
-    const float kept = 1.0f / (1.0f - p_.dropout_p);
+    const float kept = kept_;
     const int64_t ld = plan_.ld_block, stride = plan_.block_rows * ld;
     if (dropped)
       for (int64_t h = 0; h < heads_; h++)
@@ -235,6 +236,11 @@ class Block {
       int64_t ld_mixed = stride;
       if (p_.gamma) {
         mix_tile(key, vecs, p_.weight, s_.mixed, plan_.tile_keys);
+        if (v + vecs == span_.vecs) {
+          // Without eps the norm of padding, all zeros, would be NaN.
+          float* last = s_.mixed + (vecs - 1) * kLanes;
+          put(last, span_.tail ? vec(last) : broadcast(1.0f));
+        }
         normalise_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr);
         grad_mixed = s_.grad_mixed;
         ld_mixed = plan_.tile_keys;
@@ -433,6 +439,7 @@ class Block {
   int64_t first_key_ = 0, keys_ = 0;
   Span span_{1};
   Dropout dropout_;
+  float kept_;
 };
 
 // What the products need around them.

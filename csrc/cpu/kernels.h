@@ -19,7 +19,8 @@ struct Tensor {
 struct Problem {
   Dtype dtype;
   int64_t batch, heads, seqlen, seqlen_k, head_dim;
-  float scale, eps, dropout_p;
+  float scale, eps;
+  double dropout_p;
   Tensor query, key, value, grad, out;
   Tensor grad_query, grad_key, grad_value;
   const float *weight, *shift, *gamma, *beta, *coupled, *constant;

@@ -4,7 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -14,8 +14,7 @@ namespace {
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<OpenMpParallel> openmp_parallel{nullptr};
 
-// A child process has none of the threads that the runtime believes in, and would wait for them.
-void forget_openmp() { openmp_parallel = nullptr; }
+std::atomic<bool> forked{false};
 
 struct Region {
   int64_t units;
@@ -33,9 +32,16 @@ void take_units(void* argument) {
 
 }  // namespace
 
+void watch_forks() {
+  // A child has none of the threads that the runtime believes in, and would wait for them.
+  pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    openmp_parallel = nullptr;
+  });
+}
+
 bool use_openmp_of(const char* library) {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_openmp);
-  void* handle = registered == 0 ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+  void* handle = forked ? nullptr : dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   openmp_parallel = handle ? reinterpret_cast<OpenMpParallel>(dlsym(handle, "GOMP_parallel")) : nullptr;
   if (handle) dlclose(handle);
   return openmp_parallel != nullptr;
@@ -50,9 +56,10 @@ void parallel_for(int threads, int64_t units, const std::function<void(int, int6
   // Inside a parallel region of the caller's the runtime may start fewer threads: those take all units.
   if (const OpenMpParallel parallel = openmp_parallel) return parallel(take_units, &region, unsigned(useful), 0);
   std::vector<std::thread> others;
+  others.reserve(size_t(useful) - 1);
   try {
     for (int i = 1; i < useful; i++) others.emplace_back(take_units, &region);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // As many as the system gives.
   }
   take_units(&region);

@@ -124,17 +124,18 @@ inline float largest_score(const float* scores, Span span, float scale) {
   return scale >= 0 ? extreme<true>(scores, span) * scale : extreme<false>(scores, span) * scale;
 }
 
-// probs = 2^(scores * scale - shift), zero in the padding.
+// probs = 2^(scores * scale - shift), zero in the padding. The product is rounded before shift is taken away, as it was
+// when shift was made of it: the largest of scores in the millions shall have the exponent zero.
 inline void exponentials(const float* scores, float* probs, Span span, float scale, float shift) {
   int64_t i = 0;
   for (; i + 1 < span.vecs - 1; i += 2) {
-    const Vec a = exp2(load(scores + i * kLanes) * scale - shift);
-    const Vec b = exp2(load(scores + (i + 1) * kLanes) * scale - shift);
+    const Vec a = exp2(rounded(load(scores + i * kLanes) * scale) - shift);
+    const Vec b = exp2(rounded(load(scores + (i + 1) * kLanes) * scale) - shift);
     store(probs + i * kLanes, a);
     store(probs + (i + 1) * kLanes, b);
   }
   for (; i < span.vecs; i++) {
-    Vec p = exp2(load(scores + i * kLanes) * scale - shift);
+    Vec p = exp2(rounded(load(scores + i * kLanes) * scale) - shift);
     if (i == span.vecs - 1) p = span.tail ? p : Vec{};
     store(probs + i * kLanes, p);
   }
@@ -166,7 +167,7 @@ inline float dot_row(const float* a, const float* b, int64_t vecs) {
 class Dropout {
  public:
   Dropout(const Problem& p)
-      : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(double(p.dropout_p) * 4294967296.0)) {}
+      : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(p.dropout_p * 4294967295.0)) {}
 
   // kept = probs where they are kept, zero elsewhere, for keys first_key ..., a multiple of 32.
   void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row, int64_t first_key) const {

@@ -54,8 +54,22 @@ inline void store(float* to, Vec v) { store_as(to, v); }
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline VecI broadcast(int32_t x) { return x - VecI{}; }
 
-// a where it is larger or b is NaN; else b.
+// The larger one; b where either is NaN.
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// v, rounded as it is: the compiler may not merge the product that made it into a sum.
+inline Vec rounded(Vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__) && !defined(REATTN_EMULATED)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
 
 inline VecI lane_numbers() {
   VecI v;

@@ -159,6 +159,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
     heads = query.shape[1]
+    if coupled is not None and constant is not None:
+        # The kernels add E P + constant.
+        constant = constant - coupled.sum(1) / key.shape[2]
     grads = [_empty_heads_last(tensor) for tensor in (query, key, value)]
     sums = query.new_zeros(heads + 3, heads, dtype=torch.float64)
     parameters = [

@@ -30,7 +30,7 @@ struct Case {
   Dtype dtype;
   int64_t batch, heads, seqlen, seqlen_k, head_dim;
   bool normalise, coupled;
-  float dropout_p;
+  double dropout_p;
 };
 
 uint16_t to_bfloat16(float value) {
@@ -126,11 +126,11 @@ int main() {
   const Dtype f32 = Dtype::kFloat32, bf16 = Dtype::kBFloat16;
   const Case cases[] = {
       {f32, 2, 3, 17, 17, 16, true, false, 0},    {f32, 1, 12, 50, 50, 33, false, true, 0},
-      {f32, 1, 12, 30, 197, 32, true, false, 0.2f}, {f32, 2, 6, 1, 1, 35, false, false, 0},
-      {f32, 1, 32, 9, 1500, 8, true, false, 0},   {f32, 1, 17, 20, 40, 128, false, true, 0.1f},
+      {f32, 1, 12, 30, 197, 32, true, false, 0.2}, {f32, 2, 6, 1, 1, 35, false, false, 0},
+      {f32, 1, 32, 9, 1500, 8, true, false, 0},   {f32, 1, 17, 20, 40, 128, false, true, 0.1},
       {bf16, 2, 3, 17, 17, 16, true, false, 0},   {bf16, 1, 12, 50, 50, 33, false, true, 0},
-      {bf16, 1, 12, 30, 197, 32, true, false, 0.2f}, {bf16, 2, 6, 1, 1, 35, false, false, 0},
-      {bf16, 1, 32, 9, 1500, 8, true, false, 0},  {bf16, 1, 17, 20, 40, 128, false, true, 0.1f},
+      {bf16, 1, 12, 30, 197, 32, true, false, 0.2}, {bf16, 2, 6, 1, 1, 35, false, false, 0},
+      {bf16, 1, 32, 9, 1500, 8, true, false, 0},  {bf16, 1, 17, 20, 40, 128, false, true, 0.1},
       {bf16, 1, 5, 70, 70, 64, true, false, 0},   {bf16, 1, 1, 33, 65, 1, false, false, 0},
   };
   const char* names[] = {"out", "lse", "products", "grad_query", "grad_key", "grad_value", "grad_parameters", "grad_dot_out"};
