@@ -14,7 +14,7 @@ GPU_OUT := $(or $(OUT),out/gpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension demo test lint format bench aot gpu clean
+.PHONY: help extension demo test sanitize lint format bench aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -29,6 +29,17 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
 test: extension ## run the tests in WORKERS processes (default 2)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
+
+# The library lies beside the one that everything else uses. What malloc hands out is filled with NaN, and reports go to
+# files since pytest would swallow them.
+sanitize: export ASAN_OPTIONS := detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=67108864:log_path=out/sanitize/report
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1:log_path=out/sanitize/report
+sanitize: $(STAMP) ## run the CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	REATTN_BUILD_CPU=1 REATTN_CPU_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-lib out/sanitize --build-temp build/sanitize
+	@rm -f out/sanitize/report.*
+	REATTN_CPU_FOLDER=out/sanitize/reattn LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py -q -m extension -n $(WORKERS) --dist worksteal \
+	    || { cat out/sanitize/report.* 2>/dev/null; exit 1; }
 
 lint: $(STAMP) ## check style and types
 	$(PY) -m ruff check .

@@ -1,6 +1,9 @@
-"""What every test shares: the device, kernels that run without a GPU, and a choice of tiles."""
+"""What every test shares: backend and device, kernels that run without a GPU, and a choice of tiles."""
 
+import importlib.machinery
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,14 @@ import torch
 # Before anything imports reattn: Triton decides when its kernels are defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The extension that `make sanitize` builds takes the place of the one in reattn/, in this process alone.
+if folder := os.environ.get("REATTN_CPU_FOLDER"):
+    spec = importlib.machinery.PathFinder.find_spec("reattn._cpu", [folder])
+    sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["reattn._cpu"])
+
+from parity import FUSED, device_of  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -20,15 +31,29 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    from reattn.backends import cpu
+
+    skipped = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        skipped["gpu"] = "needs a CUDA GPU"
+    # Where the extension has to be there, as in CI, its tests fail and say why it is not.
+    if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
+        skipped["extension"] = "needs the CPU extension"
+    for item in items:
+        for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=skipped[marker]))
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=FUSED)
+def backend(request) -> str:
+    """Each fused backend in turn."""
+    return request.param
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where the test's backend runs; without one, the GPU if there is one."""
+    return device_of(request.getfixturevalue("backend") if "backend" in request.fixturenames else "triton")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,7 +25,14 @@ MODES = {
     "none": (None, False),
 }
 STATISTICS = ("running_mean", "running_var")
+FUSED = ("triton", pytest.param("cpu", marks=pytest.mark.extension))
+BACKENDS = (*FUSED, "reference")
 ORDERS = 4
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend is tested: the cpu backend on the CPU, the others on the GPU if there is one."""
+    return torch.device("cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -118,6 +126,32 @@ def compute(problem: Problem, backend: str) -> dict[str, Tensor]:
     return results
 
 
+def drawn_mask(
+    backend: str,
+    *,
+    heads: int = 3,
+    head_dim: int = 16,
+    seqlen: int = 17,
+    seqlen_k: int = 17,
+    batch: int = 2,
+    dropout_p: float = 0.3,
+    seed: int = 0,
+) -> Tensor:
+    """What a backend keeps, (batch, heads, seqlen, seqlen_k): equal scores, and values that show the maps."""
+    device = device_of(backend)
+    query = torch.zeros(batch, heads, seqlen, head_dim, device=device)
+    key = torch.zeros(batch, heads, seqlen_k, head_dim, device=device)
+    theta = torch.eye(heads, device=device)
+    chunks = []
+    for unit in torch.eye(seqlen_k, device=device).split(head_dim, dim=1):
+        value = torch.zeros_like(key)
+        value[..., : unit.shape[1]] = unit
+        torch.manual_seed(seed)
+        maps = re_attention(query, key, value, theta, dropout_p=dropout_p, backend=backend)
+        chunks.append(maps[..., : unit.shape[1]] > 0.5 / seqlen_k)
+    return torch.cat(chunks, -1)
+
+
 def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     """What the reference computes when queries, keys and head_dim come in a random order; results in the given one."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,8 +174,11 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     return results
 
 
-def assert_parity(problem: Problem, backend: str = "triton") -> None:
-    """Fails, naming tensor and errors, if the backend is less exact than eager arithmetic in the same dtype."""
+def assert_parity(problem: Problem, backend: str, times: float = 2.0) -> None:
+    """Fails, naming tensor and errors, if the backend is less exact than eager arithmetic in the same dtype.
+
+    Its error may be that many times the eager one.
+    """
     exact = compute(problem.to(torch.float64), "reference")
     eager = [compute(problem, "reference"), *(compute_shuffled(problem, seed) for seed in range(1, ORDERS))]
     found = compute(problem, backend)
@@ -157,7 +194,7 @@ def assert_parity(problem: Problem, backend: str = "triton") -> None:
                 for tensor in (right, found[name] - right, *(results[name] - right for results in eager))
             )
             assert math.isfinite(sum(eager_errors)), f"{name}: eager arithmetic overflows, nothing to compare with"
-            allowed = 2 * max(eager_errors) + torch.finfo(problem.grad.dtype).eps * size
+            allowed = times * max(eager_errors) + torch.finfo(problem.grad.dtype).eps * size
             if not error <= allowed:
                 faults.append(
                     f"{name}: error {error:.3g}, allowed {allowed:.3g} (eager {max(eager_errors):.3g}) in norm {norm}"

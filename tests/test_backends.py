@@ -9,7 +9,7 @@ from parity import assert_parity, compute, make_problem
 
 import reattn
 from reattn import backends, re_attention
-from reattn.backends import BACKENDS, Request, available_backends, choose, triton
+from reattn.backends import BACKENDS, Request, available_backends, choose, cpu, triton
 from reattn.kernels import configs
 
 CPU = torch.device("cpu")
@@ -36,8 +36,10 @@ def cases_of_the_table():
     return sorted(cases.values())
 
 
-def test_available_backends(device):
-    assert available_backends() == {"triton": [], "reference": []}
+def test_available_backends():
+    found = available_backends()
+    assert list(found) == ["triton", "cpu", "reference"]
+    assert found["triton"] == found["reference"] == []
     assert reattn.available_backends is available_backends
 
 
@@ -67,12 +69,49 @@ def test_triton_says_why_it_cannot_be_imported(monkeypatch):
     assert available_backends()["triton"] == [reason]
 
 
-def test_auto_takes_the_first_that_can(monkeypatch):
+@pytest.fixture
+def extension_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(cpu, "_import_error", "undefined symbol: reattn")
+    return "the CPU extension was not built or cannot be imported (undefined symbol: reattn)"
+
+
+@pytest.mark.extension
+def test_cpu_gives_every_reason(monkeypatch):
+    monkeypatch.setenv("REATTN_CPU_ISA", "mmx")
+    request = Request(torch.device("cuda"), torch.float64, heads=33, head_dim=129, masked=True)
+    isa, *reasons = cpu.not_supported(request)
+    assert re.fullmatch(r"REATTN_CPU_ISA must be one of \['portable'.*\] on this machine, got 'mmx'", isa)
+    assert reasons == [
+        "needs a CPU tensor, got cuda",
+        "dtype must be float32, float16 or bfloat16, got torch.float64",
+        "takes at most 32 heads, got 33",
+        "takes head_dim up to 128, got 129",
+        "does not take attn_mask or is_causal",
+    ]
+
+
+def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
+    reason = extension_cannot_be_imported
+    assert cpu.not_supported(Request(CPU)) == [reason]
+    assert available_backends()["cpu"][0] == reason
+    query = torch.zeros(1, 3, 5, 4)
+    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cpu' cannot run this: {reason} (query (1, 3, 5, 4)")):
+        re_attention(query, query, query, torch.eye(3), backend="cpu")
+
+
+@pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.extension)])
+def test_auto_takes_the_first_that_can(interpreted, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == "triton"
+    monkeypatch.setattr(triton, "INTERPRETED", interpreted)
+    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == ("triton" if interpreted else "cpu")
     assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
     assert choose("auto", Request(CPU, torch.float32, 33, 64), "") == "reference"
+
+
+def test_auto_without_the_extension(extension_cannot_be_imported, monkeypatch):
+    monkeypatch.delenv("REATTN_BACKEND", raising=False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == "reference"
 
 
 def test_environment_overrides_auto(monkeypatch, device):
@@ -82,7 +121,8 @@ def test_environment_overrides_auto(monkeypatch, device):
     assert choose("auto", request, "") == "reference"
     assert choose("triton", request, "") == "triton"
     monkeypatch.setenv("REATTN_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'triton', 'reference'\], got 'cudnn'"):
+    names = "['auto', 'triton', 'cpu', 'reference']"
+    with pytest.raises(ValueError, match=re.escape(f"backend must be one of {names}, got 'cudnn'")):
         choose("auto", request, "")
     monkeypatch.setenv("REATTN_BACKEND", "triton")
     query = torch.zeros(1, 3, 5, 4, dtype=torch.float64, device=device)
@@ -110,10 +150,10 @@ def test_one_log_line_when_a_gpu_falls_back(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="reattn"):
         assert [choose("auto", request, "") for _ in range(3)] == ["reference"] * 3
         assert choose("reference", request, "") == "reference"
-        assert choose("auto", Request(CPU, torch.float16, 12, 64), "") == "reference"
+        assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().endswith("triton: too old, too small")
+    assert "triton: too old, too small; cpu: " in record.getMessage()
     backends._log_fallback.cache_clear()
 
 
@@ -150,7 +190,7 @@ def test_rows_of_the_table(arch, itemsize, heads, head_dim, device, use_tile):
         use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem))
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 17, "seqlen_k": 10, "batch": 1}
     dtype = torch.float16 if itemsize == 2 else torch.float32
-    assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device))
+    assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device), "triton")
 
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
@@ -160,7 +200,7 @@ def test_rows_of_the_table(arch, itemsize, heads, head_dim, device, use_tile):
 def test_head_dim_in_chunks(head_dim, block_m, block_n, dim, mode, device, use_tile):
     use_tile(configs.Tile(block_m, block_n, dim=dim))
     sizes = {"heads": 6, "head_dim": head_dim, "seqlen_k": 20, "batch": 1}
-    assert_parity(make_problem(mode, **sizes, dtype=torch.float16, device=device))
+    assert_parity(make_problem(mode, **sizes, dtype=torch.float16, device=device), "triton")
 
 
 def test_chunks_cover_head_dim():

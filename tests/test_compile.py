@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from parity import MODES, make_problem
+from parity import BACKENDS, MODES, make_problem
 
 from reattn import ReAttention, re_attention
 
-backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -73,9 +73,9 @@ def test_other_sizes_without_recompilation(mode, backend, device):
 
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
-def test_dropout(mode, device):
+def test_dropout(mode, backend, device):
     """A compiled graph draws from torch's generator as eager code does: the same seed gives the same mask."""
-    module, twin = (make_module(mode, "triton", device, attn_drop=0.4) for _ in range(2))
+    module, twin = (make_module(mode, backend, device, attn_drop=0.4) for _ in range(2))
     module.train(), twin.train()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     results = []
@@ -102,12 +102,12 @@ def test_autocast(mode, backend, device):
         torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
 
 
-def test_inductor(device, monkeypatch):
+def test_inductor(backend, device, monkeypatch):
     # setuptools, which inductor imports, refuses to load where something has loaded the standard distutils before.
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
-    module, twin = (make_module("batch-training", "triton", device) for _ in range(2))
+    module, twin = (make_module("batch-training", backend, device) for _ in range(2))
     assert_same(step(torch.compile(twin, fullgraph=True), twin, tokens(device)), step(module, module, tokens(device)))
 
 
@@ -133,7 +133,7 @@ def test_function(mode, backend, device):
 @backends
 @pytest.mark.parametrize("mode", ["batch-eval", "layer", "none"])
 def test_export(mode, backend, device):
-    """One opaque op for the fused backend, any batch size."""
+    """One opaque op for a fused backend, any batch size."""
     module = make_module(mode, backend, device).eval()
     batch = torch.export.Dim("batch", max=64)
     program = torch.export.export(module, (tokens(device),), dynamic_shapes=({0: batch},))
@@ -141,4 +141,4 @@ def test_export(mode, backend, device):
         x = tokens(device, size)
         torch.testing.assert_close(program.module()(x), module(x))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("reattn.forward.default") == (backend == "triton")
+    assert targets.count("reattn.forward.default") == (backend != "reference")

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from parity import STATISTICS, compute, make_problem
+from parity import BACKENDS, STATISTICS, compute, device_of, make_problem
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention
+from reattn.backends import cpu
 from reattn.models import DeepViT
 
-BACKENDS = ("triton", "reference")
+backends = pytest.mark.parametrize("backend", BACKENDS)
 # Samples of a batch of four by rank.
 SPLITS = {"2+2": (2, 2), "3+1": (3, 1), "4+0": (4, 0)}
 MAPS = ("query", "key", "value")
@@ -70,15 +71,15 @@ def step(module, x):
     }
 
 
-def work(rank, device, folder):
+def work(rank, names, folder):
     """Everything that two processes compute, saved as results-<rank>.pt."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    if device.type == "cpu":
-        # Refuses CPU modules with a SyncBatchNorm for the sake of its forward, which is never called here.
-        DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
+    # Refuses CPU modules with a SyncBatchNorm for the sake of its forward, which is never called here.
+    DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
     results = {}
-    for backend in BACKENDS:
+    for backend in names:
+        device = device_of(backend)
         for name, split in SPLITS.items():
             results["operator", backend, name] = compute_part(make_batch(device), backend, split, rank)
         part = part_of((3, 1), rank)
@@ -86,21 +87,23 @@ def work(rank, device, folder):
         results["attention", backend] = step(attention, tokens(device)[part])
         model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make_model(device, backend)))
         results["model", backend] = step(model, images(device)[part])
-    dropped = make_batch(device, dropout_p=0.3)
-    results["dropout"] = compute_part(replace(dropped, seed=rank), "triton", (2, 2), rank)
+        if backend != "reference":
+            dropped = make_batch(device, dropout_p=0.3)
+            results["dropout", backend] = compute_part(replace(dropped, seed=rank), backend, (2, 2), rank)
     torch.save(results, f"{folder}/results-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, device):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(device, folder), nprocs=2)
+    names = ("triton", "reference") if cpu._import_error else ("triton", "cpu", "reference")
+    torch.multiprocessing.spawn(work, args=(names, folder), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 @pytest.mark.parametrize("split", SPLITS)
 def test_operator(split, backend, ranks, device):
     """Outputs and gradients of query, key, value are the parts; those of the parameters add up to the whole's."""
@@ -118,14 +121,14 @@ def test_operator(split, backend, ranks, device):
         torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5 * size, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_without_synchronisation_the_statistics_differ(ranks, device):
+def test_without_synchronisation_the_statistics_differ(backend, ranks, device):
     """What the test above would see if a rank kept to itself."""
     problem = make_batch(device)
-    alone = compute(replace(problem.with_tensors(**{n: problem[n][:2] for n in MAPS}), grad=problem.grad[:2]), "triton")
-    assert not torch.allclose(alone["output"], ranks[0]["operator", "triton", "2+2"]["output"], rtol=0.01)
+    alone = compute(replace(problem.with_tensors(**{n: problem[n][:2] for n in MAPS}), grad=problem.grad[:2]), backend)
+    assert not torch.allclose(alone["output"], ranks[0]["operator", backend, "2+2"]["output"], rtol=0.01)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 @pytest.mark.parametrize(
     ("name", "make", "batch"),
     [
@@ -151,12 +154,12 @@ def test_converted_module(name, make, batch, backend, ranks, device):
             torch.testing.assert_close(part["buffers"][wrapped + key], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout(ranks):
+def test_dropout(backend, ranks):
     """Masks differ between ranks, and the statistics of the dropped maps are synchronised all the same."""
-    first, second = (results["dropout"] for results in ranks)
+    first, second = (results["dropout", backend] for results in ranks)
     for name in STATISTICS:
         assert torch.equal(first[name], second[name])
-    without = ranks[0]["operator", "triton", "2+2"]
+    without = ranks[0]["operator", backend, "2+2"]
     assert not torch.allclose(first["running_var"], without["running_var"], rtol=0.01)
     assert not torch.equal(first["output"], second["output"])
     assert all(result.isfinite().all() for result in first.values())

@@ -5,14 +5,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import MODES, compute, make_problem
+from parity import BACKENDS, MODES, compute, make_problem
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from reattn import re_attention
 
 modes = pytest.mark.parametrize("mode", MODES)
-backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def call(problem, **options):
@@ -160,7 +160,7 @@ INVALID = [
     (
         {"backend": "cudnn"},
         ValueError,
-        "backend must be one of ['auto', 'triton', 'reference'], got 'cudnn'",
+        "backend must be one of ['auto', 'triton', 'cpu', 'reference'], got 'cudnn'",
     ),
     *(
         (
@@ -183,11 +183,11 @@ def test_valid_arguments_raise_nothing():
     assert re_attention(**VALID, backend="reference").shape == (2, 3, 5, 4)
 
 
-def test_explicit_triton_takes_no_mask(device):
+def test_fused_backends_take_no_mask(backend, device):
     problem = make_problem(device=device)
     for mask in ({"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool, device=device)}):
-        with pytest.raises(RuntimeError, match="'triton' cannot run this: does not take attn_mask or is_causal"):
-            call(problem, **mask, backend="triton")
+        with pytest.raises(RuntimeError, match=f"'{backend}' cannot run this: does not take attn_mask or is_causal"):
+            call(problem, **mask, backend=backend)
         torch.testing.assert_close(call(problem, **mask), call(problem, **mask, backend="reference"))
 
 

@@ -6,7 +6,7 @@ from parity import MODES, compute, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reattn.backends import triton
+from reattn.backends import cpu, triton
 from reattn.kernels import configs
 
 SEQLEN, SEQLEN_K = 300, 320
@@ -30,7 +30,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture
 def largest(monkeypatch):
-    """Watches the launchers too: a mode does not see what happens inside an op."""
+    """Watches the backends too: a mode does not see what happens inside an op."""
     mode = LargestTensor()
 
     def watched(launcher):
@@ -40,8 +40,9 @@ def largest(monkeypatch):
 
         return launch
 
-    for name in ("statistics", "forward", "backward", "grad_dot_out"):
-        monkeypatch.setattr(triton, name, watched(getattr(triton, name)))
+    for module in (triton, cpu):
+        for name in ("statistics", "forward", "backward", "grad_dot_out"):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return mode
 
 
@@ -54,12 +55,12 @@ def make_large_problem(mode, device, **options):
     ("mode", "dropout_p"),
     [("batch-training", 0.0), ("batch-training", 0.1), ("batch-eval", 0.0), ("layer", 0.1), ("none", 0.0)],
 )
-def test_largest_tensor(mode, dropout_p, device, largest, monkeypatch):
+def test_largest_tensor(mode, dropout_p, backend, device, largest, monkeypatch):
     """Forward and backward: no larger than the inputs; not even a byte for every element of one head's map."""
     monkeypatch.setattr(configs, "INTERPRETER_TILE", configs.Tile(128, 64))
     problem = make_large_problem(mode, device, dropout_p=dropout_p)
     with largest:
-        compute(problem, "triton")
+        compute(problem, backend)
     assert largest.bytes == problem["key"].nbytes < SEQLEN * SEQLEN_K
 
 

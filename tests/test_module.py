@@ -7,12 +7,13 @@ import re
 
 import pytest
 import torch
+from parity import BACKENDS
 from torch import einsum, nn
 
 from reattn import ReAttention
 
 DIM, HEADS, HEAD_DIM, SEQLEN = 24, 3, 8, 10
-backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 norms = pytest.mark.parametrize("norm", ["batch", "layer", None])
 
 

@@ -335,3 +335,23 @@ def test_build_for_a_sanitizer(stub_tree):
         assert "-fsanitize=address,undefined" in variables[name].split()
     assert "-O1" in variables["flags"].split()
     assert "-O3" not in variables["flags"].split()
+
+
+@pytest.fixture(scope="module")
+def aarch64_compiler():
+    for command in (["aarch64-linux-gnu-g++"], ["clang++", "--target=aarch64-linux-gnu"]):
+        probe = [*command, "-std=c++17", "-fsyntax-only", "-xc++", "-"]
+        if shutil.which(command[0]):
+            finished = subprocess.run(probe, input="#include <thread>", capture_output=True, text=True)
+            if finished.returncode == 0:
+                return command
+    pytest.skip("needs a cross compiler for AArch64")
+
+
+@pytest.mark.parametrize("name", ["kernels", "driver", "dispatch", "parallel"])
+def test_sources_compile_for_aarch64(name, aarch64_compiler):
+    """All but the bindings, which need Python's headers too."""
+    options = ["-std=c++17", "-fsyntax-only", "-DREATTN_ISA=portable", "-DREATTN_BUILT_PORTABLE=1"]
+    source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+    finished = subprocess.run([*aarch64_compiler, *options, source], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
