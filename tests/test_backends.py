@@ -142,18 +142,23 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
         re_attention(query, key, key, torch.eye(33, device=device), is_causal=True, backend="triton")
 
 
-def test_one_log_line_when_a_gpu_falls_back(monkeypatch, caplog):
+def test_one_log_line_for_each_fallback(monkeypatch, caplog):
+    """With the reasons of the backend made for that device, those of the other being no news."""
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "not_supported", lambda request: ["too old", "too small"])
+    monkeypatch.setattr(cpu, "not_supported", lambda request: ["too wide"])
     backends._log_fallback.cache_clear()
-    request = Request(torch.device("cuda"), torch.float16, 12, 64)
     with caplog.at_level(logging.INFO, logger="reattn"):
-        assert [choose("auto", request, "") for _ in range(3)] == ["reference"] * 3
-        assert choose("reference", request, "") == "reference"
-        assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "triton: too old, too small; cpu: " in record.getMessage()
+        for device in (torch.device("cuda"), CPU):
+            request = Request(device, torch.float16, 12, 64)
+            assert [choose("auto", request, "") for _ in range(3)] == ["reference"] * 3
+            assert choose("reference", request, "") == "reference"
+    line = "re_attention runs on the reference backend, which materialises every map: "
+    assert [record.getMessage() for record in caplog.records] == [
+        line + "triton: too old, too small",
+        line + "cpu: too wide",
+    ]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
     backends._log_fallback.cache_clear()
 
 

@@ -29,7 +29,8 @@ class Request:
 
 
 class Backend(Protocol):
-    """Every backend answers this; the fused ones compute the canonical form too (:class:`FusedBackend`)."""
+    """Every backend answers this; the fused ones compute the canonical form too (:class:`FusedBackend`), and name the
+    kind of ``DEVICE`` they are made for."""
 
     def not_supported(self, request: Request) -> list[str]:
         """Every reason why this backend cannot serve the request; empty when it can."""
@@ -129,8 +130,10 @@ def choose(requested: str, request: Request, shapes: str) -> str:
             reasons = backend.not_supported(request)
             if not reasons:
                 # A graph being traced cannot log; the same call outside one does.
-                if name == "reference" and request.device.type != "cpu" and not torch.compiler.is_compiling():
-                    _log_fallback("; ".join(f"{other}: {', '.join(why)}" for other, why in refusals.items()))
+                if name == "reference" and not torch.compiler.is_compiling():
+                    # What is made for another kind of device has nothing to say.
+                    own = [other for other in refusals if request.device.type == BACKENDS[other].DEVICE]
+                    _log_fallback("; ".join(f"{other}: {', '.join(refusals[other])}" for other in own or refusals))
                 return name
             refusals[name] = reasons
     if requested not in BACKENDS:

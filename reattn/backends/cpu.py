@@ -22,6 +22,7 @@ except ImportError as error:
 
 # In the extension's order.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = "cpu"
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
 

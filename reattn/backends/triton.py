@@ -33,6 +33,7 @@ except ImportError as error:
 logger = logging.getLogger("reattn")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICE = "cuda"
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
