@@ -42,10 +42,15 @@ def _or(tensor: Tensor | None, default: float, like: Tensor) -> Tensor:
     return like.new_full(like.shape[-1:], default) if tensor is None else tensor.float()
 
 
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """At batch 1 every operation on a small tensor, and its gradient, shows in the time of a call."""
+    return tensor if factor == 1.0 else tensor * factor
+
+
 def fold_plain(theta: Tensor, bias: Tensor | None, output_scale: float) -> Canonical:
     """No norm: ``W = theta``, ``c = bias``."""
     theta = theta.float()
-    return Canonical(theta * output_scale, _or(bias, 0.0, theta) * output_scale)
+    return Canonical(_scaled(theta, output_scale), _scaled(_or(bias, 0.0, theta), output_scale))
 
 
 def fold_layer(
@@ -56,9 +61,9 @@ def fold_layer(
     shift = _or(bias, 0.0, theta)
     return Canonical(
         theta - theta.mean(1, keepdim=True),
-        shift - shift.mean(),
-        _or(norm_weight, 1.0, theta) * output_scale,
-        _or(norm_bias, 0.0, theta) * output_scale,
+        shift if bias is None else shift - shift.mean(),
+        _scaled(_or(norm_weight, 1.0, theta), output_scale),
+        _scaled(_or(norm_bias, 0.0, theta), output_scale),
     )
 
 
@@ -74,8 +79,13 @@ def fold_batch(
 ) -> Canonical:
     """Batch norm with the statistics ``mean, var (heads,)`` of A, running or of this batch: an affine map per head."""
     theta = theta.float()
-    slope = _or(norm_weight, 1.0, theta) * (var.float() + eps).rsqrt() * output_scale
-    shift = (_or(bias, 0.0, theta) - mean.float()) * slope + _or(norm_bias, 0.0, theta) * output_scale
+    slope = _scaled((var.float() + eps).rsqrt(), output_scale)
+    if norm_weight is not None:
+        slope = slope * norm_weight.float()
+    centred = -mean.float() if bias is None else bias.float() - mean.float()
+    shift = centred * slope
+    if norm_bias is not None:
+        shift = shift + _scaled(norm_bias.float(), output_scale)
     return Canonical(theta * slope, shift)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of every instruction set against the portable ones, under sanitizers, with what this CPU lacks emulated."""
+"""The kernels of every instruction set against the portable ones, under sanitizers; what this CPU lacks is emulated."""
 
 import os
 import pathlib
