@@ -8,6 +8,7 @@ GPU_WORKERS ?= 8
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CPP := $(wildcard csrc/cpu/*.h csrc/cpu/*.cpp benchmarks/*.cpp tests/cpu/*.h tests/cpu/*.cpp)
 GPU_OUT := $(or $(OUT),out/gpu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
@@ -44,11 +45,13 @@ sanitize: $(STAMP) ## run the CPU backend's tests under AddressSanitizer and Und
 lint: $(STAMP) ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PY) -m mypy reattn/
 
 format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: extension ## time the operator on this machine
 	$(PY) -m pytest benchmarks/ --benchmark-only

@@ -75,7 +75,8 @@ class Stages {
  private:
   static void line(const std::string& name, double time, double operations, double rate) {
     if (operations > 0)
-      std::printf("  %-34s%10.2f%10.1f%12.0f\n", name.c_str(), 1e3 * time, 1e-9 * operations / time, 100 * operations / time / rate);
+      std::printf("  %-34s%10.2f%10.1f%12.0f\n", name.c_str(), 1e3 * time, 1e-9 * operations / time,
+                  100 * operations / time / rate);
     else
       std::printf("  %-34s%10.2f\n", name.c_str(), 1e3 * time);
   }
@@ -106,22 +107,26 @@ int main(int count, char** arguments) {
   const auto argument = [&](int i) { return int64_t(std::atoll(arguments[i])); };
   const int64_t batch = argument(1), heads = argument(2), seqlen = argument(3), dim = argument(4);
   const double rate = peak(), maps = double(batch * heads * seqlen * seqlen);
-  std::printf("%ldx%ldx%ldx%ld float32, layer norm, one thread; multiply-adds out of registers: %.1f GFLOP/s\n", long(batch),
-              long(heads), long(seqlen), long(dim), 1e-9 * rate);
+  std::printf("%ldx%ldx%ldx%ld float32, layer norm, one thread; multiply-adds out of registers: %.1f GFLOP/s\n",
+              long(batch), long(heads), long(seqlen), long(dim), 1e-9 * rate);
 
-  const std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim), weight = random_values(heads * heads),
-                           vector = random_values(heads);
-  std::vector<float> out(size_t(batch * seqlen * heads * dim)), grads(3 * out.size()), lse(size_t(batch * heads * seqlen));
+  const std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim),
+                           weight = random_values(heads * heads), vector = random_values(heads);
+  std::vector<float> out(size_t(batch * seqlen * heads * dim)), grads(3 * out.size()),
+      lse(size_t(batch * heads * seqlen));
   const auto view = [&](const float* data, int64_t parts, int64_t part) {
-    return Tensor{const_cast<float*>(data) + part * heads * dim, seqlen * parts * heads * dim, dim, parts * heads * dim, 1};
+    return Tensor{const_cast<float*>(data) + part * heads * dim, seqlen * parts * heads * dim, dim, parts * heads * dim,
+                  1};
   };
   Problem p{};
   p.dtype = Dtype::kFloat32;
   p.batch = batch, p.heads = heads, p.seqlen = p.seqlen_k = seqlen, p.head_dim = dim;
   p.scale = 1.0f / __builtin_sqrtf(float(dim)), p.eps = 1e-5f;
-  p.query = view(projection.data(), 4, 0), p.key = view(projection.data(), 4, 1), p.value = view(projection.data(), 4, 2);
+  p.query = view(projection.data(), 4, 0), p.key = view(projection.data(), 4, 1),
+  p.value = view(projection.data(), 4, 2);
   p.grad = view(projection.data(), 4, 3), p.out = view(out.data(), 1, 0);
-  p.grad_query = view(grads.data(), 3, 0), p.grad_key = view(grads.data(), 3, 1), p.grad_value = view(grads.data(), 3, 2);
+  p.grad_query = view(grads.data(), 3, 0), p.grad_key = view(grads.data(), 3, 1),
+  p.grad_value = view(grads.data(), 3, 2);
   p.weight = weight.data(), p.shift = p.gamma = p.beta = vector.data(), p.lse = lse.data();
 
   for (const bool backward : {false, true}) {
@@ -138,7 +143,8 @@ int main(int count, char** arguments) {
     plan.group_rows = seqlen;
     plan.wave = batch;
     Job job{p, plan, {}, 0, batch, false};
-    const int64_t columns = batch * heads * plan.packed_keys * dim * 4, rows = batch * heads * plan.keys * plan.ld_dim * 4;
+    const int64_t columns = batch * heads * plan.packed_keys * dim * 4,
+                  rows = batch * heads * plan.keys * plan.ld_dim * 4;
     const int64_t gradient = heads * dim * plan.ld_keys;
     job.work.key_columns = zeros(columns), job.work.value_rows = zeros(rows);
     if (backward) {
@@ -153,18 +159,24 @@ int main(int count, char** arguments) {
 
     Stages stages;
     for (int repetition = 0; repetition < 20; repetition++) {
-      stages.time("pack keys and values", 0, [&] { for (int64_t i = 0; i < stretches; i++) pack<Float32>(job, i, backward); });
+      stages.time("pack keys and values", 0, [&] {
+        for (int64_t i = 0; i < stretches; i++) pack<Float32>(job, i, backward);
+      });
       for (int64_t sample = 0; sample < batch; sample++)
         for (int64_t row = 0; row < seqlen; row += plan.block_rows) {
           const int64_t height = smaller(plan.block_rows, seqlen - row);
           Block<Float32> block(job, scratch, sample, row, height);
-          stages.time(backward ? "load queries and gradients" : "load queries", 0, [&] { block.load_queries(backward); });
+          stages.time(backward ? "load queries and gradients" : "load queries", 0,
+                      [&] { block.load_queries(backward); });
           block.set_keys(0);
           stages.time("scores", 2 * maps * double(dim), [&] { block.compute_scores(); });
           if (!backward) {
             const float* weights = nullptr;
             for (int64_t r = 0; r < height; r++) {
-              stages.time("softmax", 0, [&] { block.softmax(r, false, false); weights = block.weights(false); });
+              stages.time("softmax", 0, [&] {
+                block.softmax(r, false, false);
+                weights = block.weights(false);
+              });
               stages.time("mixing and norm", 2 * maps * double(heads), [&] { block.mix(r, weights); });
             }
             stages.time("product with values", 2 * maps * double(dim), [&] { block.multiply_values(); });
@@ -176,13 +188,16 @@ int main(int count, char** arguments) {
             for (int64_t r = 0; r < height; r++) block.backward_row(r, true, true);
           });
           stages.time("gradients of keys and values", 4 * maps * double(dim), [&] {
-            block.add_grad_columns(job.work.grad_key + sample * gradient, job.work.grad_value + sample * gradient, row == 0);
+            block.add_grad_columns(job.work.grad_key + sample * gradient, job.work.grad_value + sample * gradient,
+                                   row == 0);
           });
           stages.time("gradient of queries", 2 * maps * double(dim), [&] { block.multiply_keys(); });
           stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query); });
         }
       if (backward)
-        stages.time("store gradients of keys, values", 0, [&] { for (int64_t i = 0; i < stretches; i++) reduce(job, i); });
+        stages.time("store gradients of keys, values", 0, [&] {
+          for (int64_t i = 0; i < stretches; i++) reduce(job, i);
+        });
       stages.end_repetition();
     }
     stages.print(backward ? "backward" : "forward", rate);

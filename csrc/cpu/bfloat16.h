@@ -59,10 +59,10 @@ struct BFloat16Operands {
            to + r * ld_maps);
   }
 
-  // Four keys into columns: panels of kPanel keys, [depth / 2, kPanel] words each; and into rows, [keys / 2, ld_dim] words.
-  static void pack_four(
-      Dtype dtype, const char* from, const Tensor& t, int64_t first, int64_t keys, int64_t dim, const Plan& plan,
-      uint16_t* columns, uint16_t* rows) {
+  // Four keys into columns: panels of kPanel keys, [depth / 2, kPanel] words each; and into rows, [keys / 2, ld_dim]
+  // words.
+  static void pack_four(Dtype dtype, const char* from, const Tensor& t, int64_t first, int64_t keys, int64_t dim,
+                        const Plan& plan, uint16_t* columns, uint16_t* rows) {
     constexpr int64_t kLongest = 128;
     const int64_t inside = smaller(4, keys - first), padded = round_up(dim, 32);
     uint16_t four[4 * kLongest];
@@ -85,21 +85,19 @@ struct BFloat16Dots : BFloat16Operands<2> {
   static void end() {}
 
   template <Start kStart>
-  static void product(
-      int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
-      float* c, int64_t ldc) {
-    reattn::REATTN_ISA::product<Order::kRows, kStart, BFloat16Pairs>(
-        rows, columns, depth / 2, words(a), lda / 2, words(b), ldb, c, ldc);
+  static void product(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b,
+                      int64_t ldb, float* c, int64_t ldc) {
+    reattn::REATTN_ISA::product<Order::kRows, kStart, BFloat16Pairs>(rows, columns, depth / 2, words(a), lda / 2,
+                                                                     words(b), ldb, c, ldc);
   }
-  static void product_with_panels(
-      int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b, float* c,
-      int64_t ldc) {
+  static void product_with_panels(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda,
+                                  const uint16_t* b, float* c, int64_t ldc) {
     reattn::REATTN_ISA::product<Order::kRows, Start::kZero, BFloat16Pairs>(
         rows, columns, depth / 2, words(a), lda / 2, words(b), kPanel, c, ldc, nullptr, depth / 2 * kPanel);
   }
-  static void add_transposed(
-      int64_t dim, int64_t columns, int64_t rows, const uint16_t*, int64_t, const uint16_t* transposed,
-      const float* maps, int64_t ld_maps, uint16_t* paired, float* c, int64_t ldc, bool first) {
+  static void add_transposed(int64_t dim, int64_t columns, int64_t rows, const uint16_t*, int64_t,
+                             const uint16_t* transposed, const float* maps, int64_t ld_maps, uint16_t* paired, float* c,
+                             int64_t ldc, bool first) {
     const int64_t depth = round_up(rows, kGroup);
     pair_rows(maps, ld_maps, rows, columns, paired);
     if (first)
@@ -135,9 +133,8 @@ struct BFloat16Tiles : BFloat16Operands<32> {
 
   // Two by two tiles of C, or fewer.
   template <Start kStart>
-  static void four_tiles(
-      bool two_rows, bool two_columns, int64_t depth, const uint16_t* a, int64_t lda, const int32_t* b0,
-      const int32_t* b1, int64_t ldb, float* c, int64_t ldc) {
+  static void four_tiles(bool two_rows, bool two_columns, int64_t depth, const uint16_t* a, int64_t lda,
+                         const int32_t* b0, const int32_t* b1, int64_t ldb, float* c, int64_t ldc) {
     const int64_t c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = ldb * 4;
     float* lower = c + kTile * ldc;
     if constexpr (kStart == Start::kAccumulate) {
@@ -173,9 +170,8 @@ struct BFloat16Tiles : BFloat16Operands<32> {
 
   // Rows are rounded up to whole tiles, in A and in C. ldb and panel are in words.
   template <Start kStart>
-  static void product_in_tiles(
-      int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const int32_t* b, int64_t ldb,
-      float* c, int64_t ldc, int64_t panel = kPanel) {
+  static void product_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda,
+                               const int32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t panel = kPanel) {
     const auto at = [&](int64_t column) { return b + column / kPanel * panel + column % kPanel; };
     for (int64_t column = 0; column < columns; column += 2 * kTile)
       for (int64_t row = 0; row < rows; row += 2 * kTile) {
@@ -186,20 +182,17 @@ struct BFloat16Tiles : BFloat16Operands<32> {
   }
 
   template <Start kStart>
-  static void product(
-      int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
-      float* c, int64_t ldc) {
+  static void product(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b,
+                      int64_t ldb, float* c, int64_t ldc) {
     product_in_tiles<kStart>(rows, columns, depth, a, lda, words(b), ldb, c, ldc);
   }
-  static void product_with_panels(
-      int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b, float* c,
-      int64_t ldc) {
-    product_in_tiles<Start::kZero>(
-        rows, columns, depth, a, lda, words(b), kPanel, c, ldc, depth / 2 * kPanel);
+  static void product_with_panels(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda,
+                                  const uint16_t* b, float* c, int64_t ldc) {
+    product_in_tiles<Start::kZero>(rows, columns, depth, a, lda, words(b), kPanel, c, ldc, depth / 2 * kPanel);
   }
-  static void add_transposed(
-      int64_t dim, int64_t columns, int64_t rows, const uint16_t*, int64_t, const uint16_t* transposed,
-      const float* maps, int64_t ld_maps, uint16_t* paired, float* c, int64_t ldc, bool first) {
+  static void add_transposed(int64_t dim, int64_t columns, int64_t rows, const uint16_t*, int64_t,
+                             const uint16_t* transposed, const float* maps, int64_t ld_maps, uint16_t* paired, float* c,
+                             int64_t ldc, bool first) {
     const int64_t depth = round_up(rows, kGroup), whole = dim / kTile * kTile;
     pair_rows(maps, ld_maps, rows, columns, paired);
     if (first)
@@ -209,7 +202,8 @@ struct BFloat16Tiles : BFloat16Operands<32> {
     // The rows below the last whole tile are another head's.
     float rest[kTile * kTile];
     for (int64_t column = 0; whole < dim && column < columns; column += kTile) {
-      product<Start::kZero>(kTile, kTile, depth, transposed + whole * depth, depth, paired + 2 * column, ld_maps, rest, kTile);
+      product<Start::kZero>(kTile, kTile, depth, transposed + whole * depth, depth, paired + 2 * column, ld_maps, rest,
+                            kTile);
       for (int64_t d = whole; d < dim; d++) {
         float* to = c + d * ldc + column;
         const Vec sum = load(rest + (d - whole) * kTile);

@@ -45,9 +45,8 @@ const Kernels& kernels(size_t isa, const Problem& p) {
   return p.dtype == Dtype::kBFloat16 && set.bfloat16 ? *set.bfloat16 : *set.float32;
 }
 
-void statistics(
-    size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key, Address seed,
-    float scale, double dropout_p, Address lse, Address sums, Address products) {
+void statistics(size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key,
+                Address seed, float scale, double dropout_p, Address lse, Address sums, Address products) {
   Problem p = problem(shape);
   p.query = tensor(query), p.key = tensor(key);
   p.seed = pointer<int64_t>(seed), p.scale = scale, p.dropout_p = dropout_p;
@@ -55,10 +54,9 @@ void statistics(
   run_statistics(kernels(isa, p), p, threads);
 }
 
-void forward(
-    size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key,
-    const TensorArgument& value, const TensorArgument& out, const std::array<Address, 4>& parameters, Address seed,
-    float scale, float eps, double dropout_p, Address lse, bool lse_known) {
+void forward(size_t isa, int threads, const Shape& shape, const TensorArgument& query, const TensorArgument& key,
+             const TensorArgument& value, const TensorArgument& out, const std::array<Address, 4>& parameters,
+             Address seed, float scale, float eps, double dropout_p, Address lse, bool lse_known) {
   Problem p = problem(shape);
   p.query = tensor(query), p.key = tensor(key), p.value = tensor(value), p.out = tensor(out);
   p.weight = pointer<float>(parameters[0]), p.shift = pointer<float>(parameters[1]);
@@ -68,11 +66,10 @@ void forward(
   run_forward(kernels(isa, p), p, lse_known, threads);
 }
 
-void backward(
-    size_t isa, int threads, const Shape& shape, const TensorArgument& grad, const TensorArgument& query,
-    const TensorArgument& key, const TensorArgument& value, const std::array<TensorArgument, 3>& grads,
-    const std::array<Address, 6>& parameters, Address seed, float scale, float eps, double dropout_p, Address lse,
-    const std::array<Address, 4>& grad_parameters) {
+void backward(size_t isa, int threads, const Shape& shape, const TensorArgument& grad, const TensorArgument& query,
+              const TensorArgument& key, const TensorArgument& value, const std::array<TensorArgument, 3>& grads,
+              const std::array<Address, 6>& parameters, Address seed, float scale, float eps, double dropout_p,
+              Address lse, const std::array<Address, 4>& grad_parameters) {
   Problem p = problem(shape);
   p.grad = tensor(grad), p.query = tensor(query), p.key = tensor(key), p.value = tensor(value);
   p.grad_query = tensor(grads[0]), p.grad_key = tensor(grads[1]), p.grad_value = tensor(grads[2]);
@@ -86,8 +83,8 @@ void backward(
   run_backward(kernels(isa, p), p, threads);
 }
 
-void grad_dot_out(
-    size_t isa, int threads, const Shape& shape, const TensorArgument& grad, const TensorArgument& out, Address sums) {
+void grad_dot_out(size_t isa, int threads, const Shape& shape, const TensorArgument& grad, const TensorArgument& out,
+                  Address sums) {
   Problem p = problem(shape);
   p.grad = tensor(grad), p.out = tensor(out), p.sums = pointer<double>(sums);
   run_grad_dot_out(kernels(isa, p), p, threads);
@@ -99,11 +96,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Re-attention on a CPU. A tensor is (address, strides in elements); an absent one has address 0.";
   watch_forks();
   const py::call_guard<py::gil_scoped_release> without_gil;
-  m.def("instruction_sets", [] {
-    std::vector<std::pair<std::string, bool>> sets;
-    for (const InstructionSet& set : instruction_sets()) sets.emplace_back(set.name, set.runs_here);
-    return sets;
-  }, "(name, whether this CPU runs it) of every instruction set that was built, from the plainest to the best.");
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::pair<std::string, bool>> sets;
+        for (const InstructionSet& set : instruction_sets()) sets.emplace_back(set.name, set.runs_here);
+        return sets;
+      },
+      "(name, whether this CPU runs it) of every instruction set that was built, from the plainest to the best.");
   m.def("use_openmp_of", &use_openmp_of, "Takes threads from the OpenMP runtime of a loaded library; whether it can.");
   m.def("uses_openmp", &uses_openmp);
   m.def("statistics", &statistics, without_gil);

@@ -10,10 +10,10 @@
 
 namespace reattn {
 
-#define REATTN_DECLARE(ISA)        \
-  namespace ISA {                  \
-  extern const Kernels kFloat32;   \
-  extern const Kernels kBFloat16;  \
+#define REATTN_DECLARE(ISA)       \
+  namespace ISA {                 \
+  extern const Kernels kFloat32;  \
+  extern const Kernels kBFloat16; \
   }
 REATTN_DECLARE(portable)
 REATTN_DECLARE(avx2)

@@ -23,8 +23,8 @@ int64_t spread(int64_t row) {
   return 16 * (sixteens | 1);
 }
 
-// What the maps of a block should take, with their gradients in the backward pass; and what they may take for the sake of
-// whole rows, which need one sweep over the keys instead of two. Larger blocks are read from farther away, but keys,
+// What the maps of a block should take, with their gradients in the backward pass; and what they may take for the sake
+// of whole rows, which need one sweep over the keys instead of two. Larger blocks are read from farther away, but keys,
 // values and their gradients less often.
 constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 1 << 20, kWholeBytes = 5 << 20;
 // Of the L1 cache, the maps that are mixed at a time.
@@ -126,8 +126,8 @@ class Memory {
   static std::mutex& mutex() {
     static auto* mutex = new std::mutex;
     // A fork must not leave it locked by a thread that the child does not have.
-    static const int registered = pthread_atfork(
-        [] { mutex->lock(); }, [] { mutex->unlock(); }, [] { mutex->unlock(); });
+    static const int registered =
+        pthread_atfork([] { mutex->lock(); }, [] { mutex->unlock(); }, [] { mutex->unlock(); });
     (void)registered;
     return *mutex;
   }
@@ -140,7 +140,9 @@ class Memory {
 class Call {
  public:
   Call(const Kernels& kernels, const Problem& problem, bool backward, int threads)
-      : kernels_(kernels), job_{problem, make_plan(kernels, problem, backward), {}, 0, 0, false}, backward_(backward),
+      : kernels_(kernels),
+        job_{problem, make_plan(kernels, problem, backward), {}, 0, 0, false},
+        backward_(backward),
         threads_(threads) {}
 
   // sums: whether units leave any; values: whether they need them.
@@ -153,8 +155,8 @@ class Call {
     const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t most = plan.wave * units_per_sample, threads = std::min<int64_t>(threads_, most);
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
-    const int64_t sizes[] = {columns, values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads, grads,
-                             scratch * threads};
+    const int64_t sizes[] = {columns, values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads,
+                             grads,   scratch * threads};
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 64);
     Memory memory{size_t(total)};
@@ -165,7 +167,13 @@ class Call {
       at += round_up(sizes[i], 64);
     }
     if (sums) partial_.resize(size_t(p.batch * units_per_sample * partial_size(p.heads)));
-    job_.work = {parts[0], parts[3], parts[2], parts[1], reinterpret_cast<float*>(parts[4]), reinterpret_cast<float*>(parts[5]), partial_.data()};
+    job_.work = {parts[0],
+                 parts[3],
+                 parts[2],
+                 parts[1],
+                 reinterpret_cast<float*>(parts[4]),
+                 reinterpret_cast<float*>(parts[5]),
+                 partial_.data()};
     for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
       job_.samples = std::min(plan.wave, p.batch - job_.first);
       const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };

@@ -4,8 +4,8 @@
 // softmax, mixing and norm of a row stay in the L1 cache. Derivations: docs/operator.md. Nothing of the C++ library
 // is used that the linker could share with code for another instruction set.
 
-#include "bfloat16.h"
 #include "kernels.h"
+#include "bfloat16.h"
 #include "products.h"
 #include "rows.h"
 
@@ -40,18 +40,18 @@ template <class E>
 struct Scratch {
   using Operand = typename E::Operand;
 
-  Operand *queries, *grads;         // [block_rows, depth]
-  Operand *queries_t, *grads_t;     // the same transposed, where products need it
-  float* maps;                      // [block_rows, ld_block]: scores, then mixed maps
-  float* grad_maps;                 // gradients of the mixed maps, then of the scores
-  float* probs;                     // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
-  float* grad_probs;                // gradients of a row of softmax maps [heads, ld_block]
-  float *mixed, *grad_mixed;        // [heads, tile_keys]
-  float* weight;                    // of this row, [heads, heads]
-  float *outs;                      // [block_rows, ld_dim]
-  float *largest, *sums;            // [heads, block_rows]; in the backward pass, delta
-  float *products, *norm_sums;      // a vector each: [heads + 1, heads], [2, heads]
-  Operand* paired;                  // a head's maps, rows in the order that products need
+  Operand *queries, *grads;      // [block_rows, depth]
+  Operand *queries_t, *grads_t;  // the same transposed, where products need it
+  float* maps;                   // [block_rows, ld_block]: scores, then mixed maps
+  float* grad_maps;              // gradients of the mixed maps, then of the scores
+  float* probs;                  // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
+  float* grad_probs;             // gradients of a row of softmax maps [heads, ld_block]
+  float *mixed, *grad_mixed;     // [heads, tile_keys]
+  float* weight;                 // of this row, [heads, heads]
+  float* outs;                   // [block_rows, ld_dim]
+  float *largest, *sums;         // [heads, block_rows]; in the backward pass, delta
+  float *products, *norm_sums;   // a vector each: [heads + 1, heads], [2, heads]
+  Operand* paired;               // a head's maps, rows in the order that products need
   size_t size;
 
   Scratch(const Job& job, bool backward, char* base) {
@@ -97,8 +97,16 @@ class Block {
   using Operand = typename E::Operand;
 
   Block(const Job& job, Scratch<E>& scratch, int64_t sample, int64_t first_row, int64_t rows)
-      : job_(job), p_(job.problem), plan_(job.plan), s_(scratch), sample_(sample), first_row_(first_row), rows_(rows),
-        heads_(p_.heads), dropout_(p_), kept_(float(1.0 / (1.0 - p_.dropout_p))) {}
+      : job_(job),
+        p_(job.problem),
+        plan_(job.plan),
+        s_(scratch),
+        sample_(sample),
+        first_row_(first_row),
+        rows_(rows),
+        heads_(p_.heads),
+        dropout_(p_),
+        kept_(float(1.0 / (1.0 - p_.dropout_p))) {}
 
   void load_queries(bool backward) {
     load(p_.query, s_.queries, s_.queries_t, backward);
@@ -128,7 +136,8 @@ class Block {
         const float* scores = row(s_.maps, h, r);
         const float most = largest_score(scores, span_, scale);
         const float next = first || most > largest ? most : largest;
-        // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are NaN.
+        // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are
+        // NaN.
         const float shift = next == -kInfinity ? 0.0f : next;
         exponentials(scores, s_.probs, span_, scale, shift);
         sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
@@ -252,17 +261,18 @@ class Block {
       // dP = W dA, and the coupling of batch statistics.
       float* grad_probs = s_.grad_probs + key;
       if (p_.coupled) {
-        product<Order::kRows, Start::kBias>(
-            heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed, grad_probs, ld, p_.constant);
-        product<Order::kRows, Start::kAccumulate>(
-            heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld, grad_probs, ld);
+        product<Order::kRows, Start::kBias>(heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed,
+                                            grad_probs, ld, p_.constant);
+        product<Order::kRows, Start::kAccumulate>(heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld,
+                                                  grad_probs, ld);
       } else {
-        product<Order::kRows, Start::kZero>(
-            heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed, grad_probs, ld);
+        product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed,
+                                            grad_probs, ld);
       }
     }
     for (int64_t h = 0; h < heads_; h++) {
-      const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld, *grad_probs = s_.grad_probs + h * ld;
+      const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld,
+                  *grad_probs = s_.grad_probs + h * ld;
       float& delta = s_.sums[h * plan_.block_rows + r];
       if (first_sweep) {
         const float sum = dot_row(probs, grad_probs, span_.vecs);
@@ -312,17 +322,18 @@ class Block {
                     rows + h * size + r * plan_.depth, plan_.depth);
     if (backward)
       for (int64_t h = 0; h < heads_; h++)
-        E::transpose_rows(rows + h * size, rows_, plan_.depth, transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
+        E::transpose_rows(rows + h * size, rows_, plan_.depth,
+                          transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
   }
 
   // maps[h] = rows[h] columns[h] for these keys.
   void product_with_columns(const Operand* rows, const char* columns, float* maps) {
     const int64_t size = plan_.packed_keys * plan_.depth;
     for (int64_t h = 0; h < heads_; h++)
-      E::product_with_panels(
-          rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth, plan_.depth,
-          reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * plan_.depth, row(maps, h, 0),
-          plan_.ld_block);
+      E::product_with_panels(rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth,
+                             plan_.depth,
+                             reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * plan_.depth,
+                             row(maps, h, 0), plan_.ld_block);
   }
 
   // outs[head] (+)= maps[head] rows[head].
@@ -339,18 +350,18 @@ class Block {
   }
 
   // columns (+)= rows^T maps[head].
-  void add_columns(const Operand* rows, const Operand* transposed, float* maps, int64_t head, float* columns, bool first) {
+  void add_columns(const Operand* rows, const Operand* transposed, float* maps, int64_t head, float* columns,
+                   bool first) {
     const int64_t size = plan_.block_rows * plan_.depth;
-    E::add_transposed(
-        p_.head_dim, span_.vecs * kLanes, rows_, rows + head * size, plan_.depth,
-        transposed + head * E::transposed_size(plan_.block_rows, plan_.depth), row(maps, head, 0), plan_.ld_block,
-        s_.paired, columns, plan_.ld_keys, first);
+    E::add_transposed(p_.head_dim, span_.vecs * kLanes, rows_, rows + head * size, plan_.depth,
+                      transposed + head * E::transposed_size(plan_.block_rows, plan_.depth), row(maps, head, 0),
+                      plan_.ld_block, s_.paired, columns, plan_.ld_keys, first);
   }
 
   // A = W^T P + c for some keys of the row.
   void mix_tile(int64_t key, int64_t vecs, const float* weight, float* mixed, int64_t ld) {
-    product<Order::kColumns, Start::kBias>(
-        heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key, plan_.ld_block, mixed, ld, p_.shift);
+    product<Order::kColumns, Start::kBias>(heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key,
+                                           plan_.ld_block, mixed, ld, p_.shift);
   }
 
   void mix_tile_into_maps(int64_t r, int64_t key, int64_t vecs, const float* weight) {
@@ -366,7 +377,9 @@ class Block {
 
   // A row of maps as an operand of products, in the place of its float32 values; heads are operand_stride apart.
   Operand* operands(float* maps, int64_t r) { return reinterpret_cast<Operand*>(row(maps, 0, r)); }
-  int64_t operand_stride() const { return plan_.block_rows * plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand)); }
+  int64_t operand_stride() const {
+    return plan_.block_rows * plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand));
+  }
 
   // Sums over keys run on to a whole group: nothing may stand there.
   void pad_maps(float* maps, int64_t r) {
@@ -625,7 +638,8 @@ void reduce(const Job& job, int64_t index) {
   for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns)
     for (int which = 0; which < 2; which++)
       for (int64_t h = 0; h < p.heads; h++) {
-        const float* source = sources[which] + stretch.sample * plan.groups * group_size + h * p.head_dim * plan.ld_keys + key;
+        const float* source =
+            sources[which] + stretch.sample * plan.groups * group_size + h * p.head_dim * plan.ld_keys + key;
         for (int64_t d = 0; d < p.head_dim; d++)
           for (int64_t i = 0; i < kColumns; i += kLanes) {
             const float* from = source + d * plan.ld_keys + i;
@@ -635,8 +649,8 @@ void reduce(const Job& job, int64_t index) {
           }
         transpose(sums, kColumns, padded, kColumns, rows, padded);
         for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++)
-          store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i), targets[which].dim,
-                    p.head_dim, rows + i * padded);
+          store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i),
+                    targets[which].dim, p.head_dim, rows + i * padded);
       }
 }
 
@@ -657,8 +671,9 @@ void grad_dot_out(const Job& job, int64_t index) {
 
 template <class E>
 constexpr Kernels table(int64_t row_tile) {
-  return {kLanes, row_tile, kPanel, kStretch, sizeof(typename E::Operand), E::kGroup,
-          scratch_bytes<E>, pack<E>, statistics<E>, forward<E>, backward<E>, reduce, grad_dot_out};
+  return {kLanes,      row_tile,         kPanel,      kStretch,      sizeof(typename E::Operand),
+          E::kGroup,   scratch_bytes<E>, pack<E>,     statistics<E>, forward<E>,
+          backward<E>, reduce,           grad_dot_out};
 }
 
 // constexpr, so that nothing of this instruction set runs when the library is loaded.

@@ -26,8 +26,8 @@ struct Problem {
   const float *weight, *shift, *gamma, *beta, *coupled, *constant;
   float* lse;
   const int64_t* seed;
-  double *sums, *products;                                         // statistics
-  double *grad_weight, *grad_shift, *grad_gamma, *grad_beta;       // backward
+  double *sums, *products;                                    // statistics
+  double *grad_weight, *grad_shift, *grad_gamma, *grad_beta;  // backward
 };
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
@@ -50,13 +50,13 @@ struct Plan {
 // Memory of one call, and of each thread.
 struct Workspace {
   // By sample of the wave and head.
-  char* key_columns;    // keys, head_dim down and keys across, in panels
-  char* key_rows;       // keys as they are
+  char* key_columns;  // keys, head_dim down and keys across, in panels
+  char* key_rows;     // keys as they are
   char* value_columns;
   char* value_rows;
-  float* grad_key;      // by sample of the wave, group and head: head_dim down and keys across
+  float* grad_key;  // by sample of the wave, group and head: head_dim down and keys across
   float* grad_value;
-  double* partial;      // sums over one unit of work
+  double* partial;  // sums over one unit of work
 };
 
 struct Job {
@@ -69,19 +69,19 @@ struct Job {
 
 // The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
 struct Kernels {
-  int64_t lanes;           // floats in a vector
-  int64_t row_tile;        // rows and columns of a product that are held in registers
+  int64_t lanes;     // floats in a vector
+  int64_t row_tile;  // rows and columns of a product that are held in registers
   int64_t column_tile;
   int64_t stretch;         // keys that are packed, and their gradients reduced, as a unit
   int64_t operand_bytes;   // size of an element of the products' operands
   int64_t depth_multiple;  // what sums over an index are padded to
   size_t (*scratch_bytes)(const Job&, bool backward);
-  void (*pack)(const Job&, int64_t unit, bool backward);                   // samples * stretches of keys
-  void (*statistics)(const Job&, int64_t unit, char* scratch);             // samples * row blocks
-  void (*forward)(const Job&, int64_t unit, char* scratch);                // samples * row blocks
-  void (*backward)(const Job&, int64_t unit, char* scratch);               // samples * groups
-  void (*reduce)(const Job&, int64_t unit);                                // samples * stretches of keys
-  void (*grad_dot_out)(const Job&, int64_t unit);                          // batch * heads
+  void (*pack)(const Job&, int64_t unit, bool backward);        // samples * stretches of keys
+  void (*statistics)(const Job&, int64_t unit, char* scratch);  // samples * row blocks
+  void (*forward)(const Job&, int64_t unit, char* scratch);     // samples * row blocks
+  void (*backward)(const Job&, int64_t unit, char* scratch);    // samples * groups
+  void (*reduce)(const Job&, int64_t unit);                     // samples * stretches of keys
+  void (*grad_dot_out)(const Job&, int64_t unit);               // batch * heads
 };
 
 // Partial sums of a unit: statistics (heads + 1) x heads; backward the same and two vectors of heads.

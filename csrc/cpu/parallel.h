@@ -9,8 +9,8 @@ namespace reattn {
 // To be called once, before any fork: a child process takes threads of its own.
 void watch_forks();
 
-// Uses the OpenMP runtime that a loaded library depends on, so that its threads and ours are the same and never compete;
-// false if there is none that exports GOMP_parallel (GNU's, LLVM's and Intel's do), and in a forked process.
+// Uses the OpenMP runtime that a loaded library depends on, so that its threads and ours are the same and never
+// compete; false if there is none that exports GOMP_parallel (GNU's, LLVM's and Intel's do), and in a forked process.
 bool use_openmp_of(const char* library);
 
 // Calls work(thread, unit) once for each unit, on up to `threads` threads numbered from 0. work must not throw.

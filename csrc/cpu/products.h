@@ -21,17 +21,16 @@ struct Float32 {
   }
 
   template <Start kStart>
-  static void product(
-      int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-      int64_t ldc) {
+  static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
+                      int64_t ldb, float* c, int64_t ldc) {
     reattn::REATTN_ISA::product<Order::kRows, kStart>(rows, columns, depth, a, lda, b, ldb, c, ldc);
   }
 
   // C = A B, B as pack_columns leaves it from one of its panels on.
-  static void product_with_panels(
-      int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-    reattn::REATTN_ISA::product<Order::kRows, Start::kZero>(
-        rows, columns, depth, a, lda, b, kPanel, c, ldc, nullptr, depth * kPanel);
+  static void product_with_panels(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
+                                  const float* b, float* c, int64_t ldc) {
+    reattn::REATTN_ISA::product<Order::kRows, Start::kZero>(rows, columns, depth, a, lda, b, kPanel, c, ldc, nullptr,
+                                                            depth * kPanel);
   }
 
   // A product reads its left side down or across: no copy is needed.
@@ -39,20 +38,19 @@ struct Float32 {
   static int64_t paired_size(int64_t, int64_t) { return 0; }
   static void transpose_rows(const float*, int64_t, int64_t, float*) {}
 
-  static void add_transposed(
-      int64_t dim, int64_t columns, int64_t rows, const float* a, int64_t lda, const float*, const float* maps,
-      int64_t ld_maps, float*, float* c, int64_t ldc, bool first) {
+  static void add_transposed(int64_t dim, int64_t columns, int64_t rows, const float* a, int64_t lda, const float*,
+                             const float* maps, int64_t ld_maps, float*, float* c, int64_t ldc, bool first) {
     if (first)
       reattn::REATTN_ISA::product<Order::kColumns, Start::kZero>(dim, columns, rows, a, lda, maps, ld_maps, c, ldc);
     else
-      reattn::REATTN_ISA::product<Order::kColumns, Start::kAccumulate>(dim, columns, rows, a, lda, maps, ld_maps, c, ldc);
+      reattn::REATTN_ISA::product<Order::kColumns, Start::kAccumulate>(dim, columns, rows, a, lda, maps, ld_maps, c,
+                                                                       ldc);
   }
 
   // Four keys into columns: panels of kPanel keys, [head_dim, kPanel] each, zero beyond the keys; and into rows [keys,
   // ld_dim], zero beyond head_dim. Either may be null.
-  static void pack_four(
-      Dtype dtype, const char* from, const Tensor& t, int64_t first, int64_t keys, int64_t dim, const Plan& plan,
-      float* columns, float* rows) {
+  static void pack_four(Dtype dtype, const char* from, const Tensor& t, int64_t first, int64_t keys, int64_t dim,
+                        const Plan& plan, float* columns, float* rows) {
     const int64_t padded = round_up(dim, 4), stride = t.row * int64_t(bytes(dtype)), inside = smaller(4, keys - first);
     if (rows)
       for (int64_t r = 0; r < inside; r++)

@@ -16,7 +16,9 @@ inline char* row_of(const Tensor& t, Dtype dtype, int64_t sample, int64_t head, 
   return static_cast<char*>(t.data) + (sample * t.batch + head * t.head + row * t.row) * int64_t(bytes(dtype));
 }
 
-inline Vec widen(Dtype dtype, VecH half) { return dtype == Dtype::kBFloat16 ? from_bfloat16(half) : from_float16(half); }
+inline Vec widen(Dtype dtype, VecH half) {
+  return dtype == Dtype::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+}
 inline VecH narrow(Dtype dtype, Vec v) { return dtype == Dtype::kBFloat16 ? to_bfloat16(v) : to_float16(v); }
 
 // size elements, stride apart, as float32; zeros up to padded.
@@ -71,8 +73,7 @@ inline void store_row(Dtype dtype, char* to, int64_t stride, int64_t size, const
 }
 
 // to[c, r] = from[r, c]; rows and columns in fours, as their padding allows.
-inline void transpose(
-    const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
+inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t c = 0; c < columns; c += 4) {
       const float* source = from + r * ld_from + c;
@@ -115,7 +116,8 @@ inline float extreme(const float* scores, Span span) {
   const Vec last = load(scores + (span.vecs - 1) * kLanes);
   const Vec all = pick(pick(span.tail ? last : none, even), odd);
   float result = all[0];
-  for (int lane = 1; lane < kLanes; lane++) result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
+  for (int lane = 1; lane < kLanes; lane++)
+    result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
   return result;
 }
 
@@ -166,11 +168,11 @@ inline float dot_row(const float* a, const float* b, int64_t vecs) {
 // Philox4x32-10 (Salmon et al., 2011), a number for each key: which are kept depends on their position alone.
 class Dropout {
  public:
-  Dropout(const Problem& p)
-      : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(p.dropout_p * 4294967295.0)) {}
+  Dropout(const Problem& p) : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(p.dropout_p * 4294967295.0)) {}
 
   // kept = probs where they are kept, zero elsewhere, for keys first_key ..., a multiple of 32.
-  void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row, int64_t first_key) const {
+  void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row,
+             int64_t first_key) const {
     for (int64_t j = 0; j < padded; j += 32) {
       uint32_t words[4][8];
       for (int lane = 0; lane < 8; lane++) {

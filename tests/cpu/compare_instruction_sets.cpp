@@ -66,7 +66,8 @@ struct Buffer {
 
   std::vector<double> values() const {
     std::vector<double> all;
-    for (size_t i = 0; i < floats.size(); i++) all.push_back(dtype == Dtype::kFloat32 ? floats[i] : from_bfloat16(halves[i]));
+    for (size_t i = 0; i < floats.size(); i++)
+      all.push_back(dtype == Dtype::kFloat32 ? floats[i] : from_bfloat16(halves[i]));
     return all;
   }
 };
@@ -83,14 +84,19 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   p.dtype = c.dtype;
   p.batch = c.batch, p.heads = c.heads, p.seqlen = c.seqlen, p.seqlen_k = c.seqlen_k, p.head_dim = c.head_dim;
   p.scale = 1.0f / std::sqrt(float(c.head_dim)), p.eps = 1e-5f, p.dropout_p = c.dropout_p;
-  const auto buffer = [&](int64_t rows, std::mt19937* with) { return Buffer(c.dtype, c.batch, c.heads, rows, c.head_dim, with); };
-  Buffer query = buffer(c.seqlen, &generator), key = buffer(c.seqlen_k, &generator), value = buffer(c.seqlen_k, &generator);
+  const auto buffer = [&](int64_t rows, std::mt19937* with) {
+    return Buffer(c.dtype, c.batch, c.heads, rows, c.head_dim, with);
+  };
+  Buffer query = buffer(c.seqlen, &generator), key = buffer(c.seqlen_k, &generator),
+         value = buffer(c.seqlen_k, &generator);
   Buffer grad = buffer(c.seqlen, &generator), out = buffer(c.seqlen, nullptr);
-  Buffer grad_query = buffer(c.seqlen, nullptr), grad_key = buffer(c.seqlen_k, nullptr), grad_value = buffer(c.seqlen_k, nullptr);
+  Buffer grad_query = buffer(c.seqlen, nullptr), grad_key = buffer(c.seqlen_k, nullptr),
+         grad_value = buffer(c.seqlen_k, nullptr);
   p.query = query.tensor, p.key = key.tensor, p.value = value.tensor, p.grad = grad.tensor, p.out = out.tensor;
   p.grad_query = grad_query.tensor, p.grad_key = grad_key.tensor, p.grad_value = grad_value.tensor;
   const int64_t heads = c.heads;
-  auto weight = random(heads * heads, 0.5f, 0), shift = random(heads, 0.5f, 0), gamma = random(heads, 0.3f, 1), beta = random(heads, 1, 0);
+  auto weight = random(heads * heads, 0.5f, 0), shift = random(heads, 0.5f, 0), gamma = random(heads, 0.3f, 1),
+       beta = random(heads, 1, 0);
   auto coupled = random(heads * heads, 0.1f, 0), constant = random(heads, 0.1f, 0);
   p.weight = weight.data(), p.shift = shift.data();
   if (c.normalise) p.gamma = gamma.data(), p.beta = beta.data();
@@ -107,8 +113,14 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   run_backward(kernels, p, threads);
   p.sums = dots.data();
   run_grad_dot_out(kernels, p, threads);
-  return {out.values(), std::vector<double>(lse.begin(), lse.end()), products, grad_query.values(), grad_key.values(),
-          grad_value.values(), grads, dots};
+  return {out.values(),
+          std::vector<double>(lse.begin(), lse.end()),
+          products,
+          grad_query.values(),
+          grad_key.values(),
+          grad_value.values(),
+          grads,
+          dots};
 }
 
 double relative_error(const std::vector<double>& found, const std::vector<double>& right) {
@@ -125,15 +137,16 @@ double relative_error(const std::vector<double>& found, const std::vector<double
 int main() {
   const Dtype f32 = Dtype::kFloat32, bf16 = Dtype::kBFloat16;
   const Case cases[] = {
-      {f32, 2, 3, 17, 17, 16, true, false, 0},    {f32, 1, 12, 50, 50, 33, false, true, 0},
-      {f32, 1, 12, 30, 197, 32, true, false, 0.2}, {f32, 2, 6, 1, 1, 35, false, false, 0},
-      {f32, 1, 32, 9, 1500, 8, true, false, 0},   {f32, 1, 17, 20, 40, 128, false, true, 0.1},
-      {bf16, 2, 3, 17, 17, 16, true, false, 0},   {bf16, 1, 12, 50, 50, 33, false, true, 0},
+      {f32, 2, 3, 17, 17, 16, true, false, 0},      {f32, 1, 12, 50, 50, 33, false, true, 0},
+      {f32, 1, 12, 30, 197, 32, true, false, 0.2},  {f32, 2, 6, 1, 1, 35, false, false, 0},
+      {f32, 1, 32, 9, 1500, 8, true, false, 0},     {f32, 1, 17, 20, 40, 128, false, true, 0.1},
+      {bf16, 2, 3, 17, 17, 16, true, false, 0},     {bf16, 1, 12, 50, 50, 33, false, true, 0},
       {bf16, 1, 12, 30, 197, 32, true, false, 0.2}, {bf16, 2, 6, 1, 1, 35, false, false, 0},
-      {bf16, 1, 32, 9, 1500, 8, true, false, 0},  {bf16, 1, 17, 20, 40, 128, false, true, 0.1},
-      {bf16, 1, 5, 70, 70, 64, true, false, 0},   {bf16, 1, 1, 33, 65, 1, false, false, 0},
+      {bf16, 1, 32, 9, 1500, 8, true, false, 0},    {bf16, 1, 17, 20, 40, 128, false, true, 0.1},
+      {bf16, 1, 5, 70, 70, 64, true, false, 0},     {bf16, 1, 1, 33, 65, 1, false, false, 0},
   };
-  const char* names[] = {"out", "lse", "products", "grad_query", "grad_key", "grad_value", "grad_parameters", "grad_dot_out"};
+  const char* names[] = {"out",      "lse",        "products",        "grad_query",
+                         "grad_key", "grad_value", "grad_parameters", "grad_dot_out"};
   int wrong = 0, compared = 0;
   std::vector<InstructionSet> sets = instruction_sets();
 #if defined(REATTN_EMULATED)
@@ -158,15 +171,16 @@ int main() {
         const double error = relative_error(found[i], right[i]);
         if (!(error <= worst)) worst = error, where = names[i];
       }
-      // Maps, and gradients of scores, are rounded to bfloat16 before their products: half a unit in 2^-8, here and there
-      // made larger by what cancels.
+      // Maps, and gradients of scores, are rounded to bfloat16 before their products: half a unit in 2^-8, here and
+      // there made larger by what cancels.
       const double allowed = rounded ? 0.02 : c.dtype == bf16 ? 0.003 : 2e-5;
       const bool right_enough = worst <= allowed;
       wrong += !right_enough;
       compared++;
-      std::printf("%-13s %s %ldx%ldx%ldx%ldx%ld%s%s%s: %.2g in %s%s\n", set.name.c_str(), c.dtype == f32 ? "float32 " : "bfloat16",
-                  long(c.batch), long(c.heads), long(c.seqlen), long(c.seqlen_k), long(c.head_dim), c.normalise ? " norm" : "",
-                  c.coupled ? " coupled" : "", c.dropout_p > 0 ? " dropout" : "", worst, where, right_enough ? "" : "  WRONG");
+      std::printf("%-13s %s %ldx%ldx%ldx%ldx%ld%s%s%s: %.2g in %s%s\n", set.name.c_str(),
+                  c.dtype == f32 ? "float32 " : "bfloat16", long(c.batch), long(c.heads), long(c.seqlen),
+                  long(c.seqlen_k), long(c.head_dim), c.normalise ? " norm" : "", c.coupled ? " coupled" : "",
+                  c.dropout_p > 0 ? " dropout" : "", worst, where, right_enough ? "" : "  WRONG");
       std::fflush(stdout);
     }
   }

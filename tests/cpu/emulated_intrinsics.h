@@ -1,5 +1,6 @@
 // AVX-512's bfloat16 instructions and AMX's tiles in plain C++, after Intel's Software Developer's Manual, so that the
-// kernels for them run in tests on any CPU. Compiled with -DREATTN_EMULATED, or -DREATTN_EMULATED -DREATTN_EMULATED_AMX.
+// kernels for them run in tests on any CPU. Compiled with -DREATTN_EMULATED, or -DREATTN_EMULATED
+// -DREATTN_EMULATED_AMX.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +73,8 @@ inline void _tile_loadconfig(const void* from) {
   for (int i = 0; i < 8; i++) {
     std::memcpy(&emulated::tiles.row_bytes[i], bytes + 16 + 2 * i, 2);
     emulated::tiles.rows[i] = bytes[48 + i];
-    emulated::require(emulated::tiles.row_bytes[i] <= 64 && emulated::tiles.rows[i] <= 16, "at most 16 rows of 64 bytes");
+    emulated::require(emulated::tiles.row_bytes[i] <= 64 && emulated::tiles.rows[i] <= 16,
+                      "at most 16 rows of 64 bytes");
   }
   for (int i = 8; i < 16; i++)
     emulated::require(bytes[16 + 2 * i] == 0 && bytes[17 + 2 * i] == 0 && bytes[48 + i] == 0, "eight tiles");
@@ -90,7 +92,8 @@ inline void _tile_zero(int tile) {
 inline void _tile_loadd(int tile, const void* from, int64_t stride) {
   _tile_zero(tile);
   for (int r = 0; r < emulated::tiles.rows[tile]; r++)
-    std::memcpy(emulated::tiles.data[tile][r], static_cast<const char*>(from) + r * stride, emulated::tiles.row_bytes[tile]);
+    std::memcpy(emulated::tiles.data[tile][r], static_cast<const char*>(from) + r * stride,
+                emulated::tiles.row_bytes[tile]);
 }
 
 inline void _tile_stored(int tile, void* to, int64_t stride) {
@@ -103,7 +106,8 @@ inline void _tile_dpbf16ps(int sum, int a, int b) {
   const emulated::Tiles& tiles = emulated::tiles;
   emulated::require(tiles.configured, "no configuration");
   emulated::require(tiles.rows[sum] == tiles.rows[a] && tiles.row_bytes[sum] == tiles.row_bytes[b] &&
-                        tiles.row_bytes[a] == 4 * tiles.rows[b], "tiles fit together");
+                        tiles.row_bytes[a] == 4 * tiles.rows[b],
+                    "tiles fit together");
   for (int m = 0; m < tiles.rows[a]; m++)
     for (int k = 0; k < tiles.rows[b]; k++)
       for (int n = 0; n < tiles.row_bytes[b] / 4; n++) {
