@@ -31,16 +31,15 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 test: extension ## run the tests in WORKERS processes (default 2)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
 
-# The library lies beside the one that everything else uses. What malloc hands out is filled with NaN, and reports go to
-# files since pytest would swallow them.
-sanitize: export ASAN_OPTIONS := detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=67108864:log_path=out/sanitize/report
-sanitize: export UBSAN_OPTIONS := print_stacktrace=1:log_path=out/sanitize/report
+# The library lies beside the one that everything else uses. What malloc hands out is filled with NaN. Reports go past
+# pytest, which captures no more than Python's own output.
+sanitize: export ASAN_OPTIONS := detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=67108864
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(STAMP) ## run the CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	REATTN_BUILD_CPU=1 REATTN_CPU_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-lib out/sanitize --build-temp build/sanitize
-	@rm -f out/sanitize/report.*
 	REATTN_CPU_FOLDER=out/sanitize/reattn LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py -q -m extension -n $(WORKERS) --dist worksteal \
-	    || { cat out/sanitize/report.* 2>/dev/null; exit 1; }
+	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py -q -m extension --capture=sys \
+	    -n $(WORKERS) --dist worksteal --max-worker-restart=0
 
 lint: $(STAMP) ## check style and types
 	$(PY) -m ruff check .

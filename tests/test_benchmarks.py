@@ -180,13 +180,14 @@ def run_table(*arguments, **environment):
     )
 
 
+@pytest.mark.extension
 def test_table_on_a_cpu(tmp_path):
     finished = run_table("--cpu-smoke", "--out", str(tmp_path / "new"))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     report = json.loads((tmp_path / "new" / "gpu_table.json").read_text())
     assert report.keys() == {"machine", "settings", "ceilings", "cases", "launches"}
     assert report["machine"].keys() >= {"device", "reattn", "torch", "triton", "commit", "modified", "date"}
-    assert report["settings"]["backend"] == "reference"
+    assert report["settings"]["backend"] == "cpu"
     assert [(case["norm"], case["direction"]) for case in report["cases"]] == [
         (norm, direction) for norm in ("batch", "layer") for direction in ("forward", "forward+backward")
     ]
@@ -226,11 +227,12 @@ def test_table_needs_a_gpu(tmp_path):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.extension
 def test_interpreted_kernels_are_never_timed(monkeypatch):
     from reattn.backends import triton
 
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert measure.default_backend(CPU) == "reference"
+    assert measure.default_backend(CPU) == "cpu"
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         measure.default_backend(torch.device("cuda"))
 
