@@ -27,7 +27,7 @@ MODES = {
 STATISTICS = ("running_mean", "running_var")
 FUSED = ("triton", pytest.param("cpu", marks=pytest.mark.extension))
 BACKENDS = (*FUSED, "reference")
-ORDERS = 4
+ORDERS = 12
 
 
 def device_of(backend: str) -> torch.device:
@@ -153,25 +153,30 @@ def drawn_mask(
 
 
 def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
-    """What the reference computes when queries, keys and head_dim come in a random order; results in the given one."""
+    """What the reference computes with heads, queries, keys and head_dim in a random order; results in the given."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (*problem["query"].shape[2:], problem["key"].shape[2])
-    rows, dims, columns = (torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes)
-    orders = {"query": (rows, dims), "key": (columns, dims), "value": (columns, dims), "output": (rows, dims)}
+    sizes = (*problem["query"].shape[1:], problem["key"].shape[2])
+    heads, rows, dims, columns = (torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes)
+    orders = dict.fromkeys(("query", "output"), (None, heads, rows, dims))
+    orders |= dict.fromkeys(("key", "value"), (None, heads, columns, dims)) | {"theta": (heads, heads)}
 
-    def reordered(tensor: Tensor, positions: Tensor, dims: Tensor) -> Tensor:
-        return tensor[:, :, positions][..., dims]
+    def reordered(tensor: Tensor, order: tuple[Tensor | None, ...]) -> Tensor:
+        for dim, permutation in enumerate(order):
+            if permutation is not None:
+                tensor = tensor.index_select(dim, permutation)
+        return tensor
 
+    tensors = {name: reordered(t, orders.get(name, (heads,))) for name, t in problem.tensors.items() if t is not None}
     shuffled = replace(
-        problem.with_tensors(**{name: reordered(problem[name], *orders[name]) for name in ("query", "key", "value")}),
-        grad=reordered(problem.grad, *orders["output"]),
-        keep=None if problem.keep is None else reordered(problem.keep, rows, columns),
+        problem.with_tensors(**tensors),
+        grad=reordered(problem.grad, orders["output"]),
+        keep=None if problem.keep is None else reordered(problem.keep, (None, heads, rows, columns)),
     )
-    results = compute(shuffled, "reference")
-    for name, order in orders.items():
-        name = name if name == "output" else f"{name} gradient"
-        results[name] = reordered(results[name], *(permutation.argsort() for permutation in order))
-    return results
+    back = {name: tuple(p if p is None else p.argsort() for p in order) for name, order in orders.items()}
+    return {
+        name: reordered(result, back.get(name.removesuffix(" gradient"), (heads.argsort(),)))
+        for name, result in compute(shuffled, "reference").items()
+    }
 
 
 def assert_parity(problem: Problem, backend: str, times: float = 2.0) -> None:

@@ -38,12 +38,13 @@ def compile_all(commands):
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """tests/cpu/compare_instruction_sets.cpp with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    sys.path.insert(0, str(ROOT))
-    from build_extensions import CPU_FLAGS
-
+    # In a process of its own: importing setuptools after distutils is refused.
+    code = "from build_extensions import CPU_FLAGS; print(CPU_FLAGS)"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
     folder = tmp_path_factory.mktemp("instruction_sets")
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags = ["-O1", *sanitizers, *CPU_FLAGS.split(), "-Wno-psabi", f"-I{SOURCES}", f"-I{ROOT / 'tests' / 'cpu'}"]
+    flags = ["-O1", *sanitizers, *finished.stdout.split(), "-Wno-psabi", f"-I{SOURCES}", f"-I{ROOT / 'tests' / 'cpu'}"]
     units = [
         (f"{isa}.o", [*defines.split(), f"-DREATTN_ISA={isa}", str(SOURCES / "kernels.cpp")])
         for isa, defines in EMULATED.items()

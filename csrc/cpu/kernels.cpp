@@ -273,14 +273,17 @@ class Block {
     for (int64_t h = 0; h < heads_; h++) {
       const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld,
                   *grad_probs = s_.grad_probs + h * ld;
-      float& delta = s_.sums[h * plan_.block_rows + r];
+      float &delta = s_.sums[h * plan_.block_rows + r], &mass = s_.largest[h * plan_.block_rows + r];
       if (first_sweep) {
-        const float sum = dot_row(probs, grad_probs, span_.vecs);
+        const float sum = dot_row(probs, grad_probs, span_.vecs),
+                    share = sum_row(dropped ? undropped : probs, span_.vecs);
         delta = first_key_ == 0 ? sum : delta + sum;
+        mass = first_key_ == 0 ? share : mass + share;
       }
       if (!second_sweep) continue;
       Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
-      const float along = delta, scale = p_.scale;
+      // Maps from a rounded LSE do not quite sum to one; what all keys share in grad_probs would show it.
+      const float along = delta / mass, scale = p_.scale;
       const int64_t end = span_.vecs * kLanes;
       if (dropped)
         for (int64_t i = 0; i < end; i += kLanes)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 try:
     import reattn._cpu as _cpu
 
+    # (name, whether this CPU runs it), the best last; here, where no graph is being traced.
+    INSTRUCTION_SETS = _cpu.instruction_sets()
     _import_error = ""
 except ImportError as error:
     _import_error = str(error)
@@ -55,16 +57,15 @@ def instruction_set() -> str:
 
     Raises ``ValueError`` where that one is unknown, was not built, or does not run here.
     """
-    return _choose_isa(os.environ.get("REATTN_CPU_ISA") or None)[1]
+    return INSTRUCTION_SETS[_choose_isa()][0]
 
 
-@functools.cache
-def _choose_isa(forced: str | None) -> tuple[int, str]:
-    """Position among the extension's instruction sets, and name."""
-    sets = _cpu.instruction_sets()
-    candidates = [(index, name) for index, (name, runs) in enumerate(sets) if runs and forced in (None, name)]
+def _choose_isa() -> int:
+    """Position among the extension's instruction sets."""
+    forced = os.environ.get("REATTN_CPU_ISA") or None
+    candidates = [i for i, (name, runs) in enumerate(INSTRUCTION_SETS) if runs and forced in (None, name)]
     if not candidates:
-        usable = [name for name, runs in sets if runs]
+        usable = [name for name, runs in INSTRUCTION_SETS if runs]
         raise ValueError(f"REATTN_CPU_ISA must be one of {usable} on this machine, got {forced!r}")
     return candidates[-1]
 
@@ -205,9 +206,12 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
 def _call(query: Tensor, key: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Instruction set, threads and sizes."""
     _use_torch_threads()
-    isa, _ = _choose_isa(os.environ.get("REATTN_CPU_ISA") or None)
     batch, heads, seqlen, head_dim = query.shape
-    return isa, torch.get_num_threads(), (DTYPES.index(query.dtype), batch, heads, seqlen, key.shape[2], head_dim)
+    return (
+        _choose_isa(),
+        torch.get_num_threads(),
+        (DTYPES.index(query.dtype), batch, heads, seqlen, key.shape[2], head_dim),
+    )
 
 
 def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
