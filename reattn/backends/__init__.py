@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from reattn.backends import cpu, reference, triton
+from reattn.backends import cpu, cuda, reference, triton
 
 logger = logging.getLogger("reattn")
 
@@ -98,7 +98,7 @@ class FusedBackend(Backend, Protocol):
 
 
 # In order of preference.
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
 
 
 def fused(name: str) -> FusedBackend:

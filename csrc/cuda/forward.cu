@@ -1,0 +1,60 @@
+// The output, and the LSE where it is not known.
+#include "kernels.h"
+#include "launch.h"
+#include "mixing.cuh"
+
+namespace reattn {
+
+// A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
+// comes first, and the maps again tile by tile.
+template <class T, int kPadded, int kTiles>
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Params p) {
+  constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
+  const Place place(p, kPadded);
+  const Dropout dropout(p);
+  const bool one_sweep = p.plan.resident && !p.lse_known;
+  const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
+  Softmax<T, kTiles> softmax[kHeads];
+  float out[kHeads][kTiles][kColumns][4] = {};
+
+  Mixing<T, kPadded>::prepare(p);
+  for_each_head<kHeads>(p, [&](int i, int head) {
+    if (one_sweep) {
+      softmax[i].template sweep<true>(p, place, head);
+      softmax[i].finish(p, place, head, dropout);
+    } else if (p.lse_known) {
+      softmax[i].read_lse(p, place, head);
+    } else {
+      softmax[i].template sweep<false>(p, place, head);
+    }
+  });
+  for (int first = 0; first < p.key.rows; first += p.plan.tile) {
+    if (!one_sweep)
+      for_each_head<kHeads>(p, [&](int i, int head) {
+        fill_maps<T, kTiles, false>(p, place, head, first, softmax[i], dropout);
+      });
+    sync_block();
+    Mixing<T, kPadded> mixing(p);
+    mixing.read_parameters();
+    mixing.forward();
+    sync_block();
+    for_each_head<kHeads>(p, [&](int i, int head) {
+      Stream<T> values(p, p.value, place.sample, head, first, p.plan.tile, place.first_dim,
+                       place.first_dim + round_up(dims, 16));
+      multiply_maps(out[i], head_tile<T>(p, p.plan.maps, head), p.plan.tile, values, dims);
+    });
+  }
+  for_each_head<kHeads>(p, [&](int i, int head) {
+    store_rows<T>(p, p.out, place.sample, head, place.first_row, place.first_dim, out[i], 1.0f);
+  });
+}
+
+template <>
+void forward<REATTN_ELEMENT>(const Params& p, const Launch& how) {
+  if constexpr (sizeof(REATTN_ELEMENT) == 2)
+    if (p.plan.own == 32) return start(forward_kernel<REATTN_ELEMENT, 16, 2>, "forward", p, how);
+  if (padded_heads(p.heads) == 16) return start(forward_kernel<REATTN_ELEMENT, 16, 1>, "forward", p, how);
+  start(forward_kernel<REATTN_ELEMENT, 32, 1>, "forward", p, how);
+}
+
+}  // namespace reattn

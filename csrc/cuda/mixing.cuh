@@ -1,0 +1,346 @@
+// What a warp does for all heads at some positions of a tile: mixing, norm, and the way back.
+#pragma once
+
+#include "maps.cuh"
+
+namespace reattn {
+
+// 16 positions, streamed rows of one own row, of all heads: a lane holds heads (16 tile + lane / 4) and 8 further down.
+template <int kPadded>
+using HeadsTile = float[kPadded / 16][2][4];
+
+// Calls function(which 16 heads, 0 or 1 for the right 8 positions, index in a lane's four numbers, which of the lane's
+// heads).
+template <int kPadded, class Function>
+REATTN_DEVICE void for_each_element(Function function) {
+#pragma unroll
+  for (int tile = 0; tile < kPadded / 16; tile++)
+#pragma unroll
+    for (int right = 0; right < 2; right++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) function(tile, right, i, 2 * tile + i / 2);
+}
+
+// The sum over the heads at a lane's four positions, sent through a function. Each step halves what a lane is left to
+// sum, so that the function is called once.
+template <class Function>
+REATTN_DEVICE void over_heads(float (&sums)[4], Function function) {
+  const bool upper = lane() & 16, middle = lane() & 8;
+  float two[2], one;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    two[i] = (upper ? sums[i + 2] : sums[i]) + shuffle_xor(upper ? sums[i] : sums[i + 2], 16);
+  one = (middle ? two[1] : two[0]) + shuffle_xor(middle ? two[0] : two[1], 8);
+  one = function(one + shuffle_xor(one, 4));
+  const float other = shuffle_xor(one, 8);
+  two[0] = middle ? other : one;
+  two[1] = middle ? one : other;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float rest = shuffle_xor(two[i], 16);
+    sums[i] = upper ? rest : two[i];
+    sums[i + 2] = upper ? two[i] : rest;
+  }
+}
+
+enum Matrix { kMix, kUnmix, kCoupled };  // weight^T, weight, coupled
+
+template <class T, int kPadded>
+class Mixing {
+  static constexpr int kTiles = kPadded / 16, kLaneHeads = kPadded / 8;
+  static constexpr int kSteps = kPadded / Operand<T>::kDepth;
+  static constexpr bool kHeld = Operand<T>::kHeld && kPadded == 16;
+  static constexpr int kHeldMatrices = kHeld ? kMatrices : 1;
+  using A = typename Operand<T>::A;
+
+ public:
+  using Tile = HeadsTile<kPadded>;
+
+  // Sums over positions: of the gradients of shift, gamma, beta by a lane's heads, and of products of every two heads.
+  struct Sums {
+    float shift[kLaneHeads] = {}, gamma[kLaneHeads] = {}, beta[kLaneHeads] = {};
+    float products[kTiles][kTiles][2][4] = {};
+  };
+
+  // Brings the parameters into shared memory; before sync_block and read_parameters.
+  static REATTN_DEVICE void prepare(const Params& p) {
+    for (int i = thread(); i < kMatrices * kPadded * kPadded; i += threads()) {
+      const int which = i / (kPadded * kPadded), row = i / kPadded % kPadded, column = i % kPadded;
+      const float* matrix = which == kCoupled ? p.coupled : p.weight;
+      const int index = which == kMix ? column * p.heads + row : row * p.heads + column;
+      const bool inside = matrix && row < p.heads && column < p.heads;
+      Operand<T>::set(matrix_rows(p, Matrix(which)).at(row, column), inside ? read<float>(matrix + index) : 0.0f);
+    }
+    for (int i = thread(); i < 16 / int(sizeof(T)); i += threads()) Operand<T>::set(zeros(p) + i, 0.0f);
+    for (int head = thread(); head < kPadded; head += threads()) {
+      const bool inside = head < p.heads;
+      float shift = 0, centred = 0;
+      if (inside && p.weight) {
+        for (int from = 0; from < p.heads; from++) centred += read<float>(p.weight + from * p.heads + head);
+        shift = read<float>(p.shift + head) + centred * p.centre;
+      }
+      set_vector(p, 0, head, shift);
+      set_vector(p, 1, head, inside && p.gamma ? read<float>(p.gamma + head) : 0.0f);
+      set_vector(p, 2, head, inside && p.beta ? read<float>(p.beta + head) : 0.0f);
+      set_vector(p, 3, head, inside && p.constant ? read<float>(p.constant + head) : 0.0f);
+    }
+  }
+
+  REATTN_DEVICE explicit Mixing(const Params& p) : p_(p) {}
+
+  REATTN_DEVICE void read_parameters() {
+#pragma unroll
+    for (int i = 0; i < kLaneHeads; i++) {
+      shift_[i] = vector(0, i);
+      gamma_[i] = vector(1, i);
+      beta_[i] = vector(2, i);
+    }
+    if constexpr (kHeld)
+#pragma unroll
+      for (int which = 0; which < kMatrices; which++)
+        held_[which] = Operand<T>::a(matrix_rows(p_, Matrix(which)), 0, 0);
+  }
+
+  // Maps become mixed and normalised maps, in place.
+  REATTN_DEVICE void forward() {
+    for_each_position([&](int row, int group) {
+      const Rows<T> maps = heads_at(p_.plan.maps, row, group);
+      Tile mixed;
+      float inverse_rms[4];
+      mix(mixed, inverse_rms, maps);
+      scale_and_shift(mixed);
+      sync_warp();
+      set(maps, mixed);
+    });
+  }
+
+  // Gradients of the normalised maps become those of the softmax maps after dropout, in place. kMixed: writes the
+  // normalised maps as well. kSum: adds to the sums.
+  template <bool kMixed, bool kSum>
+  REATTN_DEVICE void backward(Sums& sums) {
+    for_each_position([&](int row, int group) {
+      const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
+      Tile grad;
+      get(grads, grad);
+      if (p_.gamma) {
+        Tile unit;
+        float inverse_rms[4];
+        mix(unit, inverse_rms, maps);
+        if constexpr (kSum)
+          for_each_element<kPadded>([&](int tile, int right, int i, int head) {
+            sums.gamma[head] += grad[tile][right][i] * unit[tile][right][i];
+            sums.beta[head] += grad[tile][right][i];
+          });
+        undo_norm(grad, unit, inverse_rms);
+        set(grads, grad);
+        sync_warp();
+        if constexpr (kMixed) {
+          scale_and_shift(unit);
+          set(heads_at(p_.plan.mixed, row, group), unit);
+        }
+      } else if constexpr (kMixed) {
+        Tile mixed;
+        float unused[4];
+        mix(mixed, unused, maps);
+        set(heads_at(p_.plan.mixed, row, group), mixed);
+      }
+      if constexpr (kSum) {
+        for_each_element<kPadded>(
+            [&](int tile, int right, int i, int head) { sums.shift[head] += grad[tile][right][i]; });
+        add_products(sums, maps, grads);
+      }
+      Tile result = {};
+      multiply(result, kUnmix, grads);
+      if (p_.coupled) {
+        // The coupling came divided by seqlen_k: as it is, it may not fit float16.
+        Tile coupled = {};
+        multiply(coupled, kCoupled, maps);
+        for_each_element<kPadded>([&](int tile, int right, int i, int head) {
+          result[tile][right][i] += coupled[tile][right][i] * p_.key.rows;
+          // What is constant along a row vanishes in the softmax, unless some of it is dropped.
+          if (p_.seed) result[tile][right][i] += vector(3, head);
+        });
+      }
+      sync_warp();
+      set(grads, result);
+    });
+  }
+
+  // Adds the products of the maps of every two heads.
+  REATTN_DEVICE void add_map_products(Sums& sums) {
+    for_each_position([&](int row, int group) {
+      const Rows<T> maps = heads_at(p_.plan.maps, row, group);
+      add_products(sums, maps, maps);
+    });
+  }
+
+  // Adds up the sums of all warps, in order, and writes them for this block; all threads have to come here.
+  REATTN_DEVICE void store_sums(const Sums& sums) {
+    const Shared<float> total = as<float>(at(p_.plan.sums));
+    for (int turn = 0; turn < warps(); turn++) {
+      sync_block();
+      if (warp() != turn) continue;
+#pragma unroll
+      for (int i = 0; i < kLaneHeads; i++) {
+        const float vectors[3] = {quad_sum(sums.shift[i]), quad_sum(sums.gamma[i]), quad_sum(sums.beta[i])};
+#pragma unroll
+        for (int which = 0; which < 3; which++)
+          if (lane() % 4 == 0) add(total + (which * kPadded + 8 * i + lane() / 4), vectors[which], turn);
+      }
+#pragma unroll
+      for (int rows = 0; rows < kTiles; rows++)
+#pragma unroll
+        for (int columns = 0; columns < kTiles; columns++)
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            const int row = 16 * rows + i % 4 / 2 * 8 + lane() / 4;
+            const int column = 16 * columns + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+            add(total + ((3 + row) * kPadded + column), sums.products[rows][columns][i / 4][i % 4], turn);
+          }
+    }
+    sync_block();
+    if (block_y() > 0) return;  // blocks for other columns of an output have the same sums
+    const int64_t block = block_x();
+    for (int i = thread(); i < 3 * kPadded; i += threads())
+      write(p_.vectors + block * (3 * kPadded) + i, load<float>(total + i));
+    for (int i = thread(); i < kPadded * kPadded; i += threads())
+      write(p_.products + block * (kPadded * kPadded) + i, load<float>(total + 3 * kPadded + i));
+  }
+
+ private:
+  static REATTN_DEVICE Rows<T> matrix_rows(const Params& p, Matrix which) {
+    const int stride = kPadded * int(sizeof(T)) + 16;
+    return rows_at<T>(at(p.plan.matrices + which * kPadded * stride), stride);
+  }
+  static REATTN_DEVICE Shared<T> zeros(const Params& p) {
+    return as<T>(at(p.plan.matrices + kMatrices * kPadded * (kPadded * int(sizeof(T)) + 16)));
+  }
+  static REATTN_DEVICE void set_vector(const Params& p, int which, int head, float value) {
+    store(as<float>(at(p.plan.vectors)) + (which * kPadded + head), value);
+  }
+  REATTN_DEVICE float vector(int which, int lane_head) const {
+    return load<float>(as<float>(at(p_.plan.vectors)) + (which * kPadded + 8 * lane_head + lane() / 4));
+  }
+  static REATTN_DEVICE void add(Shared<float> place, float value, int turn) {
+    store(place, turn ? load<float>(place) + value : value);
+  }
+
+  template <class Function>
+  REATTN_DEVICE void for_each_position(Function function) const {
+    const int own = p_.plan.own, units = own * (p_.plan.tile / 16);
+    for (int unit = warp(); unit < units; unit += warps()) function(unit % own, unit / own * 16);
+  }
+
+  // All heads at 16 positions of a tile, a row a head.
+  REATTN_DEVICE Rows<T> heads_at(int offset, int row, int group) const {
+    const Shared<char> first = at(offset + row * p_.plan.row_stride + group * int(sizeof(T)));
+    return {as<T>(first), p_.plan.head_stride / int(sizeof(T)), p_.heads, zeros(p_)};
+  }
+  REATTN_DEVICE void get(const Rows<T>& heads, Tile& tile) const {
+    for_each_pair([&](int t, int right, int lower, int head, int position) {
+      const float2 pair = head < p_.heads ? Operand<T>::pair(heads.at(head, position)) : float2{0, 0};
+      tile[t][right][2 * lower] = pair.x;
+      tile[t][right][2 * lower + 1] = pair.y;
+    });
+  }
+  REATTN_DEVICE void set(const Rows<T>& heads, const Tile& tile) const {
+    for_each_pair([&](int t, int right, int lower, int head, int position) {
+      if (head < p_.heads)
+        Operand<T>::set_pair(heads.at(head, position), tile[t][right][2 * lower], tile[t][right][2 * lower + 1]);
+    });
+  }
+  template <class Function>
+  static REATTN_DEVICE void for_each_pair(Function function) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+      for (int right = 0; right < 2; right++)
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++)
+          function(tile, right, lower, 16 * tile + 8 * lower + lane() / 4, 8 * right + lane() % 4 * 2);
+  }
+
+  // tile += matrix times the heads.
+  REATTN_DEVICE void multiply(Tile& tile, Matrix which, const Rows<T>& heads) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+      const auto b = Operand<T>::b_by_depth(heads, step * Operand<T>::kDepth, 0);
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+        const A a =
+            kHeld ? held_[which % kHeldMatrices] : Operand<T>::a(matrix_rows(p_, which), 16 * t, step * Operand<T>::kDepth);
+        Operand<T>::multiply(tile[t][0], tile[t][1], a, b);
+      }
+    }
+  }
+
+  // The heads that are mixed, divided by their root mean square where there is a norm: docs/operator.md, section 2.
+  REATTN_DEVICE void mix(Tile& mixed, float (&inverse_rms)[4], const Rows<T>& maps) const {
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) { mixed[tile][right][i] = shift_[head]; });
+    multiply(mixed, kMix, maps);
+    if (!p_.gamma) return;
+    sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
+    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum / p_.heads + p_.eps); });
+    for_each_element<kPadded>(
+        [&](int tile, int right, int i, int) { mixed[tile][right][i] *= inverse_rms[2 * right + i % 2]; });
+  }
+  REATTN_DEVICE void scale_and_shift(Tile& unit) const {
+    if (!p_.gamma) return;
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) {
+      unit[tile][right][i] = fmaf(unit[tile][right][i], gamma_[head], beta_[head]);
+    });
+  }
+
+  // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
+  REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
+    float means[4];
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) { grad[tile][right][i] *= gamma_[head]; });
+    // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
+    sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
+    over_heads(means, [&](float sum) { return sum / p_.heads; });
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) {
+      const bool inside = 8 * head + lane() / 4 < p_.heads;
+      grad[tile][right][i] = inside ? grad[tile][right][i] - means[2 * right + i % 2] : 0.0f;
+    });
+    sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i] * unit[tile][right][i]; });
+    over_heads(means, [&](float sum) { return sum / p_.heads; });
+    for_each_element<kPadded>([&](int tile, int right, int i, int) {
+      const int position = 2 * right + i % 2;
+      grad[tile][right][i] = inverse_rms[position] * (grad[tile][right][i] - unit[tile][right][i] * means[position]);
+    });
+  }
+
+  // A lane's own heads, summed at its four positions.
+  template <class Function>
+  static REATTN_DEVICE void sum_heads(float (&sums)[4], Function function) {
+#pragma unroll
+    for (int position = 0; position < 4; position++) {
+      sums[position] = 0;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++)
+          sums[position] += function(tile, position / 2, 2 * lower + position % 2);
+    }
+  }
+
+  static REATTN_DEVICE void add_products(Sums& sums, const Rows<T>& left, const Rows<T>& right) {
+#pragma unroll
+    for (int step = 0; step < 16; step += Operand<T>::kDepth)
+#pragma unroll
+      for (int columns = 0; columns < kTiles; columns++) {
+        const auto b = Operand<T>::b(right, 16 * columns, step);
+#pragma unroll
+        for (int rows = 0; rows < kTiles; rows++) {
+          const A a = Operand<T>::a(left, 16 * rows, step);
+          Operand<T>::multiply(sums.products[rows][columns][0], sums.products[rows][columns][1], a, b);
+        }
+      }
+  }
+
+  const Params& p_;
+  float shift_[kLaneHeads], gamma_[kLaneHeads], beta_[kLaneHeads];
+  A held_[kHeldMatrices];
+};
+
+}  // namespace reattn

@@ -1,0 +1,65 @@
+// What a launch is given, and how it cuts the problem: see plan.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace reattn {
+
+// (batch, heads, rows, head_dim), the last contiguous; strides in elements.
+struct Tensor {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+  int rows;
+};
+
+// A block owns some rows of one sequence, all heads of them, and streams the rows of the other through tiles. Maps of a
+// tile lie in shared memory as [head][own row][streamed row]. Offsets and strides in bytes.
+struct Plan {
+  int own;          // rows that a block owns: 16 or 32
+  int blocks;       // blocks of them in a sequence
+  int tile;         // streamed rows in a tile, a multiple of 16
+  bool resident;    // one tile holds them all
+  int warps;        // a warp works on heads warp, warp + warps, ...
+  int row_stride;   // of maps; an odd multiple of 16, so that 8 rows lie in different banks, and heads as well
+  int head_stride;  //
+  int stage_stride; // of rows in a warp's stages
+  int stages;       // the groups of 16 rows that a warp has in flight: 1 or 2
+  // Where things lie, and how much there is of it all.
+  int maps, grads, mixed, probs, staged, matrices, vectors, maxima, sums, bytes;
+};
+
+struct Params {
+  Tensor query, key, value, out, grad, grad_query, grad_key, grad_value;
+  // (heads, heads) and (heads,); absent where null
+  const float *weight, *shift, *gamma, *beta, *coupled, *constant;
+  const int64_t* seed;
+  float *lse, *delta;          // (batch, heads, seqlen)
+  float *vectors, *products;   // partial sums of a block: (blocks, 3, padded heads), (blocks, padded, padded)
+  float scale, scale_log2, eps, keep_scale;
+  float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
+  uint32_t drop_below;
+  bool lse_known;
+  int heads, head_dim;
+  int depth;  // columns that may be read: head_dim, or more with zeros; a multiple of 16 bytes
+  Plan plan;
+};
+
+constexpr int kMaxThreads = 512;
+constexpr int kPieceBytes = 128;  // of a row, in a stage
+constexpr int kChunk = 64;        // streamed rows whose scores a warp holds at once
+constexpr int kSlice = 256;       // rows that a block of grad_dot_out sums
+constexpr int kMatrices = 3;      // heads x heads, in shared memory
+constexpr int kVectors = 4;
+
+template <class T>
+constexpr int kPieceDims = kPieceBytes / int(sizeof(T));
+
+constexpr int padded_heads(int heads) { return heads <= 16 ? 16 : 32; }
+constexpr int heads_of_a_warp(int padded_heads) { return padded_heads / 16; }
+// Columns of an output that a block computes; more head_dim means more blocks.
+constexpr int out_dims(int padded_heads) { return padded_heads == 16 ? 64 : 32; }
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+}  // namespace reattn

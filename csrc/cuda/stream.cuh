@@ -1,0 +1,204 @@
+// Rows of tensors as operands: those that a warp owns, straight from device memory, and those that it streams through
+// its stages in shared memory.
+#pragma once
+
+#include "operands.cuh"
+#include "params.h"
+
+namespace reattn {
+
+template <class T>
+REATTN_DEVICE T* head_rows(const Tensor& tensor, int sample, int head) {
+  return static_cast<T*>(tensor.data) + (sample * tensor.batch_stride + head * tensor.head_stride);
+}
+
+REATTN_DEVICE Shared<char> at(int offset) { return shared_memory() + offset; }
+
+// Some rows of one head, 16 at a time, head_dim cut in pieces that fit a stage: piece after piece, then the next rows.
+// Where there are two stages, a warp works on one while
+// the other is on its way.
+template <class T>
+class Stream {
+ public:
+  // Rows first_row, ... of a tile; columns first_dim to last_dim - 1.
+  REATTN_DEVICE Stream(const Params& p, const Tensor& tensor, int sample, int head, int first_row, int rows,
+                       int first_dim, int last_dim)
+      : tensor_(tensor),
+        from_(head_rows<T>(tensor, sample, head)),
+        stages_(at(p.plan.staged + warp() * p.plan.stages * 16 * p.plan.stage_stride)),
+        stride_(p.plan.stage_stride),
+        ahead_(p.plan.stages - 1),
+        depth_(p.depth),
+        row_(first_row),
+        end_(first_row + rows),
+        dim_(first_dim),
+        first_dim_(first_dim),
+        last_dim_(last_dim) {
+    fetch();
+  }
+
+  // The next 16 rows of a piece; the warp gives them back by release.
+  REATTN_DEVICE Rows<T> next() {
+    if (ahead_) {
+      fetch();
+      copies_arrived<1>();
+    } else {
+      copies_arrived<0>();
+    }
+    sync_warp();
+    return rows_at<T>(stage(taken_++), stride_);
+  }
+  REATTN_DEVICE void release() {
+    sync_warp();
+    if (!ahead_) fetch();
+  }
+
+ private:
+  REATTN_DEVICE Shared<char> stage(int turn) const { return stages_ + (turn & ahead_) * 16 * stride_; }
+
+  REATTN_DEVICE void fetch() {
+    if (row_ < end_) {
+      const int bytes = smaller(last_dim_ - dim_, kPieceDims<T>) * int(sizeof(T));
+      const int width = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
+      const Shared<char> to = stage(fetched_);
+      for (int byte = lane() * 16; byte < 16 * width; byte += kWarp * 16) {
+        const int row = byte / width, column = byte % width;
+        const int dim = dim_ + column / int(sizeof(T));
+        if (column < bytes)
+          copy_async(to + (row * stride_ + column), from_ + ((row_ + row) * tensor_.row_stride + dim),
+                     row_ + row < tensor_.rows && dim < depth_);
+      }
+      dim_ += kPieceDims<T>;
+      if (dim_ >= last_dim_) {
+        dim_ = first_dim_;
+        row_ += 16;
+      }
+    }
+    fetched_++;
+    close_copies();
+  }
+
+  const Tensor& tensor_;
+  const T* from_;
+  Shared<char> stages_;
+  int stride_, ahead_, depth_, row_, end_, dim_, first_dim_, last_dim_;
+  int fetched_ = 0, taken_ = 0;
+};
+
+// 16 x kTiles rows of one head, as operand a.
+template <class T, int kTiles>
+class OwnRows {
+  using A = typename Operand<T>::A;
+  static constexpr int kSteps = kPieceDims<T> / Operand<T>::kDepth;
+
+ public:
+  REATTN_DEVICE OwnRows(const Params& p, const Tensor& tensor, int sample, int head, int first_row)
+      : depth_(p.depth), pieces_((p.depth + kPieceDims<T> - 1) / kPieceDims<T>) {
+    const T* from = head_rows<T>(tensor, sample, head);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+      for (int lower = 0; lower < 2; lower++) {
+        const int row = first_row + 16 * tile + 8 * lower + lane() / 4;
+        rows_[tile][lower] = row < tensor.rows ? from + row * tensor.row_stride : nullptr;
+      }
+    hold(0);
+  }
+
+  // products += these rows times the next 16 of the stream, all of head_dim.
+  REATTN_DEVICE void multiply(float (&products)[kTiles][2][4], Stream<T>& stream) {
+    for (int piece = 0; piece < pieces_; piece++) {
+      if (pieces_ > 1) hold(piece);
+      const Rows<T> stage = stream.next();
+#pragma unroll
+      for (int step = 0; step < kSteps; step++)
+        if (piece * kPieceDims<T> + step * Operand<T>::kDepth < depth_) {
+          const auto b = Operand<T>::b(stage, 0, step * Operand<T>::kDepth);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; tile++) {
+            const A a = Operand<T>::kHeld ? held_[tile][step % kHeldSteps] : operand(tile, step, piece);
+            Operand<T>::multiply(products[tile][0], products[tile][1], a, b);
+          }
+        }
+      stream.release();
+    }
+  }
+
+ private:
+  static constexpr int kHeldSteps = Operand<T>::kHeld ? kSteps : 1;
+
+  REATTN_DEVICE A operand(int tile, int step, int piece) const {
+    return Operand<T>::a_from_device(rows_[tile][0], rows_[tile][1],
+                                     piece * kPieceDims<T> + step * Operand<T>::kDepth, depth_);
+  }
+  REATTN_DEVICE void hold(int piece) {
+    if constexpr (Operand<T>::kHeld)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) held_[tile][step] = operand(tile, step, piece);
+  }
+
+  const T* rows_[kTiles][2];
+  int depth_, pieces_;
+  A held_[kTiles][kHeldSteps];
+};
+
+// sums (16 x kTiles rows, up to 8 kColumns columns) += a tile of maps of one head times the rows of a stream over the
+// same 16-row groups, whose pieces are the columns.
+template <class T, int kTiles, int kColumns>
+REATTN_DEVICE void multiply_maps(float (&sums)[kTiles][kColumns][4], const Rows<T>& maps, int streamed_rows,
+                                 Stream<T>& stream, int dims) {
+  constexpr int kPieceColumns = kPieceDims<T> / 8 < kColumns ? kPieceDims<T> / 8 : kColumns;
+  for (int group = 0; group < streamed_rows; group += 16) {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kPieceColumns)
+      if (first * 8 < dims) {
+        const Rows<T> stage = stream.next();
+#pragma unroll
+        for (int step = 0; step < 16; step += Operand<T>::kDepth) {
+          typename Operand<T>::A a[kTiles];
+#pragma unroll
+          for (int tile = 0; tile < kTiles; tile++) a[tile] = Operand<T>::a(maps, 16 * tile, group + step);
+#pragma unroll
+          for (int column = 0; column < kPieceColumns; column += 2)
+            if ((first + column) * 8 < dims) {
+              const auto b = Operand<T>::b_by_depth(stage, step, column * 8);
+#pragma unroll
+              for (int tile = 0; tile < kTiles; tile++)
+                Operand<T>::multiply(sums[tile][first + column], sums[tile][first + column + 1], a[tile], b);
+            }
+        }
+        stream.release();
+      }
+  }
+}
+
+// Writes sums * factor as rows of a head; columns from first_dim on.
+template <class T, int kTiles, int kColumns>
+REATTN_DEVICE void store_rows(const Params& p, const Tensor& tensor, int sample, int head, int first_row,
+                              int first_dim, const float (&sums)[kTiles][kColumns][4], float factor) {
+  T* to = head_rows<T>(tensor, sample, head);
+  const bool pairs = p.head_dim % 2 == 0;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+      const int row = first_row + 16 * tile + 8 * lower + lane() / 4;
+      if (row >= tensor.rows) continue;
+#pragma unroll
+      for (int column = 0; column < kColumns; column++) {
+        const int dim = first_dim + column * 8 + lane() % 4 * 2;
+        T* place = to + (row * tensor.row_stride + dim);
+        const float first = sums[tile][column][2 * lower] * factor, second = sums[tile][column][2 * lower + 1] * factor;
+        if (pairs) {
+          if (dim < p.head_dim) Operand<T>::put_pair(place, first, second);
+        } else {
+          if (dim < p.head_dim) Operand<T>::put(place, first);
+          if (dim + 1 < p.head_dim) Operand<T>::put(place + 1, second);
+        }
+      }
+    }
+}
+
+}  // namespace reattn
