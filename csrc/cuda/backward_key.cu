@@ -10,50 +10,36 @@ template <class T, int kPadded>
 __global__ void __launch_bounds__(kMaxThreads) backward_key_kernel(const __grid_constant__ Params p) {
   constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
   const Place place(p, kPadded);
-  const Dropout dropout(p);
   const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
   const int last_dim = place.first_dim + round_up(dims, 16);
   float grad_key[kHeads][1][kColumns][4] = {}, grad_value[kHeads][1][kColumns][4] = {};
 
   Mixing<T, kPadded>::prepare(p);
+#pragma unroll 1
   for (int first = 0; first < p.query.rows; first += p.plan.tile) {
-    for_each_head<kHeads>(p, [&](int, int head) {
-      fill_maps<T, 1, true>(p, place, head, first, Softmax<T, 1>{}, dropout);
+    for (int head = warp(); head < p.heads; head += warps()) {
+      fill_maps<T, 1, true>(p, place, head, first);
       fill_gradients<T, true>(p, place, head, first);
-    });
+    }
     sync_block();
     Mixing<T, kPadded> mixing(p);
-    mixing.read_parameters();
     typename Mixing<T, kPadded>::Sums unused;
-    mixing.template backward<true, false>(unused);
+    mixing.template backward<true>(unused, false);
     sync_block();
     for_each_head<kHeads>(p, [&](int i, int head) {
-      const Rows<T> maps = head_tile<T>(p, p.plan.maps, head), grads = head_tile<T>(p, p.plan.grads, head);
-      const Rows<T> probs = head_tile<T>(p, p.plan.probs, head);
       Stream<T> out_grads(p, p.grad, place.sample, head, first, p.plan.tile, place.first_dim, last_dim);
       multiply_maps(grad_value[i], head_tile<T>(p, p.plan.mixed, head), p.plan.tile, out_grads, dims);
-      for (int streamed = lane() % 4 * 2; streamed < p.plan.tile; streamed += 8) {
-        // Rows outside the sequence have no gradient and no query: every term they add is zero.
-        float delta[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-          delta[j] = first + streamed + j < p.query.rows
-                         ? read<float>(p.delta + row_index(p, place.sample, head, first + streamed + j))
-                         : 0.0f;
-#pragma unroll
-        for (int lower = 0; lower < 2; lower++) {
-          const int own = 8 * lower + lane() / 4;
-          const float2 centred = Operand<T>::pair(maps.at(own, streamed));
-          const float2 kept = {centred.x + p.centre, centred.y + p.centre};
-          const float2 prob = p.plan.probs ? Operand<T>::pair(probs.at(own, streamed)) : kept;
-          const float2 grad = Operand<T>::pair(grads.at(own, streamed));
-          Operand<T>::set_pair(grads.at(own, streamed), kept.x * grad.x - prob.x * delta[0],
-                               kept.y * grad.y - prob.y * delta[1]);
-        }
-      }
+      // Rows outside the sequence have no gradient and no query: every term they add is zero.
+      const auto delta_of = [&](int row) {
+        return row < p.query.rows ? read<float>(p.delta + row_index(p, place.sample, head, row)) : 0.0f;
+      };
+      for_each_gradient<T>(p, head, [&](int, int streamed, float2 prob, float2 weighed) {
+        return float2{weighed.x - prob.x * delta_of(first + streamed),
+                      weighed.y - prob.y * delta_of(first + streamed + 1)};
+      }, true);
       sync_warp();
       Stream<T> queries(p, p.query, place.sample, head, first, p.plan.tile, place.first_dim, last_dim);
-      multiply_maps(grad_key[i], grads, p.plan.tile, queries, dims);
+      multiply_maps(grad_key[i], head_tile<T>(p, p.plan.grads, head), p.plan.tile, queries, dims);
     });
   }
   for_each_head<kHeads>(p, [&](int i, int head) {

@@ -11,31 +11,23 @@ template <class T, int kPadded, int kTiles>
 __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Params p) {
   constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
   const Place place(p, kPadded);
-  const Dropout dropout(p);
   const bool one_sweep = p.plan.resident && !p.lse_known;
   const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
-  Softmax<T, kTiles> softmax[kHeads];
-  float out[kHeads][kTiles][kColumns][4] = {};
 
   Mixing<T, kPadded>::prepare(p);
-  for_each_head<kHeads>(p, [&](int i, int head) {
-    if (one_sweep) {
-      softmax[i].template sweep<true>(p, place, head);
-      softmax[i].finish(p, place, head, dropout);
-    } else if (p.lse_known) {
-      softmax[i].read_lse(p, place, head);
-    } else {
-      softmax[i].template sweep<false>(p, place, head);
+  if (!p.lse_known)
+    for (int head = warp(); head < p.heads; head += warps()) {
+      Softmax<T, kTiles> softmax;
+      softmax.sweep(p, place, head);
+      if (one_sweep) softmax.finish(p, place, head);
     }
-  });
+  float out[kHeads][kTiles][kColumns][4] = {};
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!one_sweep)
-      for_each_head<kHeads>(p, [&](int i, int head) {
-        fill_maps<T, kTiles, false>(p, place, head, first, softmax[i], dropout);
-      });
+      for (int head = warp(); head < p.heads; head += warps())
+        fill_maps<T, kTiles, false>(p, place, head, first);
     sync_block();
     Mixing<T, kPadded> mixing(p);
-    mixing.read_parameters();
     mixing.forward();
     sync_block();
     for_each_head<kHeads>(p, [&](int i, int head) {

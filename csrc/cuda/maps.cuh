@@ -33,7 +33,7 @@ REATTN_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// The heads that this warp works on: function(which of them, head).
+// The heads that this warp works on: function(which of them, head). Unrolled, so that each may have registers.
 template <int kHeads, class Function>
 REATTN_DEVICE void for_each_head(const Params& p, Function function) {
 #pragma unroll
@@ -58,11 +58,10 @@ REATTN_DEVICE Rows<T> head_tile(const Params& p, int offset, int head) {
 class Dropout {
  public:
   REATTN_DEVICE explicit Dropout(const Params& p)
-      : on(p.seed != nullptr), seed_(on ? read<uint64_t>(p.seed) : 0), below_(p.drop_below), scale_(p.keep_scale) {}
+      : seed_(read<uint64_t>(p.seed)), below_(p.drop_below), scale_(p.keep_scale) {}
 
   // prob where it is kept, scaled, else zero.
   REATTN_DEVICE float kept(float prob, int sample, int head, int row, int key) const {
-    if (!on) return prob;
     uint32_t words[4] = {uint32_t(key) / 4, uint32_t(row), uint32_t(head), uint32_t(sample)};
     uint32_t key0 = uint32_t(seed_), key1 = uint32_t(seed_ >> 32);
 #pragma unroll
@@ -79,114 +78,109 @@ class Dropout {
     return word >= below_ ? prob * scale_ : 0.0f;
   }
 
-  const bool on;
-
  private:
   uint64_t seed_;
   uint32_t below_;
   float scale_;
 };
 
-// The softmax of a head's own rows over the keys, in one sweep. Rows of a lane: (tile, upper or lower).
-template <class T, int kTiles>
-struct Softmax {
-  float lse[kTiles][2];  // to base 2
+// Drops out a head's tile of centred maps, where that is asked for; before that the maps themselves are kept where
+// there is room for them. Returns this lane's sum of what is centred. kOwnKeys: own rows are keys, streamed ones
+// queries, else the other way round.
+template <class T, bool kOwnKeys>
+REATTN_DEVICE float drop_out(const Params& p, const Place& place, int head, int first_streamed, float total) {
+  if (!p.seed) return total;
+  const Dropout dropout(p);
+  const Rows<T> maps = head_tile<T>(p, p.plan.maps, head), probs = head_tile<T>(p, p.plan.probs, head);
+  total = 0;
+  for (int own = lane() / 4; own < p.plan.own; own += 8)
+    for (int streamed = lane() % 4 * 2; streamed < p.plan.tile; streamed += 8) {
+      const float2 pair = Operand<T>::pair(maps.at(own, streamed));
+      float prob[2] = {pair.x + p.centre, pair.y + p.centre}, centred[2];
+#pragma unroll 1
+      for (int i = 0; i < 2; i++) {
+        const int row = kOwnKeys ? first_streamed + streamed + i : place.first_row + own;
+        const int key = kOwnKeys ? place.first_row + own : first_streamed + streamed + i;
+        const bool inside = row < p.query.rows && key < p.key.rows;
+        if (!inside) prob[i] = 0;
+        centred[i] = inside ? dropout.kept(prob[i], place.sample, head, row, key) - p.centre : 0.0f;
+      }
+      if (p.plan.probs) Operand<T>::set_pair(probs.at(own, streamed), prob[0], prob[1]);
+      Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
+      total += centred[0] + centred[1];
+    }
+  return total;
+}
 
-  // Keeps exp2(score - largest so far) of every key in the tile of maps, if there is one to be filled, and which
-  // maximum that was, for every kChunk keys; finish() puts it right.
-  template <bool kFill>
+// Own rows of a lane: lane / 4 and 8 further down of every 16. Calls function(which 16, upper or lower 8, the row in the
+// block).
+template <int kTiles, class Function>
+REATTN_DEVICE void for_each_row(Function function) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) function(tile, lower, 16 * tile + 8 * lower + lane() / 4);
+}
+
+// The softmax of a head's own rows over the keys, in one sweep; the LSE, to base 2, goes to device memory.
+template <class T, int kTiles>
+class Softmax {
+ public:
+  // Where a tile holds all keys, it is filled with exp2(score - largest so far), and which maximum that was is noted
+  // for every kChunk keys; finish() puts it right.
   REATTN_DEVICE void sweep(const Params& p, const Place& place, int head) {
     OwnRows<T, kTiles> own(p, p.query, place.sample, head, place.first_row);
     Stream<T> keys(p, p.key, place.sample, head, 0, p.key.rows, 0, round_up(p.depth, 16));
     const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        largest_[tile][lower] = kMinusInfinity;
-        sum_[tile][lower] = 0;
-      }
+    for_each_row<kTiles>([&](int tile, int lower, int) {
+      largest_[tile][lower] = kMinusInfinity;
+      sum_[tile][lower] = 0;
+    });
     for (int chunk = 0; chunk < p.key.rows; chunk += kChunk) {
       float scores[kTiles][kChunk / 8][4] = {};
 #pragma unroll
-      for (int group = 0; group < kChunk; group += 16)
-        if (chunk + group < p.key.rows) {
-          float products[kTiles][2][4] = {};
-          own.multiply(products, keys);
+      for (int group = 0; group < kChunk / 16; group++)
+        if (chunk + 16 * group < p.key.rows) own.multiply(scores, 2 * group, keys);
+      for_each_row<kTiles>([&](int tile, int lower, int row) {
+        add_chunk(p, chunk, tile, lower, scores[tile]);
+        if (!p.plan.resident) return;
+        if (lane() % 4 == 0) store(maximum(p, row, chunk), largest_[tile][lower]);
 #pragma unroll
-          for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) scores[tile][group / 8 + i / 4][i % 4] = products[tile][i / 4][i % 4];
-        }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-        for (int lower = 0; lower < 2; lower++) {
-          add_chunk(p, chunk, tile, lower, scores[tile]);
-          if constexpr (kFill) {
-            if (lane() % 4 == 0) store(maximum(p, tile, lower, chunk), largest_[tile][lower]);
-#pragma unroll
-            for (int column = 0; column < kChunk / 8; column++) {
-              const int key = chunk + 8 * column + lane() % 4 * 2;
-              if (chunk + 8 * column < p.plan.tile)
-                Operand<T>::set_pair(maps.at(16 * tile + 8 * lower + lane() / 4, key),
-                                     scores[tile][column][2 * lower], scores[tile][column][2 * lower + 1]);
-            }
-          }
-        }
+        for (int column = 0; column < kChunk / 8; column++)
+          if (chunk + 8 * column < p.plan.tile)
+            Operand<T>::set_pair(maps.at(row, chunk + 8 * column + lane() % 4 * 2), scores[tile][column][2 * lower],
+                                 scores[tile][column][2 * lower + 1]);
+      });
     }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        sum_[tile][lower] = quad_sum(sum_[tile][lower]);
-        lse[tile][lower] = largest_[tile][lower] + log2(sum_[tile][lower]);
-        const int row = place.first_row + 16 * tile + 8 * lower + lane() / 4;
-        if (lane() % 4 == 0 && row < p.query.rows && place.first_dim == 0)
-          write(p.lse + row_index(p, place.sample, head, row), lse[tile][lower]);
-      }
+    for_each_row<kTiles>([&](int tile, int lower, int row) {
+      sum_[tile][lower] = quad_sum(sum_[tile][lower]);
+      if (lane() % 4 == 0 && place.first_row + row < p.query.rows)
+        write(p.lse + row_index(p, place.sample, head, place.first_row + row),
+              largest_[tile][lower] + log2(sum_[tile][lower]));
+    });
+    sync_warp();
   }
 
-  // After sweep<true>: the maps themselves, dropped out and centred; their sum, less that of centre.
-  REATTN_DEVICE float finish(const Params& p, const Place& place, int head, const Dropout& dropout) {
+  // The maps themselves, dropped out and centred; this lane's sum of them.
+  REATTN_DEVICE float finish(const Params& p, const Place& place, int head) {
     const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
     float total = 0;
-    sync_warp();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        const int own = 16 * tile + 8 * lower + lane() / 4, row = place.first_row + own;
-        const float share = 1 / sum_[tile][lower];
-        for (int chunk = 0; chunk < p.plan.tile; chunk += kChunk) {
-          const float largest = load<float>(maximum(p, tile, lower, chunk));
-          const float factor = fast_exp2(largest - largest_[tile][lower]) * share;
-#pragma unroll
-          for (int column = 0; column < kChunk / 8; column++) {
-            const int key = chunk + 8 * column + lane() % 4 * 2;
-            if (chunk + 8 * column >= p.plan.tile) continue;
-            const float2 unscaled = Operand<T>::pair(maps.at(own, key));
-            float2 centred;
-            centred.x = dropout.kept(unscaled.x * factor, place.sample, head, row, key) - p.centre;
-            centred.y = dropout.kept(unscaled.y * factor, place.sample, head, row, key + 1) - p.centre;
-            if (row >= p.query.rows || key >= p.key.rows) centred.x = 0;
-            if (row >= p.query.rows || key + 1 >= p.key.rows) centred.y = 0;
-            Operand<T>::set_pair(maps.at(own, key), centred.x, centred.y);
-            total += centred.x + centred.y;
-          }
-        }
+    for_each_row<kTiles>([&](int tile, int lower, int own) {
+      const bool row_inside = place.first_row + own < p.query.rows;
+      const float share = 1 / sum_[tile][lower];
+      float factor = 0;
+      for (int column = 0; column < p.plan.tile; column += 8) {
+        if (column % kChunk == 0)
+          factor = fast_exp2(load<float>(maximum(p, own, column)) - largest_[tile][lower]) * share;
+        const int key = column + lane() % 4 * 2;
+        const float2 unscaled = Operand<T>::pair(maps.at(own, key));
+        const float first = row_inside && key < p.key.rows ? unscaled.x * factor - p.centre : 0.0f;
+        const float second = row_inside && key + 1 < p.key.rows ? unscaled.y * factor - p.centre : 0.0f;
+        Operand<T>::set_pair(maps.at(own, key), first, second);
+        total += first + second;
       }
-    return total;
-  }
-
-  REATTN_DEVICE void read_lse(const Params& p, const Place& place, int head) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        const int row = place.first_row + 16 * tile + 8 * lower + lane() / 4;
-        lse[tile][lower] = row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : 0.0f;
-      }
+    });
+    return drop_out<T, false>(p, place, head, 0, total);
   }
 
  private:
@@ -214,17 +208,16 @@ struct Softmax {
     sum_[tile][lower] = sum;
   }
 
-  REATTN_DEVICE Shared<float> maximum(const Params& p, int tile, int lower, int chunk) const {
+  REATTN_DEVICE Shared<float> maximum(const Params& p, int own, int key) const {
     const int chunks = (p.plan.tile + kChunk - 1) / kChunk;
-    const int row = warp() * p.plan.own + 16 * tile + 8 * lower + lane() / 4;
-    return as<float>(at(p.plan.maxima)) + (row * chunks + chunk / kChunk);
+    return as<float>(at(p.plan.maxima)) + ((warp() * p.plan.own + own) * chunks + key / kChunk);
   }
 
   float largest_[kTiles][2], sum_[kTiles][2];
 };
 
-// Visits a tile of products of own rows (queries, or keys) with streamed rows, from first_streamed on, of one head:
-// function(own row in the tile, streamed row in the tile, two products).
+// Visits a tile of products of own rows with streamed rows, from first_streamed on, of one head: function(which 16,
+// upper or lower 8, own row in the block, streamed row in the tile, two products).
 template <class T, int kTiles, class Function>
 REATTN_DEVICE void for_each_product(const Params& p, const Tensor& own_tensor, const Tensor& streamed_tensor,
                                     const Place& place, int head, int first_streamed, Function function) {
@@ -232,56 +225,70 @@ REATTN_DEVICE void for_each_product(const Params& p, const Tensor& own_tensor, c
   Stream<T> stream(p, streamed_tensor, place.sample, head, first_streamed, p.plan.tile, 0, round_up(p.depth, 16));
   for (int group = 0; group < p.plan.tile; group += 16) {
     float products[kTiles][2][4] = {};
-    own.multiply(products, stream);
+    own.multiply(products, 0, stream);
+    for_each_row<kTiles>([&](int tile, int lower, int row) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++)
-#pragma unroll
-        for (int right = 0; right < 2; right++)
-          function(tile, lower, group + 8 * right + lane() % 4 * 2, products[tile][right][2 * lower],
-                   products[tile][right][2 * lower + 1]);
+      for (int right = 0; right < 2; right++)
+        function(tile, lower, row, group + 8 * right + lane() % 4 * 2, products[tile][right][2 * lower],
+                 products[tile][right][2 * lower + 1]);
+    });
   }
 }
 
-// A tile of maps from scores whose LSE is known, dropped out and centred; kOwnKeys: own rows are keys, streamed ones
-// queries, else the other way round. Where dropout is on and there is room for them, the maps before it as well.
-// Returns this lane's sum of what is centred.
+// A head's tile of maps from scores whose LSE is known, dropped out and centred; this lane's sum of them.
 template <class T, int kTiles, bool kOwnKeys>
-REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int first_streamed,
-                              const Softmax<T, kTiles>& softmax, const Dropout& dropout) {
-  const Rows<T> maps = head_tile<T>(p, p.plan.maps, head), probs = head_tile<T>(p, p.plan.probs, head);
-  float total = 0;
+REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int first_streamed) {
+  const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
+  const auto lse_of = [&](int row) {
+    return row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : 0.0f;
+  };
+  float total = 0, own_lse[kTiles][2];
+  if constexpr (!kOwnKeys)
+    for_each_row<kTiles>(
+        [&](int tile, int lower, int row) { own_lse[tile][lower] = lse_of(place.first_row + row); });
   for_each_product<T, kTiles>(
       p, kOwnKeys ? p.key : p.query, kOwnKeys ? p.query : p.key, place, head, first_streamed,
-      [&](int tile, int lower, int streamed, float first, float second) {
-        const int own = 16 * tile + 8 * lower + lane() / 4;
-        float prob[2], centred[2];
+      [&](int tile, int lower, int own, int streamed, float first, float second) {
+        float centred[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const int row = kOwnKeys ? first_streamed + streamed + i : place.first_row + own;
           const int key = kOwnKeys ? place.first_row + own : first_streamed + streamed + i;
-          const bool inside = row < p.query.rows && key < p.key.rows;
-          float lse = softmax.lse[tile][lower];
-          if (kOwnKeys) lse = inside ? read<float>(p.lse + row_index(p, place.sample, head, row)) : 0.0f;
-          prob[i] = inside ? fast_exp2(rounded_product(i ? second : first, p.scale_log2) - lse) : 0.0f;
-          centred[i] = inside ? dropout.kept(prob[i], place.sample, head, row, key) - p.centre : 0.0f;
+          const float lse = kOwnKeys ? lse_of(row) : own_lse[tile][lower];
+          const float prob = fast_exp2(rounded_product(i ? second : first, p.scale_log2) - lse);
+          centred[i] = row < p.query.rows && key < p.key.rows ? prob - p.centre : 0.0f;
         }
         Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
-        if (p.plan.probs) Operand<T>::set_pair(probs.at(own, streamed), prob[0], prob[1]);
         total += centred[0] + centred[1];
       });
-  return total;
+  return drop_out<T, kOwnKeys>(p, place, head, first_streamed, total);
 }
 
-// A tile of the normalised maps' gradients, grad value^T, of one head.
+// A head's tile of the normalised maps' gradients, grad value^T.
 template <class T, bool kOwnKeys>
 REATTN_DEVICE void fill_gradients(const Params& p, const Place& place, int head, int first_streamed) {
   const Rows<T> grads = head_tile<T>(p, p.plan.grads, head);
   for_each_product<T, 1>(p, kOwnKeys ? p.value : p.grad, kOwnKeys ? p.grad : p.value, place, head, first_streamed,
-                         [&](int, int lower, int streamed, float first, float second) {
-                           Operand<T>::set_pair(grads.at(8 * lower + lane() / 4, streamed), first, second);
+                         [&](int, int, int own, int streamed, float first, float second) {
+                           Operand<T>::set_pair(grads.at(own, streamed), first, second);
                          });
+}
+
+// Visits a head's tile of gradients of the maps after dropout, 16 own rows: function(upper or lower 8, streamed row, P,
+// P after dropout times its gradient) returns what takes the gradient's place, if it is to be replaced.
+template <class T, class Function>
+REATTN_DEVICE void for_each_gradient(const Params& p, int head, Function function, bool replace) {
+  const Rows<T> maps = head_tile<T>(p, p.plan.maps, head), grads = head_tile<T>(p, p.plan.grads, head);
+  const Rows<T> probs = head_tile<T>(p, p.plan.probs, head);
+#pragma unroll 2
+  for (int streamed = lane() % 4 * 2; streamed < p.plan.tile; streamed += 8)
+    for_each_row<1>([&](int, int lower, int own) {
+      const float2 centred = Operand<T>::pair(maps.at(own, streamed)), grad = Operand<T>::pair(grads.at(own, streamed));
+      const float2 kept = {centred.x + p.centre, centred.y + p.centre};
+      const float2 prob = p.plan.probs ? Operand<T>::pair(probs.at(own, streamed)) : kept;
+      const float2 result = function(lower, streamed, prob, float2{kept.x * grad.x, kept.y * grad.y});
+      if (replace) Operand<T>::set_pair(grads.at(own, streamed), result.x, result.y);
+    });
 }
 
 }  // namespace reattn

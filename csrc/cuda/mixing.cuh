@@ -88,21 +88,9 @@ class Mixing {
 
   REATTN_DEVICE explicit Mixing(const Params& p) : p_(p) {}
 
-  REATTN_DEVICE void read_parameters() {
-#pragma unroll
-    for (int i = 0; i < kLaneHeads; i++) {
-      shift_[i] = vector(0, i);
-      gamma_[i] = vector(1, i);
-      beta_[i] = vector(2, i);
-    }
-    if constexpr (kHeld)
-#pragma unroll
-      for (int which = 0; which < kMatrices; which++)
-        held_[which] = Operand<T>::a(matrix_rows(p_, Matrix(which)), 0, 0);
-  }
-
   // Maps become mixed and normalised maps, in place.
   REATTN_DEVICE void forward() {
+    read_parameters();
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group);
       Tile mixed;
@@ -115,9 +103,10 @@ class Mixing {
   }
 
   // Gradients of the normalised maps become those of the softmax maps after dropout, in place. kMixed: writes the
-  // normalised maps as well. kSum: adds to the sums.
-  template <bool kMixed, bool kSum>
-  REATTN_DEVICE void backward(Sums& sums) {
+  // normalised maps as well.
+  template <bool kMixed>
+  REATTN_DEVICE void backward(Sums& sums, bool sum) {
+    read_parameters();
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
       Tile grad;
@@ -126,7 +115,7 @@ class Mixing {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
-        if constexpr (kSum)
+        if (sum)
           for_each_element<kPadded>([&](int tile, int right, int i, int head) {
             sums.gamma[head] += grad[tile][right][i] * unit[tile][right][i];
             sums.beta[head] += grad[tile][right][i];
@@ -144,7 +133,7 @@ class Mixing {
         mix(mixed, unused, maps);
         set(heads_at(p_.plan.mixed, row, group), mixed);
       }
-      if constexpr (kSum) {
+      if (sum) {
         for_each_element<kPadded>(
             [&](int tile, int right, int i, int head) { sums.shift[head] += grad[tile][right][i]; });
         add_products(sums, maps, grads);
@@ -167,7 +156,7 @@ class Mixing {
   }
 
   // Adds the products of the maps of every two heads.
-  REATTN_DEVICE void add_map_products(Sums& sums) {
+  REATTN_DEVICE void add_map_products(Sums& sums) const {
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group);
       add_products(sums, maps, maps);
@@ -175,7 +164,7 @@ class Mixing {
   }
 
   // Adds up the sums of all warps, in order, and writes them for this block; all threads have to come here.
-  REATTN_DEVICE void store_sums(const Sums& sums) {
+  REATTN_DEVICE void store_sums(const Sums& sums) const {
     const Shared<float> total = as<float>(at(p_.plan.sums));
     for (int turn = 0; turn < warps(); turn++) {
       sync_block();
@@ -208,6 +197,19 @@ class Mixing {
   }
 
  private:
+  REATTN_DEVICE void read_parameters() {
+#pragma unroll
+    for (int i = 0; i < kLaneHeads; i++) {
+      shift_[i] = vector(0, i);
+      gamma_[i] = vector(1, i);
+      beta_[i] = vector(2, i);
+    }
+    if constexpr (kHeld)
+#pragma unroll
+      for (int which = 0; which < kMatrices; which++)
+        held_[which] = Operand<T>::a(matrix_rows(p_, Matrix(which)), 0, 0);
+  }
+
   static REATTN_DEVICE Rows<T> matrix_rows(const Params& p, Matrix which) {
     const int stride = kPadded * int(sizeof(T)) + 16;
     return rows_at<T>(at(p.plan.matrices + which * kPadded * stride), stride);

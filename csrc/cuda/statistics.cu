@@ -8,34 +8,28 @@ namespace reattn {
 // A block of query rows: sums of P - centre by head, and of its products over pairs of heads.
 template <class T, int kPadded, int kTiles>
 __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const __grid_constant__ Params p) {
-  constexpr int kHeads = heads_of_a_warp(kPadded);
   const Place place(p, kPadded);
-  const Dropout dropout(p);
-  Softmax<T, kTiles> softmax[kHeads];
-  Mixing<T, kPadded> mixing(p);
+  const Mixing<T, kPadded> mixing(p);
   typename Mixing<T, kPadded>::Sums sums;
-  float by_head[kHeads] = {};
+  float by_head[heads_of_a_warp(kPadded)] = {};
+  const auto add = [&](int head, float sum) { by_head[heads_of_a_warp(kPadded) > 1 && head >= warps()] += sum; };
 
   Mixing<T, kPadded>::prepare(p);
-  for_each_head<kHeads>(p, [&](int i, int head) {
-    if (p.plan.resident) {
-      softmax[i].template sweep<true>(p, place, head);
-      by_head[i] = softmax[i].finish(p, place, head, dropout);
-    } else {
-      softmax[i].template sweep<false>(p, place, head);
-    }
-  });
+  for (int head = warp(); head < p.heads; head += warps()) {
+    Softmax<T, kTiles> softmax;
+    softmax.sweep(p, place, head);
+    if (p.plan.resident) add(head, softmax.finish(p, place, head));
+  }
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!p.plan.resident)
-      for_each_head<kHeads>(p, [&](int i, int head) {
-        by_head[i] += fill_maps<T, kTiles, false>(p, place, head, first, softmax[i], dropout);
-      });
+      for (int head = warp(); head < p.heads; head += warps())
+        add(head, fill_maps<T, kTiles, false>(p, place, head, first));
     sync_block();
     mixing.add_map_products(sums);
     sync_block();
   }
   mixing.store_sums(sums);
-  for_each_head<kHeads>(p, [&](int i, int head) {
+  for_each_head<heads_of_a_warp(kPadded)>(p, [&](int i, int head) {
     const float sum = warp_sum(by_head[i]);
     if (lane() == 0) write(p.vectors + (int64_t(block_x()) * 3 * kPadded + head), sum);
   });

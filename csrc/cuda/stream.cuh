@@ -105,8 +105,9 @@ class OwnRows {
     hold(0);
   }
 
-  // products += these rows times the next 16 of the stream, all of head_dim.
-  REATTN_DEVICE void multiply(float (&products)[kTiles][2][4], Stream<T>& stream) {
+  // 16 columns of products, from 8 column on, += these rows times the next 16 of the stream, over all of head_dim.
+  template <int kColumns>
+  REATTN_DEVICE void multiply(float (&products)[kTiles][kColumns][4], int column, Stream<T>& stream) {
     for (int piece = 0; piece < pieces_; piece++) {
       if (pieces_ > 1) hold(piece);
       const Rows<T> stage = stream.next();
@@ -117,7 +118,7 @@ class OwnRows {
 #pragma unroll
           for (int tile = 0; tile < kTiles; tile++) {
             const A a = Operand<T>::kHeld ? held_[tile][step % kHeldSteps] : operand(tile, step, piece);
-            Operand<T>::multiply(products[tile][0], products[tile][1], a, b);
+            Operand<T>::multiply(products[tile][column], products[tile][column + 1], a, b);
           }
         }
       stream.release();
