@@ -1,18 +1,20 @@
-"""Compiles the Triton kernels ahead of time, as the launcher would on each GPU, and reports what they cost.
+"""Compiles the kernels ahead of time, as they would be for each GPU, and reports what they cost.
 
-``python -m benchmarks.compile_report`` prints a table and fails if a default configuration spills registers or does
-not fit the card. Needs triton and no GPU: registers come from ``cuobjdump -res-usage``, spills and tensor-core
-instructions from ``-sass``, both shipped with triton.
+``python -m benchmarks.compile_report`` prints a table of the Triton kernels and one of the CUDA kernels, and fails if a
+default configuration spills registers or does not fit the card. Needs triton for the one, nvcc for the other, and no
+GPU: registers come from ``cuobjdump -res-usage`` or ptxas, spills and tensor-core instructions from ``-sass``.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,8 @@ from unittest import mock
 import torch
 
 # Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TRITON_ARCHS = (80, 86, 89, 90, 100)
 # Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none
 # run longer.
 RARE_SPILLS = 64
@@ -169,9 +172,7 @@ _POINTEE = {
 def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
     """Registers a thread; local-memory instructions, in all and inside loops; shared memory in bytes; HMMA
     instructions."""
-    import triton.backends.nvidia
-
-    tool = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tool = cuobjdump()
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -183,6 +184,18 @@ def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
     assert registers is not None, usage
     spills, in_loops = local_memory(sass)
     return int(registers[1]), spills, in_loops, compiled.metadata.shared, sass.count("HMMA")
+
+
+def cuobjdump() -> str:
+    """The one that triton ships, or else one on the path."""
+    try:
+        import triton.backends.nvidia
+
+        return str(pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
+    except ImportError:
+        if found := shutil.which("cuobjdump"):
+            return found
+        raise SystemExit("needs cuobjdump, which triton ships, or one on the path") from None
 
 
 def local_memory(sass: str) -> tuple[int, int]:
@@ -220,22 +233,188 @@ def cases(archs: list[int], quick: bool) -> list[Case]:
     return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in ("layer", "batch")]
 
 
+class CudaCost(NamedTuple):
+    """What an instantiation of a CUDA kernel needs: a row of the table. Stack, stores and loads as ptxas counts them, a
+    thread's bytes; spills are instructions."""
+
+    arch: int
+    source: str
+    element: str
+    kernel: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    spills: int
+    spills_in_loops: int
+    static_shared: int
+    dynamic_shared: int | None
+    hmma: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this kernel may not be shipped; empty when it may."""
+        faults = []
+        if self.static_shared + (self.dynamic_shared or 0) > SHARED_LIMIT[self.arch]:
+            faults.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
+        if self.element != "float":
+            if self.stack or self.spill_stores or self.spill_loads or self.spills:
+                faults.append("local memory")
+            if not self.hmma and self.source != "grad_dot_out":
+                faults.append("no tensor-core instruction")
+        return faults
+
+
+def dynamic_shared(source: str, element: str, kernel: str) -> int | None:
+    """The shared memory that a launch of this instantiation asks for; None where that is not known."""
+    return None
+
+
+def compile_cuda(archs: list[int] | None, sources: list[str] | None, jobs: int) -> list[CudaCost]:
+    """Every instantiation in the given sources of csrc/cuda, compiled for the architectures; without them for all that
+    the compiler knows. What did not change since the last time is not compiled again.
+
+    Raises ``build_extensions.NotBuilt`` where there is no compiler or it fails.
+    """
+    import build_extensions as build
+
+    extension = build.CudaExtension()
+    folder = build.ROOT / "build" / "compile_report"
+    folder.mkdir(parents=True, exist_ok=True)
+    nvcc = extension.find_compiler(folder)
+    known = build.known_archs(nvcc)
+    if unknown := [f"sm_{arch}" for arch in archs or () if arch not in known]:
+        raise build.NotBuilt(f"{nvcc[0]} knows nothing of {', '.join(unknown)}")
+    archs = archs or [arch for arch in SHARED_LIMIT if arch in known]
+    # ptxas speaks of the kernels only while it compiles them.
+    command = "$nvcc -cubin -Xptxas -v -MD -MF $out.d $own_flags $flags $in -o $out >$out.txt 2>&1 || ! cat $out.txt"
+    lines = extension.rules(nvcc, command)
+    cubins = []
+    for arch, source, element in itertools.product(archs, sources or build.CUDA_KERNELS, build.CUDA_ELEMENTS):
+        cubins.append((arch, source, element, folder / f"{source}_{element}_{arch}.cubin"))
+        own_flags = " ".join([*build.gencode(arch), f"-DREATTN_ELEMENT={element}"])
+        lines += [f"build {cubins[-1][-1].name}: compile $source/{source}.cu", f"  own_flags = {own_flags}"]
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    with contextlib.redirect_stdout(sys.stderr):
+        build.run_ninja(folder, f"-j{jobs}")
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return list(itertools.chain.from_iterable(pool.map(lambda cubin: read_cuda_cubin(*cubin), cubins)))
+
+
+def read_cuda_cubin(arch: int, source: str, element: str, cubin: pathlib.Path) -> list[CudaCost]:
+    """What each kernel of a cubin costs, from what ptxas said of it and from its instructions."""
+    said = pathlib.Path(f"{cubin}.txt").read_text()
+    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    _, *named = re.split(r"Function : (\S+)\n", sass)
+    instructions = dict(zip(named[::2], named[1::2], strict=True))
+    costs = []
+    # What ptxas says after an entry function is about that and the functions that it calls.
+    for entry in re.split(r"Compiling entry function ", said)[1:]:
+        symbol = re.match(r"'(\S+)' for", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        assert symbol and registers, entry
+        in_all = {
+            what: sum(map(int, re.findall(rf"(\d+) bytes {what}", entry)))
+            for what in ("stack frame", "spill stores", "spill loads", "smem")
+        }
+        text = instructions[symbol[1]]
+        kernel = readable(symbol[1])
+        costs.append(
+            CudaCost(
+                arch,
+                source,
+                element,
+                kernel,
+                int(registers[1]),
+                in_all["stack frame"],
+                in_all["spill stores"],
+                in_all["spill loads"],
+                *local_memory(text),
+                in_all["smem"],
+                dynamic_shared(source, element, kernel),
+                len(re.findall(r"\bHMMA\b", text)),
+            )
+        )
+    return sorted(costs, key=lambda cost: [int(part) if part.isdigit() else part for part in _parts(cost.kernel)])
+
+
+def _parts(text: str) -> list[str]:
+    """Numbers and what stands between them, in turn."""
+    return re.split(r"(\d+)", text)
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name with its template arguments; as the linker knows it where there is no c++filt."""
+    if not (tool := shutil.which("cu++filt") or shutil.which("c++filt")):
+        return symbol
+    name = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\(anonymous namespace\)::|\breattn::|^void ", "", name)
+    return re.sub(r"(?<=>)\(.*\)$|^(\w+)\([^<]*\)$", r"\1", name).replace(" >", ">")
+
+
+def cuda_table(costs: list[CudaCost]) -> Iterator[str]:
+    """The costs as lines of text."""
+    width = max((len(cost.kernel) for cost in costs), default=0) + 2
+    layout = f"{{:>6}} {{:9}}{{:{width}}}" + "{:>5}{:>6}{:>7}{:>6}{:>6}{:>8}{:>7}{:>8}{:>6}"
+    titles = ("regs", "stack", "stores", "loads", "spill", "in loop", "static", "dynamic", "HMMA")
+    yield layout.format("arch", "type", "kernel", *titles)
+    for cost in costs:
+        arch, _, element, kernel, *usage = cost
+        row = layout.format(f"sm_{arch}", element, kernel, *("-" if number is None else number for number in usage))
+        yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
+
+
 def main() -> int:
-    """The table on standard output; 1 if any configuration may not be a default."""
+    """The tables on standard output; 1 if any configuration may not be a default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), help="compute capabilities, as 90")
-    parser.add_argument("--quick", action="store_true", help="only the official models' shapes, in bfloat16")
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_LIMIT), help="without, all")
+    parser.add_argument("--backend", choices=("triton", "cuda"), nargs="+", help="whose kernels; without, both")
+    parser.add_argument("--quick", action="store_true", help="only Triton, the official models' shapes, in bfloat16")
+    parser.add_argument("--source", nargs="+", help="sources in csrc/cuda, as forward; without, all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
-    problems = cases(args.arch, args.quick)
     faults = 0
-    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+    backends = args.backend or (["triton"] if args.quick else ["triton", "cuda"])
+    if "triton" in backends:
+        faults += report_triton(args.arch or list(TRITON_ARCHS), args.quick, args.jobs)
+    if "cuda" in backends:
+        faults += report_cuda(args.arch, args.source, args.jobs, required=args.backend is not None)
+    return int(faults > 0)
+
+
+def report_triton(archs: list[int], quick: bool, jobs: int) -> int:
+    """Prints the Triton kernels' table; how many configurations may not be a default."""
+    problems = cases(archs, quick)
+    faults = 0
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for i, costs in enumerate(pool.map(compile_case, problems)):
             lines = list(table(costs))
             print("\n".join(lines if i == 0 else lines[1:]), flush=True)
             faults += sum(bool(cost.faults) for cost in costs)
-    print(f"{len(problems)} problems compiled for {', '.join(f'sm_{arch}' for arch in args.arch)}; {faults} faults")
-    return int(faults > 0)
+    print(f"{len(problems)} problems compiled for {', '.join(f'sm_{arch}' for arch in archs)}; {faults} faults")
+    return faults
+
+
+def report_cuda(archs: list[int] | None, sources: list[str] | None, jobs: int, required: bool) -> int:
+    """Prints the CUDA kernels' table; how many kernels may not be shipped. To have no nvcc is a fault only where the
+    table is required."""
+    from build_extensions import NotBuilt, find_nvcc
+
+    try:
+        find_nvcc()
+    except NotBuilt as reason:
+        print(f"CUDA kernels not compiled: {reason}")
+        return int(required)
+    try:
+        costs = compile_cuda(archs, sources, jobs)
+    except NotBuilt as reason:
+        print(f"CUDA kernels not compiled: {reason}")
+        return 1
+    print("\n".join(cuda_table(costs)))
+    faults = sum(bool(cost.faults) for cost in costs)
+    compiled_for = ", ".join(f"sm_{arch}" for arch in sorted({cost.arch for cost in costs}))
+    print(f"{len(costs)} CUDA kernels compiled for {compiled_for}; {faults} faults")
+    return faults
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ pytestmark = [
         importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < SETUPTOOLS,
         reason=f"needs setuptools {SETUPTOOLS} or newer",
     ),
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip"),
+    # Not find_spec: setuptools would take that for pip running in this process, and put distutils away.
+    pytest.mark.skipif(not [*distributions(name="pip")], reason="needs pip"),
 ]
 
 compiles = pytest.mark.skipif(not COMPILES, reason="needs pybind11, ninja and GCC or Clang")
@@ -89,10 +90,10 @@ def is_clutter(folder, names):
     return [name for name in names if name in built or name.endswith((".egg-info", ".so")) or name.startswith(".")]
 
 
-def said(output):
-    """What the build has to say for itself, among all that setuptools and pip say."""
+def said(output, extension="CPU"):
+    """What the build has to say of an extension, among all that setuptools and pip say."""
     lines = [line.strip() for line in output.splitlines()]
-    return [line.removeprefix("reattn: ") for line in lines if line.startswith("reattn: ")]
+    return [line.removeprefix("reattn: ") for line in lines if line.startswith(f"reattn: {extension} extension ")]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def sdist(tmp_path_factory, poison):
 def wheel(tmp_path_factory, poison, sdist):
     """The wheel as pip builds it from nothing but the source distribution.
 
-    To save time the kernels are not optimised, and pytest's processes share one wheel.
+    To save time there are no CUDA kernels, the others are not optimised, and pytest's processes share one wheel.
     """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -130,7 +131,7 @@ def wheel(tmp_path_factory, poison, sdist):
     folder.mkdir(exist_ok=True)
     with FileLock(shared / "wheel.lock"):
         if not list(folder.glob("*.whl")):
-            settings = {"REATTN_BUILD_CPU": "1" if COMPILES else "0", "CXXFLAGS": "-O0"}
+            settings = {"REATTN_BUILD_CPU": "1" if COMPILES else "0", "REATTN_BUILD_CUDA": "0", "CXXFLAGS": "-O0"}
             finished = pip_wheel(sdist, folder, "--quiet", **poison, **settings)
             assert finished.returncode == 0, finished.stderr
     (archive,) = folder.glob("*.whl")
@@ -154,6 +155,7 @@ def stub_tree(tmp_path):
 
 
 def build_in_place(tree, **environment):
+    environment = {"REATTN_BUILD_CUDA": "0"} | environment
     return run_python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, **environment)
 
 
@@ -254,12 +256,16 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
     ],
     ids=["no compiler", "switched off"],
 )
-def test_wheel_without_the_extension(settings, reason, sdist, poison, tmp_path):
-    """It is for every machine, it works, and `pip --verbose` tells why in one line."""
+def test_wheel_without_extensions(settings, reason, sdist, poison, tmp_path):
+    """It is for every machine, it works, and `pip --verbose` tells in one line why each is left out."""
+    settings = {"CUDA_HOME": "/nonexistent/cuda", **settings}
     finished = pip_wheel(sdist, tmp_path, "--verbose", **poison, **settings)
     assert finished.returncode == 0, finished.stderr
-    (line,) = said(finished.stdout + finished.stderr)
+    output = finished.stdout + finished.stderr
+    (line,) = said(output)
     assert line.startswith(f"CPU extension not built: {reason}")
+    (line,) = said(output, "CUDA")
+    assert line.startswith("CUDA extension not built: no nvcc in /nonexistent/cuda/bin")
     (archive,) = tmp_path.glob("*-py3-none-any.whl")
     with zipfile.ZipFile(archive) as wheel:
         wheel.extractall(tmp_path / "site")

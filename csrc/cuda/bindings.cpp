@@ -56,12 +56,10 @@ Params params(const Call& call, const Plan& plan, Address seed, float scale, dou
 
 // The kernel for the call's dtype, on its device, for as many blocks as the plan has; or that many.
 void run(void (*const (&kernels)[3])(const Params&, const Launch&), const Call& call, const Params& p,
-         bool has_columns, int64_t blocks = 0) {
+         int columns_of_a_block, int64_t blocks = 0) {
   const OnDevice device(call.device);
-  const int dims = out_dims(padded_heads(call.heads));
-  const Launch how{blocks ? blocks : int64_t(call.batch) * p.plan.blocks,
-                   has_columns ? (call.head_dim + dims - 1) / dims : 1, call.stream};
-  kernels[call.dtype](p, how);
+  const int chunks = (call.head_dim + columns_of_a_block - 1) / columns_of_a_block;
+  kernels[call.dtype](p, {blocks ? blocks : int64_t(call.batch) * p.plan.blocks, chunks, call.stream});
 }
 
 #define REATTN_KERNELS(name) {name<float>, name<BFloat16>, name<Half>}
@@ -89,7 +87,7 @@ void run_statistics(const Plan& plan, const Call& call, const TensorArgument& qu
   p.query = tensor(call, query, call.seqlen, call.depth), p.key = tensor(call, key, call.seqlen_k, call.depth);
   p.lse = pointer<float>(lse, rows(call)), p.centre = centre;
   set_sums(p, call, vectors, products);
-  run(REATTN_KERNELS(statistics), call, p, false);
+  run(REATTN_KERNELS(statistics), call, p, call.head_dim);
 }
 
 void run_forward(const Plan& plan, const Call& call, const TensorArgument& query, const TensorArgument& key,
@@ -100,7 +98,7 @@ void run_forward(const Plan& plan, const Call& call, const TensorArgument& query
   p.value = tensor(call, value, call.seqlen_k, call.depth), p.out = tensor(call, out, call.seqlen, call.head_dim);
   p.lse = pointer<float>(lse, rows(call)), p.lse_known = lse_known, p.eps = eps, p.centre = centre;
   set_mixing(p, mixing);
-  run(REATTN_KERNELS(forward), call, p, true);
+  run(REATTN_KERNELS(forward), call, p, out_dims(padded_heads(call.heads)));
 }
 
 Params backward_params(const Plan& plan, const Call& call, const std::array<TensorArgument, 4>& inputs,
@@ -123,7 +121,7 @@ void run_backward_query(const Plan& plan, const Call& call, const std::array<Ten
   Params p = backward_params(plan, call, inputs, mixing, seed, scale, eps, dropout_p, centre, lse, delta);
   p.grad_query = tensor(call, grad_query, call.seqlen, call.head_dim);
   set_sums(p, call, vectors, products);
-  run(REATTN_KERNELS(backward_query), call, p, true);
+  run(REATTN_KERNELS(backward_query), call, p, out_dims(padded_heads(call.heads)));
 }
 
 void run_backward_key(const Plan& plan, const Call& call, const std::array<TensorArgument, 4>& inputs,
@@ -133,7 +131,7 @@ void run_backward_key(const Plan& plan, const Call& call, const std::array<Tenso
   Params p = backward_params(plan, call, inputs, mixing, seed, scale, eps, dropout_p, centre, lse, delta);
   p.grad_key = tensor(call, grad_key, call.seqlen_k, call.head_dim);
   p.grad_value = tensor(call, grad_value, call.seqlen_k, call.head_dim);
-  run(REATTN_KERNELS(backward_key), call, p, true);
+  run(REATTN_KERNELS(backward_key), call, p, key_dims(padded_heads(call.heads)));
 }
 
 // Partial sums go to (batch, slices, heads).
@@ -144,7 +142,7 @@ void run_grad_dot_out(const Call& call, const TensorArgument& grad, const Tensor
   p.grad = tensor(call, grad, call.seqlen, call.head_dim), p.out = tensor(call, out, call.seqlen, call.head_dim);
   const int64_t blocks = int64_t(call.batch) * call.heads * ((call.seqlen + kSlice - 1) / kSlice);
   p.vectors = pointer<float>(partial, blocks);
-  run(REATTN_KERNELS(grad_dot_out), call, p, false, blocks);
+  run(REATTN_KERNELS(grad_dot_out), call, p, call.head_dim, blocks);
 }
 
 }  // namespace

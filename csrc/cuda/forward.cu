@@ -10,13 +10,13 @@ namespace reattn {
 template <class T, int kPadded, int kTiles>
 __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Params p) {
   constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
-  const Place place(p, kPadded);
+  const Place place(p, out_dims(kPadded));
   const bool one_sweep = p.plan.resident && !p.lse_known;
   const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
 
   Mixing<T, kPadded>::prepare(p);
   if (!p.lse_known)
-    for (int head = warp(); head < p.heads; head += warps()) {
+    for (int head = place.warp; head < p.heads; head += p.plan.warps) {
       Softmax<T, kTiles> softmax;
       softmax.sweep(p, place, head);
       if (one_sweep) softmax.finish(p, place, head);
@@ -24,20 +24,20 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
   float out[kHeads][kTiles][kColumns][4] = {};
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!one_sweep)
-      for (int head = warp(); head < p.heads; head += warps())
+      for (int head = place.warp; head < p.heads; head += p.plan.warps)
         fill_maps<T, kTiles, false>(p, place, head, first);
     sync_block();
-    Mixing<T, kPadded> mixing(p);
+    Mixing<T, kPadded> mixing(p, place);
     mixing.forward();
     sync_block();
-    for_each_head<kHeads>(p, [&](int i, int head) {
-      Stream<T> values(p, p.value, place.sample, head, first, p.plan.tile, place.first_dim,
+    for_each_head<kHeads>(p, place, [&](int i, int head) {
+      Stream<T> values(p, p.value, place, head, first, p.plan.tile, place.first_dim,
                        place.first_dim + round_up(dims, 16));
       multiply_maps(out[i], head_tile<T>(p, p.plan.maps, head), p.plan.tile, values, dims);
     });
   }
-  for_each_head<kHeads>(p, [&](int i, int head) {
-    store_rows<T>(p, p.out, place.sample, head, place.first_row, place.first_dim, out[i], 1.0f);
+  for_each_head<kHeads>(p, place, [&](int i, int head) {
+    store_rows<T>(p, p.out, place, head, out[i], 1.0f);
   });
 }
 

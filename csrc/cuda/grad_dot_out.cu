@@ -7,7 +7,7 @@ namespace reattn {
 
 // Some rows of one sample and head: a partial sum for each block.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) grad_dot_out_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(256) grad_dot_out_kernel(const __grid_constant__ Params p) {
   const int slices = (p.out.rows + kSlice - 1) / kSlice;
   const int slice = block_x() % slices, head = block_x() / slices % p.heads, sample = block_x() / slices / p.heads;
   const T *grad = head_rows<T>(p.grad, sample, head), *out = head_rows<T>(p.out, sample, head);

@@ -21,7 +21,8 @@ struct BFloat16 {
 constexpr int kWarp = 32;
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
-__device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
+// The shuffle tells the compiler that all lanes have the same.
+__device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
 __device__ __forceinline__ int warps() { return blockDim.x / kWarp; }
 __device__ __forceinline__ int thread() { return threadIdx.x; }
 __device__ __forceinline__ int threads() { return blockDim.x; }

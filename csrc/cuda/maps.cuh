@@ -7,16 +7,6 @@
 
 namespace reattn {
 
-// Which rows a block owns, of which sample, and which columns of the output.
-struct Place {
-  int sample, first_row, first_dim;
-
-  REATTN_DEVICE Place(const Params& p, int padded_heads)
-      : sample(block_x() / p.plan.blocks),
-        first_row(block_x() % p.plan.blocks * p.plan.own),
-        first_dim(block_y() * out_dims(padded_heads)) {}
-};
-
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 template <class Function>
@@ -35,10 +25,10 @@ REATTN_DEVICE float warp_sum(float value) {
 
 // The heads that this warp works on: function(which of them, head). Unrolled, so that each may have registers.
 template <int kHeads, class Function>
-REATTN_DEVICE void for_each_head(const Params& p, Function function) {
+REATTN_DEVICE void for_each_head(const Params& p, const Place& place, Function function) {
 #pragma unroll
   for (int i = 0; i < kHeads; i++) {
-    const int head = warp() + i * warps();
+    const int head = place.warp + i * p.plan.warps;
     if (head < p.heads) function(i, head);
   }
 }
@@ -97,7 +87,7 @@ REATTN_DEVICE float drop_out(const Params& p, const Place& place, int head, int 
     for (int streamed = lane() % 4 * 2; streamed < p.plan.tile; streamed += 8) {
       const float2 pair = Operand<T>::pair(maps.at(own, streamed));
       float prob[2] = {pair.x + p.centre, pair.y + p.centre}, centred[2];
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < 2; i++) {
         const int row = kOwnKeys ? first_streamed + streamed + i : place.first_row + own;
         const int key = kOwnKeys ? place.first_row + own : first_streamed + streamed + i;
@@ -129,13 +119,14 @@ class Softmax {
   // Where a tile holds all keys, it is filled with exp2(score - largest so far), and which maximum that was is noted
   // for every kChunk keys; finish() puts it right.
   REATTN_DEVICE void sweep(const Params& p, const Place& place, int head) {
-    OwnRows<T, kTiles> own(p, p.query, place.sample, head, place.first_row);
-    Stream<T> keys(p, p.key, place.sample, head, 0, p.key.rows, 0, round_up(p.depth, 16));
+    OwnRows<T, kTiles> own(p, p.query, place, head);
+    Stream<T> keys(p, p.key, place, head, 0, p.key.rows, 0, round_up(p.depth, 16));
     const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
     for_each_row<kTiles>([&](int tile, int lower, int) {
       largest_[tile][lower] = kMinusInfinity;
       sum_[tile][lower] = 0;
     });
+#pragma unroll 1
     for (int chunk = 0; chunk < p.key.rows; chunk += kChunk) {
       float scores[kTiles][kChunk / 8][4] = {};
 #pragma unroll
@@ -144,7 +135,7 @@ class Softmax {
       for_each_row<kTiles>([&](int tile, int lower, int row) {
         add_chunk(p, chunk, tile, lower, scores[tile]);
         if (!p.plan.resident) return;
-        if (lane() % 4 == 0) store(maximum(p, row, chunk), largest_[tile][lower]);
+        if (lane() % 4 == 0) store(maximum(p, place, row, chunk), largest_[tile][lower]);
 #pragma unroll
         for (int column = 0; column < kChunk / 8; column++)
           if (chunk + 8 * column < p.plan.tile)
@@ -171,7 +162,7 @@ class Softmax {
       float factor = 0;
       for (int column = 0; column < p.plan.tile; column += 8) {
         if (column % kChunk == 0)
-          factor = fast_exp2(load<float>(maximum(p, own, column)) - largest_[tile][lower]) * share;
+          factor = fast_exp2(load<float>(maximum(p, place, own, column)) - largest_[tile][lower]) * share;
         const int key = column + lane() % 4 * 2;
         const float2 unscaled = Operand<T>::pair(maps.at(own, key));
         const float first = row_inside && key < p.key.rows ? unscaled.x * factor - p.centre : 0.0f;
@@ -208,9 +199,9 @@ class Softmax {
     sum_[tile][lower] = sum;
   }
 
-  REATTN_DEVICE Shared<float> maximum(const Params& p, int own, int key) const {
+  REATTN_DEVICE Shared<float> maximum(const Params& p, const Place& place, int own, int key) const {
     const int chunks = (p.plan.tile + kChunk - 1) / kChunk;
-    return as<float>(at(p.plan.maxima)) + ((warp() * p.plan.own + own) * chunks + key / kChunk);
+    return as<float>(at(p.plan.maxima)) + ((place.warp * p.plan.own + own) * chunks + key / kChunk);
   }
 
   float largest_[kTiles][2], sum_[kTiles][2];
@@ -221,8 +212,9 @@ class Softmax {
 template <class T, int kTiles, class Function>
 REATTN_DEVICE void for_each_product(const Params& p, const Tensor& own_tensor, const Tensor& streamed_tensor,
                                     const Place& place, int head, int first_streamed, Function function) {
-  OwnRows<T, kTiles> own(p, own_tensor, place.sample, head, place.first_row);
-  Stream<T> stream(p, streamed_tensor, place.sample, head, first_streamed, p.plan.tile, 0, round_up(p.depth, 16));
+  OwnRows<T, kTiles> own(p, own_tensor, place, head);
+  Stream<T> stream(p, streamed_tensor, place, head, first_streamed, p.plan.tile, 0, round_up(p.depth, 16));
+#pragma unroll 1
   for (int group = 0; group < p.plan.tile; group += 16) {
     float products[kTiles][2][4] = {};
     own.multiply(products, 0, stream);
@@ -275,19 +267,19 @@ REATTN_DEVICE void fill_gradients(const Params& p, const Place& place, int head,
 }
 
 // Visits a head's tile of gradients of the maps after dropout, 16 own rows: function(upper or lower 8, streamed row, P,
-// P after dropout times its gradient) returns what takes the gradient's place, if it is to be replaced.
-template <class T, class Function>
-REATTN_DEVICE void for_each_gradient(const Params& p, int head, Function function, bool replace) {
+// P after dropout times its gradient) returns what takes the gradient's place, if that is asked for.
+template <class T, bool kReplace, class Function>
+REATTN_DEVICE void for_each_gradient(const Params& p, int head, Function function) {
   const Rows<T> maps = head_tile<T>(p, p.plan.maps, head), grads = head_tile<T>(p, p.plan.grads, head);
   const Rows<T> probs = head_tile<T>(p, p.plan.probs, head);
-#pragma unroll 2
+#pragma unroll 1
   for (int streamed = lane() % 4 * 2; streamed < p.plan.tile; streamed += 8)
     for_each_row<1>([&](int, int lower, int own) {
       const float2 centred = Operand<T>::pair(maps.at(own, streamed)), grad = Operand<T>::pair(grads.at(own, streamed));
       const float2 kept = {centred.x + p.centre, centred.y + p.centre};
       const float2 prob = p.plan.probs ? Operand<T>::pair(probs.at(own, streamed)) : kept;
       const float2 result = function(lower, streamed, prob, float2{kept.x * grad.x, kept.y * grad.y});
-      if (replace) Operand<T>::set_pair(grads.at(own, streamed), result.x, result.y);
+      if (kReplace) Operand<T>::set_pair(grads.at(own, streamed), result.x, result.y);
     });
 }
 

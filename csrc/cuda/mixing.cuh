@@ -44,13 +44,16 @@ REATTN_DEVICE void over_heads(float (&sums)[4], Function function) {
 }
 
 enum Matrix { kMix, kUnmix, kCoupled };  // weight^T, weight, coupled
+enum Vector { kShift, kGamma, kBeta, kConstant };
 
 template <class T, int kPadded>
 class Mixing {
   static constexpr int kTiles = kPadded / 16, kLaneHeads = kPadded / 8;
   static constexpr int kSteps = kPadded / Operand<T>::kDepth;
-  static constexpr bool kHeld = Operand<T>::kHeld && kPadded == 16;
-  static constexpr int kHeldMatrices = kHeld ? kMatrices : 1;
+  // More heads would take too many registers.
+  static constexpr bool kHeld = kPadded == 16;
+  static constexpr int kHeldHeads = kHeld ? kLaneHeads : 0;
+  static constexpr int kHeldMatrices = kHeld && Operand<T>::kHeld ? kMatrices : 0;
   using A = typename Operand<T>::A;
 
  public:
@@ -79,14 +82,14 @@ class Mixing {
         for (int from = 0; from < p.heads; from++) centred += read<float>(p.weight + from * p.heads + head);
         shift = read<float>(p.shift + head) + centred * p.centre;
       }
-      set_vector(p, 0, head, shift);
-      set_vector(p, 1, head, inside && p.gamma ? read<float>(p.gamma + head) : 0.0f);
-      set_vector(p, 2, head, inside && p.beta ? read<float>(p.beta + head) : 0.0f);
-      set_vector(p, 3, head, inside && p.constant ? read<float>(p.constant + head) : 0.0f);
+      set_vector(p, kShift, head, shift);
+      set_vector(p, kGamma, head, inside && p.gamma ? read<float>(p.gamma + head) : 0.0f);
+      set_vector(p, kBeta, head, inside && p.beta ? read<float>(p.beta + head) : 0.0f);
+      set_vector(p, kConstant, head, inside && p.constant ? read<float>(p.constant + head) : 0.0f);
     }
   }
 
-  REATTN_DEVICE explicit Mixing(const Params& p) : p_(p) {}
+  REATTN_DEVICE Mixing(const Params& p, const Place& place) : p_(p), warp_(place.warp) {}
 
   // Maps become mixed and normalised maps, in place.
   REATTN_DEVICE void forward() {
@@ -103,9 +106,9 @@ class Mixing {
   }
 
   // Gradients of the normalised maps become those of the softmax maps after dropout, in place. kMixed: writes the
-  // normalised maps as well.
-  template <bool kMixed>
-  REATTN_DEVICE void backward(Sums& sums, bool sum) {
+  // normalised maps as well. kSum: adds to the sums.
+  template <bool kMixed, bool kSum>
+  REATTN_DEVICE void backward(Sums& sums) {
     read_parameters();
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
@@ -115,7 +118,7 @@ class Mixing {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
-        if (sum)
+        if constexpr (kSum)
           for_each_element<kPadded>([&](int tile, int right, int i, int head) {
             sums.gamma[head] += grad[tile][right][i] * unit[tile][right][i];
             sums.beta[head] += grad[tile][right][i];
@@ -133,7 +136,7 @@ class Mixing {
         mix(mixed, unused, maps);
         set(heads_at(p_.plan.mixed, row, group), mixed);
       }
-      if (sum) {
+      if constexpr (kSum) {
         for_each_element<kPadded>(
             [&](int tile, int right, int i, int head) { sums.shift[head] += grad[tile][right][i]; });
         add_products(sums, maps, grads);
@@ -147,7 +150,7 @@ class Mixing {
         for_each_element<kPadded>([&](int tile, int right, int i, int head) {
           result[tile][right][i] += coupled[tile][right][i] * p_.key.rows;
           // What is constant along a row vanishes in the softmax, unless some of it is dropped.
-          if (p_.seed) result[tile][right][i] += vector(3, head);
+          if (p_.seed) result[tile][right][i] += vector(kConstant, head);
         });
       }
       sync_warp();
@@ -166,9 +169,9 @@ class Mixing {
   // Adds up the sums of all warps, in order, and writes them for this block; all threads have to come here.
   REATTN_DEVICE void store_sums(const Sums& sums) const {
     const Shared<float> total = as<float>(at(p_.plan.sums));
-    for (int turn = 0; turn < warps(); turn++) {
+    for (int turn = 0; turn < p_.plan.warps; turn++) {
       sync_block();
-      if (warp() != turn) continue;
+      if (warp_ != turn) continue;
 #pragma unroll
       for (int i = 0; i < kLaneHeads; i++) {
         const float vectors[3] = {quad_sum(sums.shift[i]), quad_sum(sums.gamma[i]), quad_sum(sums.beta[i])};
@@ -199,12 +202,12 @@ class Mixing {
  private:
   REATTN_DEVICE void read_parameters() {
 #pragma unroll
-    for (int i = 0; i < kLaneHeads; i++) {
-      shift_[i] = vector(0, i);
-      gamma_[i] = vector(1, i);
-      beta_[i] = vector(2, i);
+    for (int i = 0; i < kHeldHeads; i++) {
+      vectors_[i][kShift] = vector(kShift, i);
+      vectors_[i][kGamma] = vector(kGamma, i);
+      vectors_[i][kBeta] = vector(kBeta, i);
     }
-    if constexpr (kHeld)
+    if constexpr (kHeld && Operand<T>::kHeld)
 #pragma unroll
       for (int which = 0; which < kMatrices; which++)
         held_[which] = Operand<T>::a(matrix_rows(p_, Matrix(which)), 0, 0);
@@ -223,6 +226,12 @@ class Mixing {
   REATTN_DEVICE float vector(int which, int lane_head) const {
     return load<float>(as<float>(at(p_.plan.vectors)) + (which * kPadded + 8 * lane_head + lane() / 4));
   }
+  REATTN_DEVICE float parameter(Vector which, int lane_head) const {
+    if constexpr (kHeld)
+      return vectors_[lane_head][which];
+    else
+      return vector(which, lane_head);
+  }
   static REATTN_DEVICE void add(Shared<float> place, float value, int turn) {
     store(place, turn ? load<float>(place) + value : value);
   }
@@ -230,7 +239,8 @@ class Mixing {
   template <class Function>
   REATTN_DEVICE void for_each_position(Function function) const {
     const int own = p_.plan.own, units = own * (p_.plan.tile / 16);
-    for (int unit = warp(); unit < units; unit += warps()) function(unit % own, unit / own * 16);
+#pragma unroll 1
+    for (int unit = warp_; unit < units; unit += p_.plan.warps) function(unit % own, unit / own * 16);
   }
 
   // All heads at 16 positions of a tile, a row a head.
@@ -269,8 +279,11 @@ class Mixing {
       const auto b = Operand<T>::b_by_depth(heads, step * Operand<T>::kDepth, 0);
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
-        const A a =
-            kHeld ? held_[which % kHeldMatrices] : Operand<T>::a(matrix_rows(p_, which), 16 * t, step * Operand<T>::kDepth);
+        A a;
+        if constexpr (kHeldMatrices)
+          a = held_[which];
+        else
+          a = Operand<T>::a(matrix_rows(p_, which), 16 * t, step * Operand<T>::kDepth);
         Operand<T>::multiply(tile[t][0], tile[t][1], a, b);
       }
     }
@@ -278,7 +291,7 @@ class Mixing {
 
   // The heads that are mixed, divided by their root mean square where there is a norm: docs/operator.md, section 2.
   REATTN_DEVICE void mix(Tile& mixed, float (&inverse_rms)[4], const Rows<T>& maps) const {
-    for_each_element<kPadded>([&](int tile, int right, int i, int head) { mixed[tile][right][i] = shift_[head]; });
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
     multiply(mixed, kMix, maps);
     if (!p_.gamma) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
@@ -289,14 +302,14 @@ class Mixing {
   REATTN_DEVICE void scale_and_shift(Tile& unit) const {
     if (!p_.gamma) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-      unit[tile][right][i] = fmaf(unit[tile][right][i], gamma_[head], beta_[head]);
+      unit[tile][right][i] = fmaf(unit[tile][right][i], parameter(kGamma, head), parameter(kBeta, head));
     });
   }
 
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
     float means[4];
-    for_each_element<kPadded>([&](int tile, int right, int i, int head) { grad[tile][right][i] *= gamma_[head]; });
+    for_each_element<kPadded>([&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
     // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
     over_heads(means, [&](float sum) { return sum / p_.heads; });
@@ -341,8 +354,9 @@ class Mixing {
   }
 
   const Params& p_;
-  float shift_[kLaneHeads], gamma_[kLaneHeads], beta_[kLaneHeads];
-  A held_[kHeldMatrices];
+  int warp_;
+  float vectors_[kHeldHeads + !kHeld][kVectors - 1];
+  A held_[kHeldMatrices + !kHeldMatrices];
 };
 
 }  // namespace reattn

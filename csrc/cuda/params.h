@@ -44,7 +44,7 @@ struct Params {
   Plan plan;
 };
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 384;   // which leaves a thread 168 registers
 constexpr int kPieceBytes = 128;  // of a row, in a stage
 constexpr int kChunk = 64;        // streamed rows whose scores a warp holds at once
 constexpr int kSlice = 256;       // rows that a block of grad_dot_out sums
@@ -54,10 +54,12 @@ constexpr int kVectors = 4;
 template <class T>
 constexpr int kPieceDims = kPieceBytes / int(sizeof(T));
 
-constexpr int padded_heads(int heads) { return heads <= 16 ? 16 : 32; }
-constexpr int heads_of_a_warp(int padded_heads) { return padded_heads / 16; }
+// Up to 12 heads have a warp each; more are mixed as 32, and three share a warp.
+constexpr int padded_heads(int heads) { return heads <= 12 ? 16 : 32; }
+constexpr int heads_of_a_warp(int padded_heads) { return padded_heads == 16 ? 1 : 3; }
 // Columns of an output that a block computes; more head_dim means more blocks.
 constexpr int out_dims(int padded_heads) { return padded_heads == 16 ? 64 : 32; }
+constexpr int key_dims(int padded_heads) { return padded_heads == 16 ? 64 : 16; }
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }

@@ -51,7 +51,8 @@ Plan make_plan(Kernel kernel, const Size& size, int shared_bytes, int multiproce
   const int streamed = round_up(std::max(query ? size.seqlen_k : size.seqlen, 1), 16);
   // Keys and values are read once for every block: taller ones read less, as long as they still occupy the card.
   const bool tall = (kernel == Kernel::kStatistics || kernel == Kernel::kForward) && size.element_bytes == 2 &&
-                    size.heads <= 16 && int64_t(size.batch) * ((size.seqlen + 31) / 32) >= multiprocessors;
+                    padded_heads(size.heads) == 16 && size.depth <= 64 &&
+                    int64_t(size.batch) * ((size.seqlen + 31) / 32) >= multiprocessors;
   const auto fits = [&](const Plan& plan) { return plan.bytes <= shared_bytes; };
   if (query)
     for (int own : {32, 16})

@@ -7,6 +7,17 @@
 
 namespace reattn {
 
+// Which rows a block owns, of which sample, and which columns of the output; and which of its warps this is.
+struct Place {
+  int sample, first_row, first_dim, warp;
+
+  REATTN_DEVICE Place(const Params& p, int out_dims)
+      : sample(block_x() / p.plan.blocks),
+        first_row(block_x() % p.plan.blocks * p.plan.own),
+        first_dim(block_y() * out_dims),
+        warp(reattn::warp()) {}
+};
+
 template <class T>
 REATTN_DEVICE T* head_rows(const Tensor& tensor, int sample, int head) {
   return static_cast<T*>(tensor.data) + (sample * tensor.batch_stride + head * tensor.head_stride);
@@ -15,93 +26,90 @@ REATTN_DEVICE T* head_rows(const Tensor& tensor, int sample, int head) {
 REATTN_DEVICE Shared<char> at(int offset) { return shared_memory() + offset; }
 
 // Some rows of one head, 16 at a time, head_dim cut in pieces that fit a stage: piece after piece, then the next rows.
-// Where there are two stages, a warp works on one while
-// the other is on its way.
+// Where there are two stages, a warp works on one while the other is on its way.
 template <class T>
 class Stream {
  public:
   // Rows first_row, ... of a tile; columns first_dim to last_dim - 1.
-  REATTN_DEVICE Stream(const Params& p, const Tensor& tensor, int sample, int head, int first_row, int rows,
+  REATTN_DEVICE Stream(const Params& p, const Tensor& tensor, const Place& place, int head, int first_row, int rows,
                        int first_dim, int last_dim)
-      : tensor_(tensor),
-        from_(head_rows<T>(tensor, sample, head)),
-        stages_(at(p.plan.staged + warp() * p.plan.stages * 16 * p.plan.stage_stride)),
-        stride_(p.plan.stage_stride),
-        ahead_(p.plan.stages - 1),
-        depth_(p.depth),
+      : p_(p),
+        tensor_(tensor),
         row_(first_row),
         end_(first_row + rows),
         dim_(first_dim),
         first_dim_(first_dim),
-        last_dim_(last_dim) {
-    fetch();
+        last_dim_(last_dim),
+        stages_(at(p.plan.staged + place.warp * p.plan.stages * 16 * p.plan.stage_stride)) {
+    // 8, 4 or 2 lanes copy a row.
+    const int bytes = smaller((last_dim - first_dim) * int(sizeof(T)), kPieceBytes);
+    const int lanes = bytes > 64 ? 8 : bytes > 32 ? 4 : 2;
+    rows_at_once_ = kWarp / lanes;
+    lane_row_ = lane() / lanes;
+    lane_dim_ = lane() % lanes * (16 / int(sizeof(T)));
+    from_ = head_rows<T>(tensor, place.sample, head) + lane_dim_;
+#pragma unroll 1
+    for (int stage = 0; stage < p.plan.stages; stage++) fetch();
   }
 
   // The next 16 rows of a piece; the warp gives them back by release.
   REATTN_DEVICE Rows<T> next() {
-    if (ahead_) {
-      fetch();
+    if (p_.plan.stages == 2)
       copies_arrived<1>();
-    } else {
+    else
       copies_arrived<0>();
-    }
     sync_warp();
-    return rows_at<T>(stage(taken_++), stride_);
+    return rows_at<T>(stages_ + turn_ * 16 * p_.plan.stage_stride, p_.plan.stage_stride);
   }
   REATTN_DEVICE void release() {
     sync_warp();
-    if (!ahead_) fetch();
+    fetch();
   }
 
  private:
-  REATTN_DEVICE Shared<char> stage(int turn) const { return stages_ + (turn & ahead_) * 16 * stride_; }
-
+  // Into the stage that was released last.
   REATTN_DEVICE void fetch() {
     if (row_ < end_) {
-      const int bytes = smaller(last_dim_ - dim_, kPieceDims<T>) * int(sizeof(T));
-      const int width = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
-      const Shared<char> to = stage(fetched_);
-      for (int byte = lane() * 16; byte < 16 * width; byte += kWarp * 16) {
-        const int row = byte / width, column = byte % width;
-        const int dim = dim_ + column / int(sizeof(T));
-        if (column < bytes)
-          copy_async(to + (row * stride_ + column), from_ + ((row_ + row) * tensor_.row_stride + dim),
-                     row_ + row < tensor_.rows && dim < depth_);
-      }
+      const T* from = from_ + ((row_ + lane_row_) * tensor_.row_stride + dim_);
+      const Shared<char> to =
+          stages_ + ((turn_ * 16 + lane_row_) * p_.plan.stage_stride + lane_dim_ * int(sizeof(T)));
+      const bool inside = dim_ + lane_dim_ < p_.depth;
+      if (dim_ + lane_dim_ < last_dim_)
+#pragma unroll 1
+        for (int row = 0; row < 16; row += rows_at_once_)
+          copy_async(to + row * p_.plan.stage_stride, from + row * tensor_.row_stride,
+                     inside && row_ + lane_row_ + row < tensor_.rows);
       dim_ += kPieceDims<T>;
       if (dim_ >= last_dim_) {
         dim_ = first_dim_;
         row_ += 16;
       }
     }
-    fetched_++;
+    turn_ = p_.plan.stages == 2 ? 1 - turn_ : 0;
     close_copies();
   }
 
+  const Params& p_;
   const Tensor& tensor_;
-  const T* from_;
+  int row_, end_, dim_, first_dim_, last_dim_;
   Shared<char> stages_;
-  int stride_, ahead_, depth_, row_, end_, dim_, first_dim_, last_dim_;
-  int fetched_ = 0, taken_ = 0;
+  int rows_at_once_, lane_row_, lane_dim_, turn_ = 0;
+  const T* from_;
 };
 
-// 16 x kTiles rows of one head, as operand a.
+// 16 x kTiles rows of one head, as operand a. Several tiles are for a head_dim of one piece.
 template <class T, int kTiles>
 class OwnRows {
   using A = typename Operand<T>::A;
   static constexpr int kSteps = kPieceDims<T> / Operand<T>::kDepth;
 
  public:
-  REATTN_DEVICE OwnRows(const Params& p, const Tensor& tensor, int sample, int head, int first_row)
-      : depth_(p.depth), pieces_((p.depth + kPieceDims<T> - 1) / kPieceDims<T>) {
-    const T* from = head_rows<T>(tensor, sample, head);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        const int row = first_row + 16 * tile + 8 * lower + lane() / 4;
-        rows_[tile][lower] = row < tensor.rows ? from + row * tensor.row_stride : nullptr;
-      }
+  REATTN_DEVICE OwnRows(const Params& p, const Tensor& tensor, const Place& place, int head)
+      : tensor_(tensor),
+        from_(head_rows<T>(tensor, place.sample, head)),
+        first_row_(place.first_row),
+        depth_(p.depth),
+        pieces_(kTiles > 1 ? 1 : (p.depth + kPieceDims<T> - 1) / kPieceDims<T>) {
     hold(0);
   }
 
@@ -109,7 +117,7 @@ class OwnRows {
   template <int kColumns>
   REATTN_DEVICE void multiply(float (&products)[kTiles][kColumns][4], int column, Stream<T>& stream) {
     for (int piece = 0; piece < pieces_; piece++) {
-      if (pieces_ > 1) hold(piece);
+      if (kTiles == 1 && pieces_ > 1) hold(piece);
       const Rows<T> stage = stream.next();
 #pragma unroll
       for (int step = 0; step < kSteps; step++)
@@ -129,8 +137,10 @@ class OwnRows {
   static constexpr int kHeldSteps = Operand<T>::kHeld ? kSteps : 1;
 
   REATTN_DEVICE A operand(int tile, int step, int piece) const {
-    return Operand<T>::a_from_device(rows_[tile][0], rows_[tile][1],
-                                     piece * kPieceDims<T> + step * Operand<T>::kDepth, depth_);
+    const int row = first_row_ + 16 * tile + lane() / 4;
+    const T* upper = row < tensor_.rows ? from_ + row * tensor_.row_stride : nullptr;
+    const T* lower = row + 8 < tensor_.rows ? from_ + (row + 8) * tensor_.row_stride : nullptr;
+    return Operand<T>::a_from_device(upper, lower, piece * kPieceDims<T> + step * Operand<T>::kDepth, depth_);
   }
   REATTN_DEVICE void hold(int piece) {
     if constexpr (Operand<T>::kHeld)
@@ -140,8 +150,9 @@ class OwnRows {
         for (int step = 0; step < kSteps; step++) held_[tile][step] = operand(tile, step, piece);
   }
 
-  const T* rows_[kTiles][2];
-  int depth_, pieces_;
+  const Tensor& tensor_;
+  const T* from_;
+  int first_row_, depth_, pieces_;
   A held_[kTiles][kHeldSteps];
 };
 
@@ -151,6 +162,7 @@ template <class T, int kTiles, int kColumns>
 REATTN_DEVICE void multiply_maps(float (&sums)[kTiles][kColumns][4], const Rows<T>& maps, int streamed_rows,
                                  Stream<T>& stream, int dims) {
   constexpr int kPieceColumns = kPieceDims<T> / 8 < kColumns ? kPieceDims<T> / 8 : kColumns;
+#pragma unroll 1
   for (int group = 0; group < streamed_rows; group += 16) {
 #pragma unroll
     for (int first = 0; first < kColumns; first += kPieceColumns)
@@ -175,21 +187,21 @@ REATTN_DEVICE void multiply_maps(float (&sums)[kTiles][kColumns][4], const Rows<
   }
 }
 
-// Writes sums * factor as rows of a head; columns from first_dim on.
+// Writes sums * factor as rows of a head; columns from place.first_dim on.
 template <class T, int kTiles, int kColumns>
-REATTN_DEVICE void store_rows(const Params& p, const Tensor& tensor, int sample, int head, int first_row,
-                              int first_dim, const float (&sums)[kTiles][kColumns][4], float factor) {
-  T* to = head_rows<T>(tensor, sample, head);
+REATTN_DEVICE void store_rows(const Params& p, const Tensor& tensor, const Place& place, int head,
+                              const float (&sums)[kTiles][kColumns][4], float factor) {
+  T* to = head_rows<T>(tensor, place.sample, head);
   const bool pairs = p.head_dim % 2 == 0;
 #pragma unroll
   for (int tile = 0; tile < kTiles; tile++)
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
-      const int row = first_row + 16 * tile + 8 * lower + lane() / 4;
+      const int row = place.first_row + 16 * tile + 8 * lower + lane() / 4;
       if (row >= tensor.rows) continue;
 #pragma unroll
       for (int column = 0; column < kColumns; column++) {
-        const int dim = first_dim + column * 8 + lane() % 4 * 2;
+        const int dim = place.first_dim + column * 8 + lane() % 4 * 2;
         T* place = to + (row * tensor.row_stride + dim);
         const float first = sums[tile][column][2 * lower] * factor, second = sums[tile][column][2 * lower + 1] * factor;
         if (pairs) {

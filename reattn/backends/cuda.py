@@ -294,7 +294,7 @@ def _call(query: Tensor, key: Tensor, head_dim: int | None = None) -> Any:
 
 def _partial_sums(query: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
     """Of each block: vectors (3, padded heads) and products (padded heads, padded heads)."""
-    blocks, padded = query.shape[0] * plan.blocks, 16 if query.shape[1] <= 16 else 32
+    blocks, padded = query.shape[0] * plan.blocks, 16 if query.shape[1] <= 12 else 32
     return (
         query.new_empty(blocks, 3, padded, dtype=torch.float32),
         query.new_empty(blocks, padded, padded, dtype=torch.float32),
