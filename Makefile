@@ -8,14 +8,14 @@ GPU_WORKERS ?= 8
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/cpu/*.h csrc/cpu/*.cpp benchmarks/*.cpp tests/cpu/*.h tests/cpu/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp tests/*/*.h tests/*/*.cpp)
 GPU_OUT := $(or $(OUT),out/gpu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension demo test sanitize lint format bench aot gpu clean
+.PHONY: help extension emulated demo test sanitize lint format bench aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -24,11 +24,14 @@ help: ## list the targets
 extension: $(STAMP) ## compile the CPU backend's kernels, where they changed
 	$(PY) setup.py --quiet build_ext --inplace
 
+emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run it without a GPU
+	$(PY) tests/cuda/build.py out/emulated
+
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
-test: extension ## run the tests in WORKERS processes (default 2)
+test: extension emulated ## run the tests in WORKERS processes (default 2)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
 
 # The library lies beside the one that everything else uses. What malloc hands out is filled with NaN. Reports go past
@@ -84,5 +87,5 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages of constraints.txt into $(VENV); the first time takes a few minutes."
 	$(PIP_INSTALL) ninja pybind11 setuptools
-	REATTN_BUILD_CPU=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	REATTN_BUILD_CPU=0 REATTN_BUILD_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@

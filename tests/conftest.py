@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import os
+import pathlib
 import sys
 
 import pytest
@@ -18,6 +19,13 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
+# So do the CUDA backend's kernels, compiled for the host.
+EMULATED = pathlib.Path(__file__).parents[1] / "out" / "emulated"
+spec = importlib.machinery.PathFinder.find_spec("_cuda", [str(EMULATED)])
+if spec and not torch.cuda.is_available():
+    sys.modules["reattn._cuda"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["reattn._cuda"])
+
 from parity import FUSED, device_of  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,7 +39,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    from reattn.backends import cpu
+    from reattn.backends import cpu, cuda
 
     skipped = {}
     if not torch.cuda.is_available():
@@ -39,6 +47,8 @@ def pytest_collection_modifyitems(items):
     # Where the extension has to be there, as in CI, its tests fail and say why it is not.
     if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
         skipped["extension"] = "needs the CPU extension"
+    if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
+        skipped["cuda"] = "needs the CUDA extension, or `make emulated`"
     for item in items:
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skipped[marker]))

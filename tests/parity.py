@@ -25,7 +25,11 @@ MODES = {
     "none": (None, False),
 }
 STATISTICS = ("running_mean", "running_var")
-FUSED = ("triton", pytest.param("cpu", marks=pytest.mark.extension))
+FUSED = (
+    "triton",
+    pytest.param("cuda", marks=pytest.mark.cuda),
+    pytest.param("cpu", marks=pytest.mark.extension),
+)
 BACKENDS = (*FUSED, "reference")
 ORDERS = 12
 

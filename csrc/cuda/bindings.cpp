@@ -50,6 +50,7 @@ Params params(const Call& call, const Plan& plan, Address seed, float scale, dou
   p.keep_scale = float(1 / (1 - dropout_p));
   p.drop_below = uint32_t(dropout_p * 4294967295.0);
   p.heads = call.heads, p.head_dim = call.head_dim, p.depth = call.depth;
+  p.inverse_heads = 1.0f / float(call.heads);
   p.plan = plan;
   return p;
 }

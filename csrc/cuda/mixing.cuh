@@ -238,9 +238,10 @@ class Mixing {
 
   template <class Function>
   REATTN_DEVICE void for_each_position(Function function) const {
-    const int own = p_.plan.own, units = own * (p_.plan.tile / 16);
+    const int log2_own = p_.plan.own == 32 ? 5 : 4, units = p_.plan.tile / 16 << log2_own;
 #pragma unroll 1
-    for (int unit = warp_; unit < units; unit += p_.plan.warps) function(unit % own, unit / own * 16);
+    for (int unit = warp_; unit < units; unit += p_.plan.warps) 
+      function(unit & (p_.plan.own - 1), unit >> log2_own << 4);
   }
 
   // All heads at 16 positions of a tile, a row a head.
@@ -295,7 +296,7 @@ class Mixing {
     multiply(mixed, kMix, maps);
     if (!p_.gamma) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
-    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum / p_.heads + p_.eps); });
+    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum * p_.inverse_heads + p_.eps); });
     for_each_element<kPadded>(
         [&](int tile, int right, int i, int) { mixed[tile][right][i] *= inverse_rms[2 * right + i % 2]; });
   }
@@ -312,13 +313,13 @@ class Mixing {
     for_each_element<kPadded>([&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
     // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum / p_.heads; });
+    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       const bool inside = 8 * head + lane() / 4 < p_.heads;
       grad[tile][right][i] = inside ? grad[tile][right][i] - means[2 * right + i % 2] : 0.0f;
     });
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i] * unit[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum / p_.heads; });
+    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
     for_each_element<kPadded>([&](int tile, int right, int i, int) {
       const int position = 2 * right + i % 2;
       grad[tile][right][i] = inverse_rms[position] * (grad[tile][right][i] - unit[tile][right][i] * means[position]);

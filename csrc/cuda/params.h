@@ -40,6 +40,7 @@ struct Params {
   uint32_t drop_below;
   bool lse_known;
   int heads, head_dim;
+  float inverse_heads;
   int depth;  // columns that may be read: head_dim, or more with zeros; a multiple of 16 bytes
   Plan plan;
 };

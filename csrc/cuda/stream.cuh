@@ -41,13 +41,9 @@ class Stream {
         first_dim_(first_dim),
         last_dim_(last_dim),
         stages_(at(p.plan.staged + place.warp * p.plan.stages * 16 * p.plan.stage_stride)) {
-    // 8, 4 or 2 lanes copy a row.
-    const int bytes = smaller((last_dim - first_dim) * int(sizeof(T)), kPieceBytes);
-    const int lanes = bytes > 64 ? 8 : bytes > 32 ? 4 : 2;
-    rows_at_once_ = kWarp / lanes;
-    lane_row_ = lane() / lanes;
-    lane_dim_ = lane() % lanes * (16 / int(sizeof(T)));
-    from_ = head_rows<T>(tensor, place.sample, head) + lane_dim_;
+    const int bytes = (last_dim - first_dim) * int(sizeof(T));
+    log2_lanes_ = bytes > 64 ? 3 : bytes > 32 ? 2 : 1;  // that copy a row
+    from_ = head_rows<T>(tensor, place.sample, head);
 #pragma unroll 1
     for (int stage = 0; stage < p.plan.stages; stage++) fetch();
   }
@@ -70,15 +66,14 @@ class Stream {
   // Into the stage that was released last.
   REATTN_DEVICE void fetch() {
     if (row_ < end_) {
-      const T* from = from_ + ((row_ + lane_row_) * tensor_.row_stride + dim_);
-      const Shared<char> to =
-          stages_ + ((turn_ * 16 + lane_row_) * p_.plan.stage_stride + lane_dim_ * int(sizeof(T)));
-      const bool inside = dim_ + lane_dim_ < p_.depth;
-      if (dim_ + lane_dim_ < last_dim_)
+      const int byte = (lane() & ((1 << log2_lanes_) - 1)) * 16;
+      const int dim = dim_ + byte / int(sizeof(T));
+      if (dim < last_dim_)
 #pragma unroll 1
-        for (int row = 0; row < 16; row += rows_at_once_)
-          copy_async(to + row * p_.plan.stage_stride, from + row * tensor_.row_stride,
-                     inside && row_ + lane_row_ + row < tensor_.rows);
+        for (int row = lane() >> log2_lanes_; row < 16; row += kWarp >> log2_lanes_)
+          copy_async(stages_ + ((turn_ * 16 + row) * p_.plan.stage_stride + byte),
+                     from_ + ((row_ + row) * tensor_.row_stride + dim),
+                     row_ + row < tensor_.rows && dim < p_.depth);
       dim_ += kPieceDims<T>;
       if (dim_ >= last_dim_) {
         dim_ = first_dim_;
@@ -93,7 +88,7 @@ class Stream {
   const Tensor& tensor_;
   int row_, end_, dim_, first_dim_, last_dim_;
   Shared<char> stages_;
-  int rows_at_once_, lane_row_, lane_dim_, turn_ = 0;
+  int log2_lanes_, turn_ = 0;
   const T* from_;
 };
 
