@@ -183,6 +183,12 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     }
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fails, naming the tensors, if two results of ``compute`` differ in a single bit."""
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
 def assert_parity(problem: Problem, backend: str, times: float = 2.0) -> None:
     """Fails, naming tensor and errors, if the backend is less exact than eager arithmetic in the same dtype.
 

@@ -1,6 +1,5 @@
 """The CPU backend: instruction sets, threads, long rows, layouts, conversions, processes and memory."""
 
-import functools
 import json
 import os
 import random
@@ -11,18 +10,17 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 import torch
-from parity import MODES, assert_parity, compute, drawn_mask, make_problem
+from fuzz import FLOATS, random_problem, with_mask
+from parity import MODES, assert_parity, assert_same, compute, drawn_mask, make_problem
 
 from reattn import re_attention
 from reattn.backends import Request, choose, cpu
 
 pytestmark = pytest.mark.extension
 modes = pytest.mark.parametrize("mode", MODES)
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 REQUEST = Request(torch.device("cpu"), torch.float32, 3, 16)
@@ -47,21 +45,6 @@ def use_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
-
-
-# Of a long row a mask takes its time.
-mask_of = functools.cache(drawn_mask)
-
-
-def with_mask(problem, **sizes):
-    """The same problem, and the dropout mask for the reference, if there is any."""
-    dropout_p = problem.options["dropout_p"]
-    return replace(problem, keep=mask_of("cpu", **sizes, head_dim=128, dropout_p=dropout_p)) if dropout_p else problem
 
 
 # Whole vectors, ragged ones, less than one.
@@ -143,7 +126,7 @@ def test_threads_change_nothing(mode, dropout_p, batch, use_threads):
 def test_long_rows(mode, dropout_p, seqlen_k, isa):
     sizes = {"heads": 32, "seqlen": 9, "seqlen_k": seqlen_k, "batch": 1}
     problem = make_problem(mode, **sizes, head_dim=8, dropout_p=dropout_p)
-    assert_parity(with_mask(problem, **sizes), "cpu")
+    assert_parity(with_mask(problem, "cpu", **sizes), "cpu")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -152,7 +135,7 @@ def test_several_waves(mode, dropout_p):
     """Keys and values are packed for a part of the batch at a time: three samples forward, one backward."""
     sizes = {"heads": 32, "seqlen": 5, "seqlen_k": 160, "batch": 5}
     problem = make_problem(mode, **sizes, head_dim=128, dropout_p=dropout_p)
-    assert_parity(with_mask(problem, **sizes), "cpu")
+    assert_parity(with_mask(problem, "cpu", **sizes), "cpu")
 
 
 @modes
@@ -166,53 +149,6 @@ def test_negative_scale(mode, isa):
     assert_same(found, expected | {"query gradient": -expected["query gradient"]})
 
 
-def laid_out(tensor, draw, may_expand):
-    """The tensor with strides of one kind or another, NaN between its elements; how."""
-    kind = draw.choice(["as it was", "permuted", "sliced", *["expanded"] * bool(may_expand)])
-    if kind == "permuted":
-        order = draw.sample(range(4), 4)
-        return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)]), f"permuted {order}"
-    if kind == "sliced":
-        steps = [draw.randint(1, 3) for _ in range(4)]
-        around = [2 + step * size for step, size in zip(steps, tensor.shape, strict=True)]
-        slices = tuple(slice(1, -1, step) for step in steps)
-        return tensor.new_full(around, float("nan"))[slices].copy_(tensor), f"sliced {steps}"
-    if kind == "expanded":
-        dim = draw.choice(may_expand)
-        return tensor.narrow(dim, 0, 1).expand(tensor.shape), f"expanded {dim}"
-    return tensor, kind
-
-
-def random_problem(draw):
-    """Anything that the backend takes, and what it is made of."""
-    mode = draw.choice(list(MODES))
-    sizes = {
-        "heads": draw.choice([draw.randint(1, 12), draw.randint(1, 32)]),
-        "seqlen": draw.randint(1, 60),
-        "seqlen_k": draw.randint(2, 80),
-        "batch": draw.randint(1, 3),
-    }
-    options = {
-        "head_dim": draw.choice([draw.choice([16, 32, 64]), draw.randint(1, 128)]),
-        "dtype": draw.choice(list(FLOATS.values())),
-        "parameter_dtype": draw.choice([torch.float32, torch.bfloat16]),
-        # Without a scale the maps have no variance to divide by.
-        "scale": draw.choice([None, 0.3, -0.2, -0.2 if mode == "batch-training" else 0.0]),
-        "output_scale": draw.choice([1.0, 0.5]),
-        "dropout_p": draw.choice([0.0, 0.3, 0.8]),
-    }
-    absent = [name for name in ("bias", "norm_weight", "norm_bias") if draw.random() < 0.3]
-    problem = make_problem(mode, **sizes, **options).with_tensors(**dict.fromkeys(absent))
-    layouts = {}
-    for name in ("query", "key", "value", "grad"):
-        # A sixteenth: the sums of eager arithmetic stay within float16.
-        tensor = problem.grad / 16 if name == "grad" else problem[name]
-        dims = [0, 1, 3] if mode == "batch-training" and name == "key" else [0, 1, 2, 3]
-        tensor, layouts[name] = laid_out(tensor, draw, dims)
-        problem = replace(problem, grad=tensor) if name == "grad" else problem.with_tensors(**{name: tensor})
-    return with_mask(problem, **sizes), {"mode": mode, **sizes, **options, "absent": absent, **layouts}
-
-
 @pytest.mark.parametrize("seed", range(int(os.environ.get("REATTN_FUZZ", "60"))))
 def test_random_problems(seed, monkeypatch):
     """Where so many are compared, a gradient that comes out right by luck in eager arithmetic is no rarity."""
@@ -221,7 +157,7 @@ def test_random_problems(seed, monkeypatch):
     monkeypatch.setenv("REATTN_CPU_ISA", settings["isa"])
     # As the backend sees it: the reference takes longer on threads that share a core.
     monkeypatch.setattr(torch, "get_num_threads", lambda: settings["threads"])
-    problem, made_of = random_problem(draw)
+    problem, made_of = random_problem(draw, "cpu")
     print(f"seed {seed}: {settings | made_of}")
     assert_parity(problem, "cpu", times=4)
 

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_key_kernel(const __grid_
 #pragma unroll 1
   for (int first = 0; first < p.query.rows; first += p.plan.tile) {
     for (int head = place.warp; head < p.heads; head += p.plan.warps) {
-      fill_maps<T, 1, true>(p, place, head, first);
+      fill_maps<T, 1, true, false>(p, place, head, first);
       fill_gradients<T, true>(p, place, head, first);
     }
     sync_block();

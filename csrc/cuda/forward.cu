@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!one_sweep)
       for (int head = place.warp; head < p.heads; head += p.plan.warps)
-        fill_maps<T, kTiles, false>(p, place, head, first);
+        fill_maps<T, kTiles, false, false>(p, place, head, first);
     sync_block();
     Mixing<T, kPadded> mixing(p, place);
     mixing.forward();

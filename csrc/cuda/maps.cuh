@@ -132,8 +132,14 @@ class Softmax {
 #pragma unroll
       for (int group = 0; group < kChunk / 16; group++)
         if (chunk + 16 * group < p.key.rows) own.multiply(scores, 2 * group, keys);
+      if (chunk + kChunk > p.key.rows)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++)
+#pragma unroll
+          for (int i = 0; i < kChunk / 2; i++)
+            if (chunk + i / 4 * 8 + lane() % 4 * 2 + i % 2 >= p.key.rows) scores[tile][i / 4][i % 4] = kMinusInfinity;
       for_each_row<kTiles>([&](int tile, int lower, int row) {
-        add_chunk(p, chunk, tile, lower, scores[tile]);
+        add_chunk(p, tile, lower, scores[tile]);
         if (!p.plan.resident) return;
         if (lane() % 4 == 0) store(maximum(p, place, row, chunk), largest_[tile][lower]);
 #pragma unroll
@@ -157,18 +163,22 @@ class Softmax {
     const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
     float total = 0;
     for_each_row<kTiles>([&](int tile, int lower, int own) {
-      const bool row_inside = place.first_row + own < p.query.rows;
-      const float share = 1 / sum_[tile][lower];
-      float factor = 0;
-      for (int column = 0; column < p.plan.tile; column += 8) {
-        if (column % kChunk == 0)
-          factor = fast_exp2(load<float>(maximum(p, place, own, column)) - largest_[tile][lower]) * share;
-        const int key = column + lane() % 4 * 2;
-        const float2 unscaled = Operand<T>::pair(maps.at(own, key));
-        const float first = row_inside && key < p.key.rows ? unscaled.x * factor - p.centre : 0.0f;
-        const float second = row_inside && key + 1 < p.key.rows ? unscaled.y * factor - p.centre : 0.0f;
-        Operand<T>::set_pair(maps.at(own, key), first, second);
-        total += first + second;
+      // Zero in rows outside the sequence.
+      const bool inside = place.first_row + own < p.query.rows;
+      const float centre = inside ? p.centre : 0.0f, share = inside ? 1 / sum_[tile][lower] : 0.0f;
+      for (int chunk = 0; chunk < p.plan.tile; chunk += kChunk) {
+        const float factor = fast_exp2(load<float>(maximum(p, place, own, chunk)) - largest_[tile][lower]) * share;
+        const int end = smaller(chunk + kChunk, p.plan.tile);
+        for (int key = chunk + lane() % 4 * 2; key < end; key += 8) {
+          const float2 unscaled = Operand<T>::pair(maps.at(own, key));
+          float2 centred = {fmaf(unscaled.x, factor, -centre), fmaf(unscaled.y, factor, -centre)};
+          if (end > p.key.rows) {
+            if (key >= p.key.rows) centred.x = 0;
+            if (key + 1 >= p.key.rows) centred.y = 0;
+          }
+          Operand<T>::set_pair(maps.at(own, key), centred.x, centred.y);
+          total += centred.x + centred.y;
+        }
       }
     });
     return drop_out<T, false>(p, place, head, 0, total);
@@ -176,23 +186,19 @@ class Softmax {
 
  private:
   // Takes a row's scores of a chunk into its sum, and makes them exp2(scaled - largest so far).
-  REATTN_DEVICE void add_chunk(const Params& p, int chunk, int tile, int lower, float (&scores)[kChunk / 8][4]) {
+  REATTN_DEVICE void add_chunk(const Params& p, int tile, int lower, float (&scores)[kChunk / 8][4]) {
     float largest = kMinusInfinity;
 #pragma unroll
-    for (int i = 0; i < kChunk / 4; i++) {
-      float& score = scores[i / 2][2 * lower + i % 2];
-      const int key = chunk + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-      score = key < p.key.rows ? rounded_product(score, p.scale_log2) : kMinusInfinity;
-      largest = larger(largest, score);
-    }
-    largest = larger(largest_[tile][lower], over_quad(largest, [](float a, float b) { return larger(a, b); }));
+    for (int i = 0; i < kChunk / 4; i++) largest = larger(largest, scores[i / 2][2 * lower + i % 2]);
+    largest = over_quad(largest, [](float a, float b) { return larger(a, b); }) * p.scale_log2;
+    largest = larger(largest_[tile][lower], largest);
     // A row of -inf so far would give inf - inf.
     const float shift = largest == kMinusInfinity ? 0.0f : largest;
     float sum = sum_[tile][lower] * fast_exp2(largest_[tile][lower] - shift);
 #pragma unroll
     for (int i = 0; i < kChunk / 4; i++) {
       float& score = scores[i / 2][2 * lower + i % 2];
-      score = fast_exp2(score - shift);
+      score = fast_exp2(rounded_product(score, p.scale_log2) - shift);
       sum += score;
     }
     largest_[tile][lower] = largest;
@@ -227,12 +233,13 @@ REATTN_DEVICE void for_each_product(const Params& p, const Tensor& own_tensor, c
   }
 }
 
-// A head's tile of maps from scores whose LSE is known, dropped out and centred; this lane's sum of them.
-template <class T, int kTiles, bool kOwnKeys>
+// A head's tile of maps from scores whose LSE is known, dropped out and centred; this lane's sum of them. Keys outside
+// the sequence are zero, and rows outside it if that is asked for; else they only do no harm.
+template <class T, int kTiles, bool kOwnKeys, bool kZeroRows>
 REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int first_streamed) {
   const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
   const auto lse_of = [&](int row) {
-    return row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : 0.0f;
+    return row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : -kMinusInfinity;
   };
   float total = 0, own_lse[kTiles][2];
   if constexpr (!kOwnKeys)
@@ -241,15 +248,19 @@ REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int
   for_each_product<T, kTiles>(
       p, kOwnKeys ? p.key : p.query, kOwnKeys ? p.query : p.key, place, head, first_streamed,
       [&](int tile, int lower, int own, int streamed, float first, float second) {
-        float centred[2];
+        float centred[2] = {first, second};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const int row = kOwnKeys ? first_streamed + streamed + i : place.first_row + own;
-          const int key = kOwnKeys ? place.first_row + own : first_streamed + streamed + i;
-          const float lse = kOwnKeys ? lse_of(row) : own_lse[tile][lower];
-          const float prob = fast_exp2(rounded_product(i ? second : first, p.scale_log2) - lse);
-          centred[i] = row < p.query.rows && key < p.key.rows ? prob - p.centre : 0.0f;
+          const float lse = kOwnKeys ? lse_of(first_streamed + streamed + i) : own_lse[tile][lower];
+          // Rounded as it was when the LSE was made of it: the largest of scores in the millions shall have the
+          // exponent zero.
+          centred[i] = fast_exp2(rounded_product(centred[i], p.scale_log2) - lse) - p.centre;
         }
+        if (!kOwnKeys && first_streamed + (streamed | 7) >= p.key.rows)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (first_streamed + streamed + i >= p.key.rows) centred[i] = 0;
+        if (kZeroRows && place.first_row + own >= p.query.rows) centred[0] = centred[1] = 0;
         Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
         total += centred[0] + centred[1];
       });

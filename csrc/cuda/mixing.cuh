@@ -251,7 +251,7 @@ class Mixing {
   }
   REATTN_DEVICE void get(const Rows<T>& heads, Tile& tile) const {
     for_each_pair([&](int t, int right, int lower, int head, int position) {
-      const float2 pair = head < p_.heads ? Operand<T>::pair(heads.at(head, position)) : float2{0, 0};
+      const float2 pair = head < p_.heads ? Operand<T>::pair(heads.inside(head, position)) : float2{0, 0};
       tile[t][right][2 * lower] = pair.x;
       tile[t][right][2 * lower + 1] = pair.y;
     });
@@ -259,7 +259,7 @@ class Mixing {
   REATTN_DEVICE void set(const Rows<T>& heads, const Tile& tile) const {
     for_each_pair([&](int t, int right, int lower, int head, int position) {
       if (head < p_.heads)
-        Operand<T>::set_pair(heads.at(head, position), tile[t][right][2 * lower], tile[t][right][2 * lower + 1]);
+        Operand<T>::set_pair(heads.inside(head, position), tile[t][right][2 * lower], tile[t][right][2 * lower + 1]);
     });
   }
   template <class Function>
@@ -292,8 +292,14 @@ class Mixing {
 
   // The heads that are mixed, divided by their root mean square where there is a norm: docs/operator.md, section 2.
   REATTN_DEVICE void mix(Tile& mixed, float (&inverse_rms)[4], const Rows<T>& maps) const {
-    for_each_element<kPadded>([&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
-    multiply(mixed, kMix, maps);
+    if constexpr (kHeldMatrices == kMatrices) {
+      const auto b = Operand<T>::b_by_depth(maps, 0, 0);
+      Operand<T>::multiply_from(mixed[0][0], mixed[0][1], held_[kMix], b, parameter(kShift, 0), parameter(kShift, 1));
+    } else {
+      for_each_element<kPadded>(
+          [&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
+      multiply(mixed, kMix, maps);
+    }
     if (!p_.gamma) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
     over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum * p_.inverse_heads + p_.eps); });

@@ -19,8 +19,9 @@ struct Rows {
   Shared<T> zeros;
 
   REATTN_DEVICE Shared<T> at(int row, int column) const {
-    return row < count ? first + (row * stride + column) : zeros;
+    return row < count ? inside(row, column) : zeros;
   }
+  REATTN_DEVICE Shared<T> inside(int row, int column) const { return first + (row * stride + column); }
 };
 
 template <class T>
@@ -72,6 +73,12 @@ struct Operand {
   static REATTN_DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) {
     multiply_add<T>(left, a.part, {b.part[0], b.part[1]});
     multiply_add<T>(right, a.part, {b.part[2], b.part[3]});
+  }
+  // The same from upper in rows g and lower in rows g + 8.
+  static REATTN_DEVICE void multiply_from(float (&left)[4], float (&right)[4], const A& a, const B& b, float upper,
+                                          float lower) {
+    reattn::multiply_from<T>(left, a.part, {b.part[0], b.part[1]}, upper, lower);
+    reattn::multiply_from<T>(right, a.part, {b.part[2], b.part[3]}, upper, lower);
   }
 
   // Two neighbours, the first at an even column.

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const __grid_co
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!p.plan.resident)
       for (int head = place.warp; head < p.heads; head += p.plan.warps)
-        add(head, fill_maps<T, kTiles, false>(p, place, head, first));
+        add(head, fill_maps<T, kTiles, false, true>(p, place, head, first));
     sync_block();
     mixing.add_map_products(sums);
     sync_block();

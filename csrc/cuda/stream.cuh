@@ -66,14 +66,15 @@ class Stream {
   // Into the stage that was released last.
   REATTN_DEVICE void fetch() {
     if (row_ < end_) {
-      const int byte = (lane() & ((1 << log2_lanes_) - 1)) * 16;
-      const int dim = dim_ + byte / int(sizeof(T));
-      if (dim < last_dim_)
-#pragma unroll 1
-        for (int row = lane() >> log2_lanes_; row < 16; row += kWarp >> log2_lanes_)
-          copy_async(stages_ + ((turn_ * 16 + row) * p_.plan.stage_stride + byte),
-                     from_ + ((row_ + row) * tensor_.row_stride + dim),
-                     row_ + row < tensor_.rows && dim < p_.depth);
+      const int byte = (lane() & ((1 << log2_lanes_) - 1)) * 16, dim = dim_ + byte / int(sizeof(T));
+      if (dim < last_dim_) {
+        if (log2_lanes_ == 3)
+          copy<4>(byte, dim);
+        else if (log2_lanes_ == 2)
+          copy<8>(byte, dim);
+        else
+          copy<16>(byte, dim);
+      }
       dim_ += kPieceDims<T>;
       if (dim_ >= last_dim_) {
         dim_ = first_dim_;
@@ -82,6 +83,20 @@ class Stream {
     }
     turn_ = p_.plan.stages == 2 ? 1 - turn_ : 0;
     close_copies();
+  }
+
+  template <int kRowsAtOnce>
+  REATTN_DEVICE void copy(int byte, int dim) const {
+    const int first = lane() >> log2_lanes_;
+    const T* from = from_ + ((row_ + first) * tensor_.row_stride + dim);
+    Shared<char> to = stages_ + ((turn_ * 16 + first) * p_.plan.stage_stride + byte);
+    const int rows = dim < p_.depth ? tensor_.rows - row_ - first : 0;
+#pragma unroll
+    for (int row = 0; row < 16; row += kRowsAtOnce) {
+      copy_async(to, from, row < rows);
+      from += kRowsAtOnce * tensor_.row_stride;
+      to = to + kRowsAtOnce * p_.plan.stage_stride;
+    }
   }
 
   const Params& p_;

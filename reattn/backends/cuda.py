@@ -107,6 +107,7 @@ def statistics(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if not query.numel():
         return query.new_zeros(heads, dtype=torch.float64), query.new_zeros(heads, heads, dtype=torch.float64), lse
+    query, scale, _ = _positive_scale(query, scale)
     query, key = _aligned(query), _aligned(key)
     call, plan = _call(query, key), _plan("statistics", query, key, dropout_p)
     vectors, products = _partial_sums(query, plan)
@@ -152,6 +153,7 @@ def forward(
     )
     if query.numel():
         head_dim = query.shape[3]
+        query, scale, _ = _positive_scale(query, scale)
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
         parameters = [None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta)]
         _cuda.forward(
@@ -196,6 +198,7 @@ def backward(
             tensor.zero_()
         norm = (empty, empty.clone()) if gamma is None else (torch.zeros_like(gamma), torch.zeros_like(gamma))
         return *grads, torch.zeros_like(weight), torch.zeros_like(shift), *norm
+    query, scale, sign = _positive_scale(query, scale)
     grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     centre = _centre(key)
@@ -222,6 +225,8 @@ def backward(
     # The kernel sums products of the centred maps.
     grad_weight = (_summed(products, heads) + grad_shift * centre).float()
     norm = (empty, empty.clone()) if gamma is None else (grad_gamma.float(), grad_beta.float())
+    if sign != 1:
+        grad_query = grad_query * sign
     return grad_query, grad_key, grad_value, grad_weight, grad_shift.float(), *norm
 
 
@@ -234,6 +239,14 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     partial = out.new_empty(batch * -(-seqlen // _cuda.SLICE), heads, dtype=torch.float32)
     _cuda.grad_dot_out(_call(out, out, head_dim), _argument(grad), _argument(out), _address(partial))
     return partial.sum(0, dtype=torch.float64).float()
+
+
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """The same scores from a scale above zero, where the largest product gives the largest score; and what the gradient
+    of the query is to be multiplied by."""
+    if scale > 0:
+        return query, scale, 1.0
+    return (-query, -scale, -1.0) if scale < 0 else (query * 0, 1.0, 0.0)
 
 
 def _float32(number: float) -> float:
