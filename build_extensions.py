@@ -49,7 +49,7 @@ CUDA_KERNELS = ("backward_key", "backward_query", "forward", "statistics", "grad
 CUDA_ELEMENTS = ("Half", "BFloat16", "float")
 # What REATTN_CUDA_ARCHS replaces. Machine code runs on later minor versions too: that of 8.0 on 8.6 and 8.9, of 10.0 on
 # 10.3, of 12.0 on 12.1. The driver compiles the PTX for everything else.
-CUDA_ARCHS = "80+PTX;90;100;120"
+CUDA_ARCHS = "80+PTX;86;89;90;100;120"
 OLDEST_CUDA_ARCH = 75
 # The sources tell apart no architectures from this one on: the compiler's first half runs once for all of them.
 CUDA_PTX_ARCH = 80

@@ -48,10 +48,12 @@ __global__ void __launch_bounds__(kMaxThreads) backward_key_kernel(const __grid_
   });
 }
 
-template <>
-void backward_key<REATTN_ELEMENT>(const Params& p, const Launch& how) {
-  if (padded_heads(p.heads) == 16) return start(backward_key_kernel<REATTN_ELEMENT, 16>, "backward_key", p, how);
-  start(backward_key_kernel<REATTN_ELEMENT, 32>, "backward_key", p, how);
+template <class T>
+void backward_key(const Params& p, const Launch& how) {
+  if (padded_heads(p.heads) == 16) return start(backward_key_kernel<T, 16>, "backward_key", p, how);
+  start(backward_key_kernel<T, 32>, "backward_key", p, how);
 }
+
+template void backward_key<REATTN_ELEMENT>(const Params& p, const Launch& how);
 
 }  // namespace reattn

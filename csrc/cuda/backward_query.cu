@@ -73,10 +73,12 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
   });
 }
 
-template <>
-void backward_query<REATTN_ELEMENT>(const Params& p, const Launch& how) {
-  if (padded_heads(p.heads) == 16) return start(backward_query_kernel<REATTN_ELEMENT, 16>, "backward_query", p, how);
-  start(backward_query_kernel<REATTN_ELEMENT, 32>, "backward_query", p, how);
+template <class T>
+void backward_query(const Params& p, const Launch& how) {
+  if (padded_heads(p.heads) == 16) return start(backward_query_kernel<T, 16>, "backward_query", p, how);
+  start(backward_query_kernel<T, 32>, "backward_query", p, how);
 }
+
+template void backward_query<REATTN_ELEMENT>(const Params& p, const Launch& how);
 
 }  // namespace reattn

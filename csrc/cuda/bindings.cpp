@@ -191,6 +191,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "(bytes of shared memory that a block may have, multiprocessors)");
   m.def("count_devices", &count_devices);
+  m.def("check_device", &check_device<Half>, "Raises where the extension holds nothing that this device can run.");
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("statistics", &run_statistics, without_gil);
   m.def("forward", &run_forward, without_gil);

@@ -41,12 +41,14 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
   });
 }
 
-template <>
-void forward<REATTN_ELEMENT>(const Params& p, const Launch& how) {
-  if constexpr (sizeof(REATTN_ELEMENT) == 2)
-    if (p.plan.own == 32) return start(forward_kernel<REATTN_ELEMENT, 16, 2>, "forward", p, how);
-  if (padded_heads(p.heads) == 16) return start(forward_kernel<REATTN_ELEMENT, 16, 1>, "forward", p, how);
-  start(forward_kernel<REATTN_ELEMENT, 32, 1>, "forward", p, how);
+template <class T>
+void forward(const Params& p, const Launch& how) {
+  if constexpr (sizeof(T) == 2)
+    if (p.plan.own == 32) return start(forward_kernel<T, 16, 2>, "forward", p, how);
+  if (padded_heads(p.heads) == 16) return start(forward_kernel<T, 16, 1>, "forward", p, how);
+  start(forward_kernel<T, 32, 1>, "forward", p, how);
 }
+
+template void forward<REATTN_ELEMENT>(const Params& p, const Launch& how);
 
 }  // namespace reattn

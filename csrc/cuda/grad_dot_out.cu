@@ -28,9 +28,19 @@ __global__ void __launch_bounds__(256) grad_dot_out_kernel(const __grid_constant
   write(p.vectors + (int64_t(sample) * slices + slice) * p.heads + head, sum);
 }
 
-template <>
-void grad_dot_out<REATTN_ELEMENT>(const Params& p, const Launch& how) {
-  start(grad_dot_out_kernel<REATTN_ELEMENT>, "grad_dot_out", p, how);
+template <class T>
+void grad_dot_out(const Params& p, const Launch& how) {
+  start(grad_dot_out_kernel<T>, "grad_dot_out", p, how);
 }
+
+// Throws where there is nothing for this device to run.
+template <class T>
+void check_device(int device) {
+  const OnDevice current(device);
+  check_kernel(grad_dot_out_kernel<T>);
+}
+
+template void grad_dot_out<REATTN_ELEMENT>(const Params& p, const Launch& how);
+template void check_device<REATTN_ELEMENT>(int device);
 
 }  // namespace reattn

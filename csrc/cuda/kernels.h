@@ -24,5 +24,7 @@ template <class T>
 void backward_key(const Params& p, const Launch& how);
 template <class T>
 void grad_dot_out(const Params& p, const Launch& how);
+template <class T>
+void check_device(int device);
 
 }  // namespace reattn

@@ -13,6 +13,7 @@ struct Device {
 };
 inline Device describe(int) { return {emulated::kMostShared, 4}; }
 inline int count_devices() { return 1; }
+inline void check_kernel(void (*)(Params)) {}
 
 }  // namespace reattn
 #else
@@ -47,21 +48,6 @@ class OnDevice {
   int before_ = 0, device_ = 0;
 };
 
-template <class Params>
-void launch(void (*kernel)(Params), const char* name, int64_t blocks_x, int blocks_y, int threads, int shared_bytes,
-            uint64_t stream, const Params& params) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
-  Params copy = params;
-  void* arguments[] = {&copy};
-  check(cudaLaunchKernel(function, dim3(unsigned(blocks_x), blocks_y), dim3(threads), arguments, shared_bytes,
-                         reinterpret_cast<cudaStream_t>(stream)),
-        name);
-}
-
-// Memory that the next kernel may read or write; tests check every access.
-inline void declare(const void*, int64_t) {}
-
 struct Device {
   int shared_bytes;  // that a block may have
   int multiprocessors;
@@ -76,6 +62,31 @@ inline int attribute(cudaDeviceAttr which, int device) {
 inline Device describe(int device) {
   return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMultiProcessorCount, device)};
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, int64_t blocks_x, int blocks_y, int threads, int shared_bytes,
+            uint64_t stream, const Params& params) {
+  const auto function = reinterpret_cast<const void*>(kernel);
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  // Always the same limit: another thread may launch this kernel with more at the same time.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, describe(device).shared_bytes),
+        name);
+  Params copy = params;
+  void* arguments[] = {&copy};
+  check(cudaLaunchKernel(function, dim3(unsigned(blocks_x), blocks_y), dim3(threads), arguments, shared_bytes,
+                         reinterpret_cast<cudaStream_t>(stream)),
+        name);
+}
+
+// Memory that the next kernel may read or write; tests check every access.
+inline void declare(const void*, int64_t) {}
+
+// Throws where the current device has no code of this kernel to run.
+inline void check_kernel(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
 }
 
 inline int count_devices() {

@@ -40,12 +40,14 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const __grid_co
   });
 }
 
-template <>
-void statistics<REATTN_ELEMENT>(const Params& p, const Launch& how) {
-  if constexpr (sizeof(REATTN_ELEMENT) == 2)
-    if (p.plan.own == 32) return start(statistics_kernel<REATTN_ELEMENT, 16, 2>, "statistics", p, how);
-  if (padded_heads(p.heads) == 16) return start(statistics_kernel<REATTN_ELEMENT, 16, 1>, "statistics", p, how);
-  start(statistics_kernel<REATTN_ELEMENT, 32, 1>, "statistics", p, how);
+template <class T>
+void statistics(const Params& p, const Launch& how) {
+  if constexpr (sizeof(T) == 2)
+    if (p.plan.own == 32) return start(statistics_kernel<T, 16, 2>, "statistics", p, how);
+  if (padded_heads(p.heads) == 16) return start(statistics_kernel<T, 16, 1>, "statistics", p, how);
+  start(statistics_kernel<T, 32, 1>, "statistics", p, how);
 }
+
+template void statistics<REATTN_ELEMENT>(const Params& p, const Launch& how);
 
 }  // namespace reattn
