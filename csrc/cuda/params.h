@@ -20,7 +20,7 @@ struct Plan {
   int tile;         // streamed rows in a tile, a multiple of 16
   bool resident;    // one tile holds them all
   int warps;        // a warp works on heads warp, warp + warps, ...
-  int row_stride;   // of maps; an odd multiple of 16, so that 8 rows lie in different banks, and heads as well
+  int row_stride;   // of maps; if there is room an odd multiple of 16, so that 8 rows lie in different banks, and heads
   int head_stride;  //
   int stage_stride; // of rows in a warp's stages
   int stages;       // the groups of 16 rows that a warp has in flight: 1 or 2

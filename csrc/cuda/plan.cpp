@@ -7,8 +7,8 @@ namespace {
 
 int odd_multiple_of_16(int bytes) { return round_up(bytes, 16) | 16; }
 
-// The layout of shared memory for a choice of own, tile and stages.
-Plan lay_out(Kernel kernel, const Size& size, int own, int tile, int stages) {
+// The layout of shared memory for a choice of own, tile and stages; compact: rows follow one another without a gap.
+Plan lay_out(Kernel kernel, const Size& size, int own, int tile, int stages, bool compact = false) {
   const bool query = kernel != Kernel::kBackwardKey;
   const int own_rows = query ? size.seqlen : size.seqlen_k, streamed_rows = query ? size.seqlen_k : size.seqlen;
   const int padded = padded_heads(size.heads);
@@ -18,7 +18,7 @@ Plan lay_out(Kernel kernel, const Size& size, int own, int tile, int stages) {
   plan.tile = tile;
   plan.resident = tile >= streamed_rows;
   plan.warps = (size.heads + heads_of_a_warp(padded) - 1) / heads_of_a_warp(padded);
-  plan.row_stride = odd_multiple_of_16(tile * size.element_bytes);
+  plan.row_stride = compact ? tile * size.element_bytes : odd_multiple_of_16(tile * size.element_bytes);
   plan.head_stride = own * plan.row_stride + 16;
   plan.stage_stride = std::min(round_up(size.depth, 16) * size.element_bytes, kPieceBytes) + 16;
   plan.stages = stages;
@@ -62,8 +62,9 @@ Plan make_plan(Kernel kernel, const Size& size, int shared_bytes, int multiproce
       if (const Plan plan = lay_out(kernel, size, own, std::min(tile, streamed), 2);
           fits(plan) && (tall || own == 16))
         return plan;
-  const Plan least = lay_out(kernel, size, 16, 16, 1);
-  return fits(least) ? least : Plan{};
+  for (bool compact : {false, true})
+    if (const Plan plan = lay_out(kernel, size, 16, 16, 1, compact); fits(plan)) return plan;
+  return {};
 }
 
 }  // namespace reattn
