@@ -257,6 +257,8 @@ class CudaCost(NamedTuple):
         faults = []
         if self.static_shared + (self.dynamic_shared or 0) > SHARED_LIMIT[self.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
+        if self.dynamic_shared == 0:
+            faults.append("no plan fits")
         if self.element != "float":
             if self.stack or self.spill_stores or self.spill_loads or self.spills:
                 faults.append("local memory")
@@ -265,9 +267,19 @@ class CudaCost(NamedTuple):
         return faults
 
 
-def dynamic_shared(source: str, element: str, kernel: str) -> int | None:
-    """The shared memory that a launch of this instantiation asks for; None where that is not known."""
-    return None
+def dynamic_shared(arch: int, source: str, element: str, kernel: str) -> int | None:
+    """The shared memory that this instantiation asks for at 128x12x197x64, or with 16 heads; 0 where no plan fits.
+
+    None where that problem takes another one, or the extension that plans is not built.
+    """
+    from reattn.backends import cuda
+
+    if cuda._import_error or source == "grad_dot_out":
+        return None
+    padded, *tiles = map(int, re.findall(r", (\d+)", kernel))
+    sizes = (4 if element == "float" else 2, 12 if padded == 16 else 16, 64, 128, 197, 197, False)
+    plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, source), *sizes, SHARED_LIMIT[arch], 132)
+    return None if plan.bytes and plan.own != 16 * (tiles or [1])[0] else plan.bytes
 
 
 def compile_cuda(archs: list[int] | None, sources: list[str] | None, jobs: int) -> list[CudaCost]:
@@ -331,7 +343,7 @@ def read_cuda_cubin(arch: int, source: str, element: str, cubin: pathlib.Path) -
                 in_all["spill loads"],
                 *local_memory(text),
                 in_all["smem"],
-                dynamic_shared(source, element, kernel),
+                dynamic_shared(arch, source, element, kernel),
                 len(re.findall(r"\bHMMA\b", text)),
             )
         )

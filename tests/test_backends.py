@@ -9,7 +9,7 @@ from parity import assert_parity, compute, make_problem
 
 import reattn
 from reattn import backends, re_attention
-from reattn.backends import BACKENDS, Request, available_backends, choose, cpu, triton
+from reattn.backends import BACKENDS, Request, available_backends, choose, cpu, cuda, triton
 from reattn.kernels import configs
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def cases_of_the_table():
 
 def test_available_backends():
     found = available_backends()
-    assert list(found) == ["triton", "cpu", "reference"]
+    assert list(found) == ["triton", "cuda", "cpu", "reference"]
     assert found["triton"] == found["reference"] == []
     assert reattn.available_backends is available_backends
 
@@ -103,6 +103,7 @@ def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
 def test_auto_takes_the_first_that_can(interpreted, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "INTERPRETED", interpreted)
+    monkeypatch.setattr(cuda, "EMULATED", False)
     assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == ("triton" if interpreted else "cpu")
     assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
     assert choose("auto", Request(CPU, torch.float32, 33, 64), "") == "reference"
@@ -111,6 +112,7 @@ def test_auto_takes_the_first_that_can(interpreted, monkeypatch):
 def test_auto_without_the_extension(extension_cannot_be_imported, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(cuda, "EMULATED", False)
     assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == "reference"
 
 
@@ -121,7 +123,7 @@ def test_environment_overrides_auto(monkeypatch, device):
     assert choose("auto", request, "") == "reference"
     assert choose("triton", request, "") == "triton"
     monkeypatch.setenv("REATTN_BACKEND", "cudnn")
-    names = "['auto', 'triton', 'cpu', 'reference']"
+    names = "['auto', 'triton', 'cuda', 'cpu', 'reference']"
     with pytest.raises(ValueError, match=re.escape(f"backend must be one of {names}, got 'cudnn'")):
         choose("auto", request, "")
     monkeypatch.setenv("REATTN_BACKEND", "triton")
@@ -143,9 +145,10 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
 
 
 def test_one_log_line_for_each_fallback(monkeypatch, caplog):
-    """With the reasons of the backend made for that device, those of the other being no news."""
+    """With the reasons of the backends made for that device, those of the others being no news."""
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "not_supported", lambda request: ["too old", "too small"])
+    monkeypatch.setattr(cuda, "not_supported", lambda request: ["too many"])
     monkeypatch.setattr(cpu, "not_supported", lambda request: ["too wide"])
     backends._log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, logger="reattn"):
@@ -155,7 +158,7 @@ def test_one_log_line_for_each_fallback(monkeypatch, caplog):
             assert choose("reference", request, "") == "reference"
     line = "re_attention runs on the reference backend, which materialises every map: "
     assert [record.getMessage() for record in caplog.records] == [
-        line + "triton: too old, too small",
+        line + "triton: too old, too small; cuda: too many",
         line + "cpu: too wide",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}

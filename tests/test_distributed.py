@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import conftest  # noqa: F401 - what it puts in the CUDA extension's place, in the processes that are started here too
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention
-from reattn.backends import cpu
+from reattn.backends import cpu, cuda
 from reattn.models import DeepViT
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -98,7 +99,8 @@ def work(rank, names, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    names = ("triton", "reference") if cpu._import_error else ("triton", "cpu", "reference")
+    absent = {"cuda": cuda._import_error, "cpu": cpu._import_error}
+    names = [name for name in ("triton", "cuda", "cpu", "reference") if not absent.get(name)]
     torch.multiprocessing.spawn(work, args=(names, folder), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -160,7 +160,7 @@ INVALID = [
     (
         {"backend": "cudnn"},
         ValueError,
-        "backend must be one of ['auto', 'triton', 'cpu', 'reference'], got 'cudnn'",
+        "backend must be one of ['auto', 'triton', 'cuda', 'cpu', 'reference'], got 'cudnn'",
     ),
     *(
         (

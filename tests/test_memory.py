@@ -6,7 +6,7 @@ from parity import MODES, compute, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reattn.backends import cpu, triton
+from reattn.backends import cpu, cuda, triton
 from reattn.kernels import configs
 
 SEQLEN, SEQLEN_K = 300, 320
@@ -40,7 +40,7 @@ def largest(monkeypatch):
 
         return launch
 
-    for module in (triton, cpu):
+    for module in (triton, cuda, cpu):
         for name in ("statistics", "forward", "backward", "grad_dot_out"):
             monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return mode
@@ -87,12 +87,13 @@ def test_measurement_sees_inside_the_launchers(device, largest, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", ["triton", pytest.param("cuda", marks=pytest.mark.cuda)])
 @modes
-def test_peak_memory(mode, device):
+def test_peak_memory(mode, fused, device):
     """Forward and backward at DeepViT's size: less than one map, where the reference holds several."""
     problem = make_problem(mode, heads=12, head_dim=32, seqlen=577, batch=8, dtype=torch.bfloat16, device=device)
     peaks = {}
-    for backend in ("triton", "reference"):
+    for backend in (fused, "reference"):
         compute(problem, backend)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -100,4 +101,4 @@ def test_peak_memory(mode, device):
         compute(problem, backend)
         peaks[backend] = torch.cuda.max_memory_allocated() - before
     one_map = 8 * 12 * 577 * 577 * 2
-    assert peaks["triton"] < one_map < peaks["reference"] / 3
+    assert peaks[fused] < one_map < peaks["reference"] / 3

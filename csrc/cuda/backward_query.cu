@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
   const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
   const auto fill = [&](int first) {
     for (int head = place.warp; head < p.heads; head += p.plan.warps) {
-      fill_maps<T, 1, false, false>(p, place, head, first);
+      fill_maps<T, 1, false, true>(p, place, head, first);
       fill_gradients<T, false>(p, place, head, first);
     }
     sync_block();

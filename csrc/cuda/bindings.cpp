@@ -190,6 +190,7 @@ PYBIND11_MODULE(_cuda, m) {
         return std::make_tuple(found.shared_bytes, found.multiprocessors);
       },
       "(bytes of shared memory that a block may have, multiprocessors)");
+  m.def("padded_heads", &padded_heads);
   m.def("count_devices", &count_devices);
   m.def("check_device", &check_device<Half>, "Raises where the extension holds nothing that this device can run.");
   const py::call_guard<py::gil_scoped_release> without_gil;

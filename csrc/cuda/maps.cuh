@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "stream.cuh"
 
@@ -115,9 +116,11 @@ REATTN_DEVICE void for_each_row(Function function) {
 // The softmax of a head's own rows over the keys, in one sweep; the LSE, to base 2, goes to device memory.
 template <class T, int kTiles>
 class Softmax {
+  using Raw = std::conditional_t<sizeof(T) == 2, Half, T>;
+
  public:
   // Where a tile holds all keys, it is filled with exp2(score - largest so far), and which maximum that was is noted
-  // for every kChunk keys; finish() puts it right.
+  // for every kChunk keys; finish() puts it right. Numbers up to 1: float16 holds them best, whatever T is.
   REATTN_DEVICE void sweep(const Params& p, const Place& place, int head) {
     OwnRows<T, kTiles> own(p, p.query, place, head);
     Stream<T> keys(p, p.key, place, head, 0, p.key.rows, 0, round_up(p.depth, 16));
@@ -145,8 +148,8 @@ class Softmax {
 #pragma unroll
         for (int column = 0; column < kChunk / 8; column++)
           if (chunk + 8 * column < p.plan.tile)
-            Operand<T>::set_pair(maps.at(row, chunk + 8 * column + lane() % 4 * 2), scores[tile][column][2 * lower],
-                                 scores[tile][column][2 * lower + 1]);
+            Operand<Raw>::set_pair(as<Raw>(maps.at(row, chunk + 8 * column + lane() % 4 * 2)),
+                                   scores[tile][column][2 * lower], scores[tile][column][2 * lower + 1]);
       });
     }
     for_each_row<kTiles>([&](int tile, int lower, int row) {
@@ -163,15 +166,15 @@ class Softmax {
     const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
     float total = 0;
     for_each_row<kTiles>([&](int tile, int lower, int own) {
-      // Zero in rows outside the sequence.
       const bool inside = place.first_row + own < p.query.rows;
-      const float centre = inside ? p.centre : 0.0f, share = inside ? 1 / sum_[tile][lower] : 0.0f;
+      const float share = 1 / sum_[tile][lower];
       for (int chunk = 0; chunk < p.plan.tile; chunk += kChunk) {
         const float factor = fast_exp2(load<float>(maximum(p, place, own, chunk)) - largest_[tile][lower]) * share;
         const int end = smaller(chunk + kChunk, p.plan.tile);
         for (int key = chunk + lane() % 4 * 2; key < end; key += 8) {
-          const float2 unscaled = Operand<T>::pair(maps.at(own, key));
-          float2 centred = {fmaf(unscaled.x, factor, -centre), fmaf(unscaled.y, factor, -centre)};
+          const float2 unscaled = Operand<Raw>::pair(as<Raw>(maps.at(own, key)));
+          float2 centred = {fmaf(unscaled.x, factor, -p.centre), fmaf(unscaled.y, factor, -p.centre)};
+          if (!inside) centred = {0, 0};
           if (end > p.key.rows) {
             if (key >= p.key.rows) centred.x = 0;
             if (key + 1 >= p.key.rows) centred.y = 0;
@@ -233,13 +236,14 @@ REATTN_DEVICE void for_each_product(const Params& p, const Tensor& own_tensor, c
   }
 }
 
-// A head's tile of maps from scores whose LSE is known, dropped out and centred; this lane's sum of them. Keys outside
-// the sequence are zero, and rows outside it if that is asked for; else they only do no harm.
-template <class T, int kTiles, bool kOwnKeys, bool kZeroRows>
+// A head's tile of maps from scores whose LSE is known, dropped out and centred; this lane's sum of them. What is
+// streamed from outside the sequence is zero, and own rows outside it where that is asked for: they may hold NaN, which
+// matters to none but themselves unless all rows are summed.
+template <class T, int kTiles, bool kOwnKeys, bool kZeroOwn>
 REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int first_streamed) {
   const Rows<T> maps = head_tile<T>(p, p.plan.maps, head);
   const auto lse_of = [&](int row) {
-    return row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : -kMinusInfinity;
+    return row < p.query.rows ? read<float>(p.lse + row_index(p, place.sample, head, row)) : 0.0f;
   };
   float total = 0, own_lse[kTiles][2];
   if constexpr (!kOwnKeys)
@@ -256,11 +260,12 @@ REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int
           // exponent zero.
           centred[i] = fast_exp2(rounded_product(centred[i], p.scale_log2) - lse) - p.centre;
         }
-        if (!kOwnKeys && first_streamed + (streamed | 7) >= p.key.rows)
+        const int streamed_rows = kOwnKeys ? p.query.rows : p.key.rows;
+        if (first_streamed + (streamed | 7) >= streamed_rows)
 #pragma unroll
           for (int i = 0; i < 2; i++)
-            if (first_streamed + streamed + i >= p.key.rows) centred[i] = 0;
-        if (kZeroRows && place.first_row + own >= p.query.rows) centred[0] = centred[1] = 0;
+            if (first_streamed + streamed + i >= streamed_rows) centred[i] = 0;
+        if (kZeroOwn && place.first_row + own >= (kOwnKeys ? p.key.rows : p.query.rows)) centred[0] = centred[1] = 0;
         Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
         total += centred[0] + centred[1];
       });

@@ -48,12 +48,14 @@ enum Vector { kShift, kGamma, kBeta, kConstant };
 
 template <class T, int kPadded>
 class Mixing {
-  static constexpr int kTiles = kPadded / 16, kLaneHeads = kPadded / 8;
+  static constexpr int kGroups = kPadded / 16;  // of 16 heads
+  static constexpr int kLaneHeads = kPadded / 8;
   static constexpr int kSteps = kPadded / Operand<T>::kDepth;
   // More heads would take too many registers.
   static constexpr bool kHeld = kPadded == 16;
   static constexpr int kHeldHeads = kHeld ? kLaneHeads : 0;
   static constexpr int kHeldMatrices = kHeld && Operand<T>::kHeld ? kMatrices : 0;
+  static_assert(!kHeldMatrices || (kGroups == 1 && kSteps == 1), "a matrix that is held is one operand");
   using A = typename Operand<T>::A;
 
  public:
@@ -62,7 +64,7 @@ class Mixing {
   // Sums over positions: of the gradients of shift, gamma, beta by a lane's heads, and of products of every two heads.
   struct Sums {
     float shift[kLaneHeads] = {}, gamma[kLaneHeads] = {}, beta[kLaneHeads] = {};
-    float products[kTiles][kTiles][2][4] = {};
+    float products[kGroups][kGroups][2][4] = {};
   };
 
   // Brings the parameters into shared memory; before sync_block and read_parameters.
@@ -118,11 +120,10 @@ class Mixing {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
-        if constexpr (kSum)
-          for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-            sums.gamma[head] += grad[tile][right][i] * unit[tile][right][i];
-            sums.beta[head] += grad[tile][right][i];
-          });
+        if constexpr (kSum) {
+          add_positions(sums.gamma, [&](int g, int right, int i) { return grad[g][right][i] * unit[g][right][i]; });
+          add_positions(sums.beta, [&](int g, int right, int i) { return grad[g][right][i]; });
+        }
         undo_norm(grad, unit, inverse_rms);
         set(grads, grad);
         sync_warp();
@@ -137,8 +138,7 @@ class Mixing {
         set(heads_at(p_.plan.mixed, row, group), mixed);
       }
       if constexpr (kSum) {
-        for_each_element<kPadded>(
-            [&](int tile, int right, int i, int head) { sums.shift[head] += grad[tile][right][i]; });
+        add_positions(sums.shift, [&](int g, int right, int i) { return grad[g][right][i]; });
         add_products(sums, maps, grads);
       }
       Tile result = {};
@@ -180,9 +180,9 @@ class Mixing {
           if (lane() % 4 == 0) add(total + (which * kPadded + 8 * i + lane() / 4), vectors[which], turn);
       }
 #pragma unroll
-      for (int rows = 0; rows < kTiles; rows++)
+      for (int rows = 0; rows < kGroups; rows++)
 #pragma unroll
-        for (int columns = 0; columns < kTiles; columns++)
+        for (int columns = 0; columns < kGroups; columns++)
 #pragma unroll
           for (int i = 0; i < 8; i++) {
             const int row = 16 * rows + i % 4 / 2 * 8 + lane() / 4;
@@ -265,7 +265,7 @@ class Mixing {
   template <class Function>
   static REATTN_DEVICE void for_each_pair(Function function) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile++)
+    for (int tile = 0; tile < kGroups; tile++)
 #pragma unroll
       for (int right = 0; right < 2; right++)
 #pragma unroll
@@ -279,9 +279,9 @@ class Mixing {
     for (int step = 0; step < kSteps; step++) {
       const auto b = Operand<T>::b_by_depth(heads, step * Operand<T>::kDepth, 0);
 #pragma unroll
-      for (int t = 0; t < kTiles; t++) {
+      for (int t = 0; t < kGroups; t++) {
         A a;
-        if constexpr (kHeldMatrices)
+        if constexpr (kHeldMatrices > 0)
           a = held_[which];
         else
           a = Operand<T>::a(matrix_rows(p_, which), 16 * t, step * Operand<T>::kDepth);
@@ -339,24 +339,35 @@ class Mixing {
     for (int position = 0; position < 4; position++) {
       sums[position] = 0;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; tile++)
+      for (int tile = 0; tile < kGroups; tile++)
 #pragma unroll
         for (int lower = 0; lower < 2; lower++)
           sums[position] += function(tile, position / 2, 2 * lower + position % 2);
     }
   }
 
+  // sums += the four positions of a lane's heads. Summed among themselves first, as the products below: long float32 sums
+  // of numbers that are nearly alike lose digits that eager PyTorch keeps.
+  template <class Function>
+  static REATTN_DEVICE void add_positions(float (&sums)[kLaneHeads], Function function) {
+#pragma unroll
+    for (int head = 0; head < kLaneHeads; head++) {
+      const int g = head / 2, i = head % 2 * 2;
+      sums[head] += (function(g, 0, i) + function(g, 0, i + 1)) + (function(g, 1, i) + function(g, 1, i + 1));
+    }
+  }
   static REATTN_DEVICE void add_products(Sums& sums, const Rows<T>& left, const Rows<T>& right) {
 #pragma unroll
-    for (int step = 0; step < 16; step += Operand<T>::kDepth)
+    for (int rows = 0; rows < kGroups; rows++)
 #pragma unroll
-      for (int columns = 0; columns < kTiles; columns++) {
-        const auto b = Operand<T>::b(right, 16 * columns, step);
+      for (int columns = 0; columns < kGroups; columns++) {
+        float products[2][4] = {};
 #pragma unroll
-        for (int rows = 0; rows < kTiles; rows++) {
-          const A a = Operand<T>::a(left, 16 * rows, step);
-          Operand<T>::multiply(sums.products[rows][columns][0], sums.products[rows][columns][1], a, b);
-        }
+        for (int step = 0; step < 16; step += Operand<T>::kDepth)
+          Operand<T>::multiply(products[0], products[1], Operand<T>::a(left, 16 * rows, step),
+                               Operand<T>::b(right, 16 * columns, step));
+#pragma unroll
+        for (int i = 0; i < 8; i++) sums.products[rows][columns][i / 4][i % 4] += products[i / 4][i % 4];
       }
   }
 

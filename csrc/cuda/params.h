@@ -24,7 +24,9 @@ struct Plan {
   int head_stride;  //
   int stage_stride; // of rows in a warp's stages
   int stages;       // the groups of 16 rows that a warp has in flight: 1 or 2
-  // Where things lie, and how much there is of it all.
+  // Where things lie, and how much there is of it all. Tiles: maps, after dropout and centred (in the forward pass mixed
+  // and normalised in place); grads, the gradients first of the normalised maps, then of the mixed ones, of the maps after
+  // dropout, of the scores; mixed, the normalised maps; probs, the maps before dropout, 0 for none as maps lie there.
   int maps, grads, mixed, probs, staged, matrices, vectors, maxima, sums, bytes;
 };
 

@@ -54,7 +54,8 @@ Plan make_plan(Kernel kernel, const Size& size, int shared_bytes, int multiproce
                     padded_heads(size.heads) == 16 && size.depth <= 64 &&
                     int64_t(size.batch) * ((size.seqlen + 31) / 32) >= multiprocessors;
   const auto fits = [&](const Plan& plan) { return plan.bytes <= shared_bytes; };
-  if (query)
+  // Rows that could not possibly fit would not fit into 32 bits either.
+  if (query && streamed <= shared_bytes / size.element_bytes)
     for (int own : {32, 16})
       if (const Plan plan = lay_out(kernel, size, own, streamed, 2); fits(plan) && (tall || own == 16)) return plan;
   for (int tile : {64, 32, 16})

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const __grid_co
     sync_block();
   }
   mixing.store_sums(sums);
+  sync_block();  // that wrote zeros where the sums by head go
   for_each_head<heads_of_a_warp(kPadded)>(p, place, [&](int i, int head) {
     const float sum = warp_sum(by_head[i]);
     if (lane() == 0) write(p.vectors + (int64_t(block_x()) * 3 * kPadded + head), sum);

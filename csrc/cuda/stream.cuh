@@ -11,10 +11,10 @@ namespace reattn {
 struct Place {
   int sample, first_row, first_dim, warp;
 
-  REATTN_DEVICE Place(const Params& p, int out_dims)
+  REATTN_DEVICE Place(const Params& p, int columns)
       : sample(block_x() / p.plan.blocks),
         first_row(block_x() % p.plan.blocks * p.plan.own),
-        first_dim(block_y() * out_dims),
+        first_dim(block_y() * columns),
         warp(reattn::warp()) {}
 };
 
@@ -212,13 +212,13 @@ REATTN_DEVICE void store_rows(const Params& p, const Tensor& tensor, const Place
 #pragma unroll
       for (int column = 0; column < kColumns; column++) {
         const int dim = place.first_dim + column * 8 + lane() % 4 * 2;
-        T* place = to + (row * tensor.row_stride + dim);
+        T* address = to + (row * tensor.row_stride + dim);
         const float first = sums[tile][column][2 * lower] * factor, second = sums[tile][column][2 * lower + 1] * factor;
         if (pairs) {
-          if (dim < p.head_dim) Operand<T>::put_pair(place, first, second);
+          if (dim < p.head_dim) Operand<T>::put_pair(address, first, second);
         } else {
-          if (dim < p.head_dim) Operand<T>::put(place, first);
-          if (dim + 1 < p.head_dim) Operand<T>::put(place + 1, second);
+          if (dim < p.head_dim) Operand<T>::put(address, first);
+          if (dim + 1 < p.head_dim) Operand<T>::put(address + 1, second);
         }
       }
     }

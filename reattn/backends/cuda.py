@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,16 +32,13 @@ MIN_CAPABILITY = (7, 5)
 def not_supported(request: Request) -> list[str]:
     """Every reason why the kernels cannot serve the request; empty when they can."""
     reasons = []
+    on_device = request.device.type == "cuda" or (EMULATED and request.device.type == "cpu")
     if _import_error:
         reasons.append(f"the CUDA extension was not built or cannot be imported ({_import_error})")
-    elif no_device := _no_device():
-        reasons.append(no_device)
-    if request.device.type == "cuda":
-        if torch.version.hip:
-            reasons.append("AMD GPUs are not supported")
-        elif not reasons and (fault := _no_kernels(request.device.index or 0)):
-            reasons.append(fault)
-    elif not (EMULATED and request.device.type == "cpu"):
+    elif on_device or request.dtype is None:
+        # A call on other tensors leaves the driver alone.
+        reasons += _card_faults(_index(request.device) if on_device else 0)
+    if not on_device:
         reasons.append(f"needs a CUDA tensor, got {request.device.type}")
     if request.dtype is not None and request.dtype not in DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
@@ -52,51 +48,66 @@ def not_supported(request: Request) -> list[str]:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {request.head_dim}")
     if request.masked:
         reasons.append("does not take attn_mask or is_causal")
-    if not reasons and None not in (request.dtype, request.heads, request.head_dim):
-        reasons += _too_large(request)
+    if not reasons and request.dtype is not None and request.heads is not None and request.head_dim is not None:
+        reasons += _too_large(_index(request.device), request.dtype.itemsize, request.heads, request.head_dim)
     return reasons
 
 
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+# The extension cannot be traced, and what a card can do does not change.
 @functools.cache
-def _no_device() -> str:
-    """Why the CUDA runtime sees no device, or nothing."""
+@torch.compiler.assume_constant_result
+def _card_faults(device: int) -> list[str]:
+    """Why the extension has nothing to run there; whatever the problem."""
+    if torch.version.hip:
+        return ["AMD GPUs are not supported"]
     try:
-        return "" if _cuda.count_devices() else "no CUDA device"
+        if not _cuda.count_devices():
+            return ["no CUDA device"]
     except RuntimeError as error:
-        return str(error)
-
-
-@functools.cache
-def _no_kernels(device: int) -> str:
-    """Why the extension has nothing that this device can run, or nothing."""
+        return [str(error)]
+    if EMULATED:
+        return []
     capability = torch.cuda.get_device_capability(device)
+    version = ".".join(map(str, capability))
     if capability < MIN_CAPABILITY:
-        return f"needs compute capability 7.5 or higher, got {'.'.join(map(str, capability))}"
+        return [f"needs compute capability 7.5 or higher, got {version}"]
     try:
         _cuda.check_device(device)
     except RuntimeError as error:
-        return f"was built without kernels for compute capability {'.'.join(map(str, capability))}: {error}"
-    return ""
+        return [f"was built without kernels for compute capability {version}: {error}"]
+    return []
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _describe(device: int) -> tuple[int, int]:
     """Bytes of shared memory that a block may have; multiprocessors."""
     return _cuda.describe(device)
 
 
-def _too_large(request: Request) -> list[str]:
+def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     """A reason where some kernel's least tile does not fit the card's shared memory."""
-    shared_bytes, multiprocessors = _describe(request.device.index or 0)
-    depth = _depth(request.head_dim, request.dtype.itemsize)
-    for kernel in ("statistics", "forward", "backward_query", "backward_key"):
-        size = (request.dtype.itemsize, request.heads, depth, 1, 1 << 20, 1 << 20, True)
-        if not _cuda.make_plan(getattr(_cuda.Kernel, kernel), *size, shared_bytes, multiprocessors).bytes:
-            return [
-                f"needs more shared memory than the {shared_bytes // 1024} KB that a block has on this card for"
-                f" {request.heads} heads of head_dim {request.head_dim} in {request.dtype}"
-            ]
-    return []
+    shared_bytes, multiprocessors = _describe(device)
+    if _all_fit(itemsize, heads, _depth(head_dim, itemsize), shared_bytes, multiprocessors):
+        return []
+    return [
+        f"needs more shared memory than the {shared_bytes // 1024} KB that a block has on this card, for {heads} heads"
+        f" of head_dim {head_dim} and {itemsize} bytes an element"
+    ]
+
+
+@functools.lru_cache(4096)
+@torch.compiler.assume_constant_result
+def _all_fit(itemsize: int, heads: int, depth: int, shared_bytes: int, multiprocessors: int) -> bool:
+    sizes = (itemsize, heads, depth, 1, 1 << 20, 1 << 20, True)
+    kernels = _cuda.Kernel.__members__.values()
+    return all(_cuda.make_plan(kernel, *sizes, shared_bytes, multiprocessors).bytes for kernel in kernels)
 
 
 def statistics(
@@ -111,7 +122,7 @@ def statistics(
     query, key = _aligned(query), _aligned(key)
     call, plan = _call(query, key), _plan("statistics", query, key, dropout_p)
     vectors, products = _partial_sums(query, plan)
-    centre = _float32(1 / key.shape[2])
+    centre = _centre(key)
     _cuda.statistics(
         plan,
         call,
@@ -126,7 +137,10 @@ def statistics(
         _address(products),
     )
     sums, products = vectors[:, 0, :heads].sum(0, dtype=torch.float64), _summed(products, heads)
-    return sums, products, lse
+    # The kernel took away the centre.
+    offset, count = centre - 1 / key.shape[2], query.shape[0] * query.shape[2] * key.shape[2]
+    products = products + offset * (sums[:, None] + sums) + count * offset**2
+    return sums + count * offset, products, lse
 
 
 def forward(
@@ -202,9 +216,10 @@ def backward(
     grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     centre = _centre(key)
-    if coupled is not None and constant is not None:
+    if coupled is not None:
         # The kernels add coupled (P - centre), and take coupled over seqlen_k: as it is, it may not fit float16.
-        constant = constant + coupled.sum(1) * (centre - 1 / seqlen_k)
+        if constant is not None:
+            constant = constant + coupled.sum(1) * (centre - 1 / seqlen_k)
         coupled = coupled / seqlen_k
     parameters = [
         None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta, coupled, constant)
@@ -244,18 +259,18 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """The same scores from a scale above zero, where the largest product gives the largest score; and what the gradient
     of the query is to be multiplied by."""
-    if scale > 0:
-        return query, scale, 1.0
-    return (-query, -scale, -1.0) if scale < 0 else (query * 0, 1.0, 0.0)
+    if abs(scale) < _SMALLEST_SCALE:
+        return query * 0, 1.0, 0.0
+    return (-query, -scale, -1.0) if scale < 0 else (query, scale, 1.0)
 
 
-def _float32(number: float) -> float:
-    return struct.unpack("f", struct.pack("f", number))[0]
+# Below it, float32 holds no number with its digits.
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _rounded(number: float, dtype: torch.dtype) -> float:
-    return torch.tensor(number, dtype=dtype).item()
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 def _centre(key: Tensor) -> float:
@@ -278,9 +293,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     batch, heads, seqlen, head_dim = tensor.shape
     *strides, dim_stride = tensor.stride()
     vector = 16 // tensor.element_size()
-    if head_dim % vector == 0 and dim_stride == 1 and not any(s % vector for s in strides):
-        if tensor.data_ptr() % 16 == 0:
-            return tensor
+    rows_fit = head_dim % vector == 0 and dim_stride == 1 and not any(s % vector for s in strides)
+    if rows_fit and tensor.data_ptr() % 16 == 0:
+        return tensor
     padded = tensor.new_zeros(batch, seqlen, heads, _depth(head_dim, tensor.element_size())).transpose(1, 2)
     padded[..., :head_dim] = tensor
     return padded
@@ -289,7 +304,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _plan(kernel: str, query: Tensor, key: Tensor, dropout_p: float) -> Any:
     batch, heads, seqlen, depth = query.shape
     sizes = (query.element_size(), heads, depth, batch, seqlen, key.shape[2], dropout_p > 0)
-    return _make_plan(kernel, sizes, *_describe(query.device.index or 0))
+    return _make_plan(kernel, sizes, *_describe(_index(query.device)))
 
 
 @functools.lru_cache(4096)
@@ -302,12 +317,12 @@ def _call(query: Tensor, key: Tensor, head_dim: int | None = None) -> Any:
     batch, heads, seqlen, depth = query.shape
     sizes = (batch, heads, seqlen, key.shape[2], head_dim or depth, depth)
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    return _cuda.Call(query.device.index or 0, stream, DTYPES.index(query.dtype), sizes)
+    return _cuda.Call(_index(query.device), stream, DTYPES.index(query.dtype), sizes)
 
 
 def _partial_sums(query: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
     """Of each block: vectors (3, padded heads) and products (padded heads, padded heads)."""
-    blocks, padded = query.shape[0] * plan.blocks, 16 if query.shape[1] <= 12 else 32
+    blocks, padded = query.shape[0] * plan.blocks, _cuda.padded_heads(query.shape[1])
     return (
         query.new_empty(blocks, 3, padded, dtype=torch.float32),
         query.new_empty(blocks, padded, padded, dtype=torch.float32),
