@@ -61,8 +61,8 @@ def re_attention(
             seqlen_k)``.
         is_causal: query i sees keys up to i. Masks are computed by the reference backend.
         process_group: batch statistics are those of all its ranks together (one all-reduce of about heads^2 numbers).
-        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; an explicit one raises where it cannot
-            run.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; an explicit one raises where it
+            cannot run.
 
     Returns:
         ``(batch, heads, seqlen, head_dim)`` in the dtype of ``query``, laid out as ``(batch, seqlen, heads,

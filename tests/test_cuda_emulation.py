@@ -45,6 +45,7 @@ FAULTS = {
     "diverged_barrier": ["diverged: (sync_warp|sync_block), but lane [0-9]+ waits in (sync_warp|sync_block)"],
     "device_outside": [f"read {DEVICE}: 4 bytes at byte 65536 of a tensor of 65536 bytes, outside every tensor"],
     "device_before": [f"write {DEVICE}: 4 bytes", "outside every tensor"],
+    "device_race": [f"write {DEVICE} races with the write by warp"],
     "device_misaligned": [f"read {DEVICE}", "misaligned for 16 bytes"],
     "copied_from_outside": [f"copy {DEVICE}: 16 bytes at byte 65536 of a tensor of 65536 bytes"],
     "undeclared": [f"write {DEVICE}: 4 bytes at byte", "outside every tensor"],

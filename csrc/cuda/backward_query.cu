@@ -63,14 +63,12 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
                       first + streamed + 1 < p.key.rows ? weighed.y - prob.y * delta[i][lower] : 0.0f};
       });
       sync_warp();
-      Stream<T> keys(p, p.key, place, head, first, p.plan.tile, place.first_dim,
-                     place.first_dim + round_up(dims, 16));
+      Stream<T> keys(p, p.key, place, head, first, p.plan.tile, place.first_dim, place.first_dim + round_up(dims, 16));
       multiply_maps(grad_query[i], head_tile<T>(p, p.plan.grads, head), p.plan.tile, keys, dims);
     });
   }
-  for_each_head<kHeads>(p, place, [&](int i, int head) {
-    store_rows<T>(p, p.grad_query, place, head, grad_query[i], p.scale);
-  });
+  for_each_head<kHeads>(p, place,
+                        [&](int i, int head) { store_rows<T>(p, p.grad_query, place, head, grad_query[i], p.scale); });
 }
 
 template <class T>

@@ -166,10 +166,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("warps", &Plan::warps)
       .def_readonly("stages", &Plan::stages)
       .def_readonly("bytes", &Plan::bytes);
-  py::class_<Call>(m, "Call")
-      .def(py::init([](int device, uint64_t stream, int dtype, const std::array<int, 6>& sizes) {
-        return Call{device, stream, dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-      }));
+  py::class_<Call>(m, "Call").def(py::init([](int device, uint64_t stream, int dtype, const std::array<int, 6>& sizes) {
+    return Call{device, stream, dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  }));
   py::enum_<Kernel>(m, "Kernel")
       .value("statistics", Kernel::kStatistics)
       .value("forward", Kernel::kForward)

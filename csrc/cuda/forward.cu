@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
       multiply_maps(out[i], head_tile<T>(p, p.plan.maps, head), p.plan.tile, values, dims);
     });
   }
-  for_each_head<kHeads>(p, place, [&](int i, int head) {
-    store_rows<T>(p, p.out, place, head, out[i], 1.0f);
-  });
+  for_each_head<kHeads>(p, place, [&](int i, int head) { store_rows<T>(p, p.out, place, head, out[i], 1.0f); });
 }
 
 template <class T>

@@ -8,6 +8,8 @@
 
 namespace reattn {
 
+inline int recomputed(int number) { return number; }
+
 template <class T>
 inline void multiply_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float upper, float lower) {
   d[0] = d[1] = upper, d[2] = d[3] = lower;
@@ -43,6 +45,12 @@ __device__ __forceinline__ int block_y() { return blockIdx.y; }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Orders what the lanes of a warp read and write in shared memory.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// The number; what is made of it is not kept in registers over a loop: they are dearer than arithmetic.
+__device__ __forceinline__ int recomputed(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
 
 // A place in the block's shared memory: 32 bits of address, where a pointer would take 64 and its generic accesses more
 // time.
@@ -109,8 +117,7 @@ __device__ __forceinline__ void write(void* to, V value) {
 __device__ __forceinline__ void copy_async(Shared<char> to, const void* from, bool inside) {
 #if __CUDA_ARCH__ >= 800
   const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(bytes) : "memory");
 #else
   const uint4 value = inside ? read<uint4>(from) : uint4{};
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x), "r"(value.y), "r"(value.z),
@@ -132,8 +139,8 @@ __device__ __forceinline__ void copies_arrived() {
 #endif
 }
 
-// ldmatrix: four 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m, 16 bytes; it gets
-// of every matrix elements 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4 instead.
+// ldmatrix: four 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m, 16 bytes; it
+// gets of every matrix elements 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4 instead.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], Shared<T> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -233,8 +240,7 @@ __device__ __forceinline__ void multiply_add<Half>(float (&c)[4], const uint32_t
 #endif
 }
 template <>
-__device__ __forceinline__ void multiply_add<BFloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                                       const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_add<BFloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

@@ -103,8 +103,8 @@ REATTN_DEVICE float drop_out(const Params& p, const Place& place, int head, int 
   return total;
 }
 
-// Own rows of a lane: lane / 4 and 8 further down of every 16. Calls function(which 16, upper or lower 8, the row in the
-// block).
+// Own rows of a lane: lane / 4 and 8 further down of every 16. Calls function(which 16, upper or lower 8, the row in
+// the block).
 template <int kTiles, class Function>
 REATTN_DEVICE void for_each_row(Function function) {
 #pragma unroll
@@ -247,28 +247,28 @@ REATTN_DEVICE float fill_maps(const Params& p, const Place& place, int head, int
   };
   float total = 0, own_lse[kTiles][2];
   if constexpr (!kOwnKeys)
-    for_each_row<kTiles>(
-        [&](int tile, int lower, int row) { own_lse[tile][lower] = lse_of(place.first_row + row); });
-  for_each_product<T, kTiles>(
-      p, kOwnKeys ? p.key : p.query, kOwnKeys ? p.query : p.key, place, head, first_streamed,
-      [&](int tile, int lower, int own, int streamed, float first, float second) {
-        float centred[2] = {first, second};
+    for_each_row<kTiles>([&](int tile, int lower, int row) { own_lse[tile][lower] = lse_of(place.first_row + row); });
+  for_each_product<T, kTiles>(p, kOwnKeys ? p.key : p.query, kOwnKeys ? p.query : p.key, place, head, first_streamed,
+                              [&](int tile, int lower, int own, int streamed, float first, float second) {
+                                float centred[2] = {first, second};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const float lse = kOwnKeys ? lse_of(first_streamed + streamed + i) : own_lse[tile][lower];
-          // Rounded as it was when the LSE was made of it: the largest of scores in the millions shall have the
-          // exponent zero.
-          centred[i] = fast_exp2(rounded_product(centred[i], p.scale_log2) - lse) - p.centre;
-        }
-        const int streamed_rows = kOwnKeys ? p.query.rows : p.key.rows;
-        if (first_streamed + (streamed | 7) >= streamed_rows)
+                                for (int i = 0; i < 2; i++) {
+                                  const float lse =
+                                      kOwnKeys ? lse_of(first_streamed + streamed + i) : own_lse[tile][lower];
+                                  // Rounded as it was when the LSE was made of it: the largest of scores in the
+                                  // millions shall have the exponent zero.
+                                  centred[i] = fast_exp2(rounded_product(centred[i], p.scale_log2) - lse) - p.centre;
+                                }
+                                const int streamed_rows = kOwnKeys ? p.query.rows : p.key.rows;
+                                if (first_streamed + (streamed | 7) >= streamed_rows)
 #pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (first_streamed + streamed + i >= streamed_rows) centred[i] = 0;
-        if (kZeroOwn && place.first_row + own >= (kOwnKeys ? p.key.rows : p.query.rows)) centred[0] = centred[1] = 0;
-        Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
-        total += centred[0] + centred[1];
-      });
+                                  for (int i = 0; i < 2; i++)
+                                    if (first_streamed + streamed + i >= streamed_rows) centred[i] = 0;
+                                if (kZeroOwn && place.first_row + own >= (kOwnKeys ? p.key.rows : p.query.rows))
+                                  centred[0] = centred[1] = 0;
+                                Operand<T>::set_pair(maps.at(own, streamed), centred[0], centred[1]);
+                                total += centred[0] + centred[1];
+                              });
   return drop_out<T, kOwnKeys>(p, place, head, first_streamed, total);
 }
 

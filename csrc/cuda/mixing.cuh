@@ -28,8 +28,7 @@ REATTN_DEVICE void over_heads(float (&sums)[4], Function function) {
   const bool upper = lane() & 16, middle = lane() & 8;
   float two[2], one;
 #pragma unroll
-  for (int i = 0; i < 2; i++)
-    two[i] = (upper ? sums[i + 2] : sums[i]) + shuffle_xor(upper ? sums[i] : sums[i + 2], 16);
+  for (int i = 0; i < 2; i++) two[i] = (upper ? sums[i + 2] : sums[i]) + shuffle_xor(upper ? sums[i] : sums[i + 2], 16);
   one = (middle ? two[1] : two[0]) + shuffle_xor(middle ? two[0] : two[1], 8);
   one = function(one + shuffle_xor(one, 4));
   const float other = shuffle_xor(one, 8);
@@ -240,7 +239,7 @@ class Mixing {
   REATTN_DEVICE void for_each_position(Function function) const {
     const int log2_own = p_.plan.own == 32 ? 5 : 4, units = p_.plan.tile / 16 << log2_own;
 #pragma unroll 1
-    for (int unit = warp_; unit < units; unit += p_.plan.warps) 
+    for (int unit = warp_; unit < units; unit += p_.plan.warps)
       function(unit & (p_.plan.own - 1), unit >> log2_own << 4);
   }
 
@@ -250,27 +249,28 @@ class Mixing {
     return {as<T>(first), p_.plan.head_stride / int(sizeof(T)), p_.heads, zeros(p_)};
   }
   REATTN_DEVICE void get(const Rows<T>& heads, Tile& tile) const {
-    for_each_pair([&](int t, int right, int lower, int head, int position) {
-      const float2 pair = head < p_.heads ? Operand<T>::pair(heads.inside(head, position)) : float2{0, 0};
+    for_each_pair(heads, [&](int t, int right, int lower, bool inside, Shared<T> place) {
+      const float2 pair = inside ? Operand<T>::pair(place) : float2{0, 0};
       tile[t][right][2 * lower] = pair.x;
       tile[t][right][2 * lower + 1] = pair.y;
     });
   }
   REATTN_DEVICE void set(const Rows<T>& heads, const Tile& tile) const {
-    for_each_pair([&](int t, int right, int lower, int head, int position) {
-      if (head < p_.heads)
-        Operand<T>::set_pair(heads.inside(head, position), tile[t][right][2 * lower], tile[t][right][2 * lower + 1]);
+    for_each_pair(heads, [&](int t, int right, int lower, bool inside, Shared<T> place) {
+      if (inside) Operand<T>::set_pair(place, tile[t][right][2 * lower], tile[t][right][2 * lower + 1]);
     });
   }
   template <class Function>
-  static REATTN_DEVICE void for_each_pair(Function function) {
+  REATTN_DEVICE void for_each_pair(const Rows<T>& heads, Function function) const {
 #pragma unroll
-    for (int tile = 0; tile < kGroups; tile++)
+    for (int group = 0; group < kGroups; group++)
 #pragma unroll
-      for (int right = 0; right < 2; right++)
+      for (int lower = 0; lower < 2; lower++) {
+        const int head = 16 * group + 8 * lower + lane() / 4;
+        const Shared<T> place = heads.inside(head, lane() % 4 * 2);
 #pragma unroll
-        for (int lower = 0; lower < 2; lower++)
-          function(tile, right, lower, 16 * tile + 8 * lower + lane() / 4, 8 * right + lane() % 4 * 2);
+        for (int right = 0; right < 2; right++) function(group, right, lower, head < p_.heads, place + 8 * right);
+      }
   }
 
   // tile += matrix times the heads.
@@ -316,7 +316,8 @@ class Mixing {
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
     float means[4];
-    for_each_element<kPadded>([&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
+    for_each_element<kPadded>(
+        [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
     // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
     over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
@@ -346,8 +347,8 @@ class Mixing {
     }
   }
 
-  // sums += the four positions of a lane's heads. Summed among themselves first, as the products below: long float32 sums
-  // of numbers that are nearly alike lose digits that eager PyTorch keeps.
+  // sums += the four positions of a lane's heads. Summed among themselves first, as the products below: long float32
+  // sums of numbers that are nearly alike lose digits that eager PyTorch keeps.
   template <class Function>
   static REATTN_DEVICE void add_positions(float (&sums)[kLaneHeads], Function function) {
 #pragma unroll

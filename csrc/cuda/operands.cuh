@@ -18,9 +18,7 @@ struct Rows {
   int count;
   Shared<T> zeros;
 
-  REATTN_DEVICE Shared<T> at(int row, int column) const {
-    return row < count ? inside(row, column) : zeros;
-  }
+  REATTN_DEVICE Shared<T> at(int row, int column) const { return row < count ? inside(row, column) : zeros; }
   REATTN_DEVICE Shared<T> inside(int row, int column) const { return first + (row * stride + column); }
 };
 

@@ -22,11 +22,12 @@ struct Plan {
   int warps;        // a warp works on heads warp, warp + warps, ...
   int row_stride;   // of maps; if there is room an odd multiple of 16, so that 8 rows lie in different banks, and heads
   int head_stride;  //
-  int stage_stride; // of rows in a warp's stages
-  int stages;       // the groups of 16 rows that a warp has in flight: 1 or 2
-  // Where things lie, and how much there is of it all. Tiles: maps, after dropout and centred (in the forward pass mixed
-  // and normalised in place); grads, the gradients first of the normalised maps, then of the mixed ones, of the maps after
-  // dropout, of the scores; mixed, the normalised maps; probs, the maps before dropout, 0 for none as maps lie there.
+  int stage_stride;  // of rows in a warp's stages
+  int stages;        // the groups of 16 rows that a warp has in flight: 1 or 2
+  // Where things lie, and how much there is of it all. Tiles: maps, after dropout and centred (in the forward pass
+  // mixed and normalised in place); grads, the gradients first of the normalised maps, then of the mixed ones, of the
+  // maps after dropout, of the scores; mixed, the normalised maps; probs, the maps before dropout, 0 for none as maps
+  // lie there.
   int maps, grads, mixed, probs, staged, matrices, vectors, maxima, sums, bytes;
 };
 
@@ -35,8 +36,8 @@ struct Params {
   // (heads, heads) and (heads,); absent where null
   const float *weight, *shift, *gamma, *beta, *coupled, *constant;
   const int64_t* seed;
-  float *lse, *delta;          // (batch, heads, seqlen)
-  float *vectors, *products;   // partial sums of a block: (blocks, 3, padded heads), (blocks, padded, padded)
+  float *lse, *delta;         // (batch, heads, seqlen)
+  float *vectors, *products;  // partial sums of a block: (blocks, 3, padded heads), (blocks, padded, padded)
   float scale, scale_log2, eps, keep_scale;
   float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
   uint32_t drop_below;
@@ -47,7 +48,7 @@ struct Params {
   Plan plan;
 };
 
-constexpr int kMaxThreads = 384;   // which leaves a thread 168 registers
+constexpr int kMaxThreads = 384;  // which leaves a thread 168 registers
 constexpr int kPieceBytes = 128;  // of a row, in a stage
 constexpr int kChunk = 64;        // streamed rows whose scores a warp holds at once
 constexpr int kSlice = 256;       // rows that a block of grad_dot_out sums

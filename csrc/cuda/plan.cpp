@@ -60,8 +60,7 @@ Plan make_plan(Kernel kernel, const Size& size, int shared_bytes, int multiproce
       if (const Plan plan = lay_out(kernel, size, own, streamed, 2); fits(plan) && (tall || own == 16)) return plan;
   for (int tile : {64, 32, 16})
     for (int own : {32, 16})
-      if (const Plan plan = lay_out(kernel, size, own, std::min(tile, streamed), 2);
-          fits(plan) && (tall || own == 16))
+      if (const Plan plan = lay_out(kernel, size, own, std::min(tile, streamed), 2); fits(plan) && (tall || own == 16))
         return plan;
   for (bool compact : {false, true})
     if (const Plan plan = lay_out(kernel, size, 16, 16, 1, compact); fits(plan)) return plan;

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const __grid_co
   const Mixing<T, kPadded> mixing(p, place);
   typename Mixing<T, kPadded>::Sums sums;
   float by_head[heads_of_a_warp(kPadded)] = {};
-  const auto add = [&](int head, float sum) { 
-    // An index known only when it runs would keep them in memory.
+  const auto add = [&](int head, float sum) {
+  // An index known only when it runs would keep them in memory.
 #pragma unroll
     for (int i = 0; i < heads_of_a_warp(kPadded); i++)
       if (head == place.warp + i * p.plan.warps) by_head[i] += sum;

@@ -117,7 +117,7 @@ class OwnRows {
   REATTN_DEVICE OwnRows(const Params& p, const Tensor& tensor, const Place& place, int head)
       : tensor_(tensor),
         from_(head_rows<T>(tensor, place.sample, head)),
-        first_row_(place.first_row),
+        first_row_(recomputed(place.first_row)),
         depth_(p.depth),
         pieces_(kTiles > 1 ? 1 : (p.depth + kPieceDims<T> - 1) / kPieceDims<T>) {
     hold(0);

@@ -32,13 +32,14 @@ MIN_CAPABILITY = (7, 5)
 def not_supported(request: Request) -> list[str]:
     """Every reason why the kernels cannot serve the request; empty when they can."""
     reasons = []
-    on_device = request.device.type == "cuda" or (EMULATED and request.device.type == "cpu")
+    emulated = EMULATED and request.device.type == "cpu"
+    on_device = request.device.type == "cuda"
     if _import_error:
         reasons.append(f"the CUDA extension was not built or cannot be imported ({_import_error})")
-    elif on_device or request.dtype is None:
+    elif on_device or (request.dtype is None and not emulated):
         # A call on other tensors leaves the driver alone.
         reasons += _card_faults(_index(request.device) if on_device else 0)
-    if not on_device:
+    if not (on_device or emulated):
         reasons.append(f"needs a CUDA tensor, got {request.device.type}")
     if request.dtype is not None and request.dtype not in DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
@@ -54,9 +55,9 @@ def not_supported(request: Request) -> list[str]:
 
 
 def _index(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.current_device() if device.index is None else device.index
+    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.current_device()
+    return device.index or 0
 
 
 # The extension cannot be traced, and what a card can do does not change.
@@ -71,9 +72,10 @@ def _card_faults(device: int) -> list[str]:
             return ["no CUDA device"]
     except RuntimeError as error:
         return [str(error)]
-    if EMULATED:
-        return []
-    capability = torch.cuda.get_device_capability(device)
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:
+        return [f"torch sees no CUDA device ({error})"]
     version = ".".join(map(str, capability))
     if capability < MIN_CAPABILITY:
         return [f"needs compute capability 7.5 or higher, got {version}"]
@@ -205,13 +207,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
     heads, head_dim, seqlen_k = query.shape[1], query.shape[3], key.shape[2]
-    grads = [_empty_heads_last(tensor) for tensor in (query, key, value)]
-    empty = shift.new_empty(0)
+    grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
     if not query.numel():
-        for tensor in grads:
+        for tensor in (grad_query, grad_key, grad_value):
             tensor.zero_()
-        norm = (empty, empty.clone()) if gamma is None else (torch.zeros_like(gamma), torch.zeros_like(gamma))
-        return *grads, torch.zeros_like(weight), torch.zeros_like(shift), *norm
+        # Of the last two, there are as many elements as gamma has.
+        rows = shift if gamma is not None else shift[:0]
+        parameters = (torch.zeros_like(tensor) for tensor in (weight, shift, rows, rows))
+        grad_weight, grad_shift, grad_gamma, grad_beta = parameters
+        return grad_query, grad_key, grad_value, grad_weight, grad_shift, grad_gamma, grad_beta
     query, scale, sign = _positive_scale(query, scale)
     grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
@@ -221,28 +225,29 @@ def backward(
         if constant is not None:
             constant = constant + coupled.sum(1) * (centre - 1 / seqlen_k)
         coupled = coupled / seqlen_k
-    parameters = [
+    mixing = [
         None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta, coupled, constant)
     ]
     inputs = [_argument(tensor) for tensor in (grad, query, key, value)]
-    rest = (list(map(_address, parameters)), _address(seed), scale, eps, dropout_p, centre)
-    rest += (_address(lse), _address(delta))
-    grad_query, grad_key, grad_value = grads
+    rest = (
+        list(map(_address, mixing)),
+        *(_address(seed), scale, eps, dropout_p, centre),
+        *(_address(lse), _address(delta)),
+    )
     call = _call(query, key, head_dim)
     plan = _plan("backward_query", query, key, dropout_p)
     vectors, products = _partial_sums(query, plan)
-    _cuda.backward_query(
-        plan, call, inputs, *rest, _argument(grad_query), _address(vectors), _address(products)
-    )
+    _cuda.backward_query(plan, call, inputs, *rest, _argument(grad_query), _address(vectors), _address(products))
     plan = _plan("backward_key", query, key, dropout_p)
     _cuda.backward_key(plan, call, inputs, *rest, _argument(grad_key), _argument(grad_value))
     grad_shift, grad_gamma, grad_beta = vectors.sum(0, dtype=torch.float64)[:, :heads].unbind()
     # The kernel sums products of the centred maps.
     grad_weight = (_summed(products, heads) + grad_shift * centre).float()
-    norm = (empty, empty.clone()) if gamma is None else (grad_gamma.float(), grad_beta.float())
+    if gamma is None:
+        grad_gamma, grad_beta = shift.new_empty(0), shift.new_empty(0)
     if sign != 1:
         grad_query = grad_query * sign
-    return grad_query, grad_key, grad_value, grad_weight, grad_shift.float(), *norm
+    return grad_query, grad_key, grad_value, grad_weight, grad_shift.float(), grad_gamma.float(), grad_beta.float()
 
 
 def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:

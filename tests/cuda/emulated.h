@@ -16,6 +16,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -283,6 +284,24 @@ class Machine {
     outside(address, bytes, access);
   }
 
+  // Between the threads of a block, device memory knows the same races; those of a read before a write are not seen.
+  void note_device(const void* place, unsigned bytes, bool write) {
+    if (device_writes_.empty() && !write) return;
+    const int self = current->index;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(place) / 2;
+    for (uintptr_t at = first; at < first + bytes / 2; at++) {
+      const auto found = device_writes_.find(at);
+      if (found != device_writes_.end()) {
+        const auto& [tick, writer] = found->second;
+        const bool same_warp = writer / kWarp == self / kWarp;
+        if (writer != self && tick >= (same_warp ? current->warp->synced_at : block_synced_at_))
+          fail("%s of device memory races with the write by warp %d, lane %d: no sync between them",
+               write ? "write" : "read", writer / kWarp, writer % kWarp);
+      }
+      if (write) device_writes_[at] = {tick_, self};
+    }
+  }
+
  private:
   std::vector<Thread> threads_;
   std::vector<Granule> shadow_;
@@ -292,6 +311,7 @@ class Machine {
   std::vector<char*> stacks_;
   Context scheduler_ = {};
   std::vector<Range> declared_;
+  std::unordered_map<uintptr_t, std::pair<uint32_t, int>> device_writes_;  // of this block: when, and by whom
   Range last_hit_ = {};
   uint32_t tick_ = 0, block_began_ = 0, block_synced_at_ = 0, random_ = 0;
   int shared_bytes_ = 0, finished_ = 0, waiting_warps_ = 0;
@@ -344,6 +364,7 @@ class Machine {
     std::memset(shared_, 0xff, size_t(shared_bytes_));
     block_began_ = block_synced_at_ = ++tick_;
     finished_ = 0;
+    device_writes_.clear();
     for (int w = 0; w < warps; w++) {
       int lanes[kWarp];
       order(lanes, kWarp);
@@ -620,6 +641,7 @@ inline Shared<char> shared_memory() { return {0}; }
 template <class V>
 V read(const void* from) {
   emulated::machine->check_device(from, sizeof(V), "read");
+  emulated::machine->note_device(from, sizeof(V), false);
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
@@ -627,6 +649,7 @@ V read(const void* from) {
 template <class V>
 void write(void* to, V value) {
   emulated::machine->check_device(to, sizeof(V), "write");
+  emulated::machine->note_device(to, sizeof(V), true);
   std::memcpy(to, &value, sizeof(V));
 }
 

@@ -137,6 +137,12 @@ __global__ void diverged_barrier(const Operands) {
 }
 __global__ void device_outside(const Operands p) { read<float>(p.in + 65536); }
 __global__ void device_before(const Operands p) { write<float>(const_cast<char*>(p.in) - 4, 0); }
+__global__ void device_race(const Operands p) {
+  char* const place = const_cast<char*>(p.in);
+  if (thread() == 5) write<float>(place, 1);
+  sync_warp();
+  if (thread() == 40) write<float>(place, 2);
+}
 __global__ void device_misaligned(const Operands p) { read<uint4>(p.in + 8); }
 __global__ void copied_from_outside(const Operands p) {
   copy_async(shared_memory() + 16 * thread(), p.in + 65536, true);
@@ -334,6 +340,7 @@ const std::map<std::string, void (*)()> kWrong = {
     KERNEL(diverged_barrier),
     KERNEL(device_outside),
     KERNEL(device_before),
+    KERNEL(device_race),
     KERNEL(device_misaligned),
     KERNEL(copied_from_outside),
     {"undeclared",
