@@ -22,13 +22,17 @@ import torch
 
 from benchmarks import measure, peers
 from benchmarks.measure import Oracle, Problem
+from reattn.backends import BACKENDS, Request
 
-CONTENDERS = ("fused", "eager", "compiled", "sdpa")
+# "fused" is the backend that "auto" takes first.
+CONTENDERS = ("fused", "cuda", "eager", "compiled", "sdpa")
+OURS = ("fused", "cuda")
 DIRECTIONS = ("forward", "forward+backward")
 NO_TIME = "not measured: no time left"
+NOT_THERE = "not measured: "
 # Nothing is started that would not fit: a contender is expected to take as long as its slowest problem so far, and this
 # long, with kernels to compile, before any.
-FIRST_GUESS_S = {"fused": 20.0, "eager": 5.0, "compiled": 30.0, "sdpa": 5.0}
+FIRST_GUESS_S = {"fused": 20.0, "cuda": 5.0, "eager": 5.0, "compiled": 30.0, "sdpa": 5.0}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ GPU = functools.partial(
     Plan,
     dtype=torch.bfloat16,
     heads=12,
-    shapes=((128, 197, 32), (128, 197, 64), (32, 577, 32)),
+    shapes=((128, 197, 32), (128, 197, 64), (128, 197, 33), (32, 577, 32)),
     launches=((1, 197, 32), (8, 197, 32)),
     distinct=4,
     compiler="inductor",
@@ -80,6 +84,7 @@ class Run:
         self.deadline = time.monotonic() + seconds
         self.save = save
         self.longest: dict[str, float] = {}
+        self.without_cuda = "; ".join(BACKENDS["cuda"].not_supported(Request(plan.device)))
         self.report: dict[str, Any] = {
             "machine": measure.machine_info(plan.device),
             "settings": {
@@ -131,18 +136,22 @@ class Run:
     ) -> None:
         oracle = None
         for name in contenders:
+            if name == "cuda" and self.without_cuda:
+                for entry in entries:
+                    entry["contenders"][name] = {"status": NOT_THERE + self.without_cuda}
+                continue
             begin = time.monotonic()
             if begin + self.longest.get(name, FIRST_GUESS_S[name]) > self.deadline:
                 continue
             oracle = oracle or Oracle(problem, self.plan.device, math.gcd(self.plan.distinct, problem.batch))
-            if name == "fused":
-                contender = measure.operator(problem.norm, self.plan.backend)
+            if name in OURS:
+                contender = measure.operator(problem.norm, self.plan.backend if name == "fused" else name)
             else:
                 contender = peers.by_name(name, problem.norm, self.plan.compiler)
             errors, status = None, "ok"
             # Plain attention computes something else on purpose.
             if name != "sdpa":
-                errors, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=name == "fused"))
+                errors, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=name in OURS))
             for entry in entries:
                 found: dict[str, Any] = {"status": status}
                 entry["contenders"][name] = found
@@ -202,7 +211,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         )
     yield ""
     names = "".join(f"{name:>10}" for name in CONTENDERS)
-    yield f"{'':36}|{'milliseconds':^40}|{'fused':^36}|{'peak MiB':^40}"
+    width = 10 * len(CONTENDERS)
+    yield f"{'':36}|{'milliseconds':^{width}}|{'fused':^36}|{'peak MiB':^{width}}"
     yield (
         f"{'B':>4}{'N':>5}{'d':>4} {'norm':6}{'direction':16}|{names}|"
         f"{'/ sdpa':>9}{'speed-up':>9}{'/ floor':>9}{'TFLOP/s':>9}|{names}"
@@ -223,7 +233,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def _case_line(case: dict[str, Any]) -> str:
     entries = [case["contenders"][name] for name in CONTENDERS]
-    fused, eager, compiled, sdpa = (entry.get("ms") for entry in entries)
+    fused, _, eager, compiled, sdpa = (entry.get("ms") for entry in entries)
     rival = min((ms for ms in (eager, compiled) if ms is not None), default=None)
     ratios = (_ratio(fused, sdpa), _ratio(rival, fused), _ratio(fused, case["floor_ms"]))
     columns = (
@@ -269,8 +279,10 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
 
 def faults(report: dict[str, Any]) -> list[str]:
     """What of the fused operator was measured and is wrong or failed; a peer's failure is no fault."""
-    entries = (case["contenders"]["fused"] for case in report["cases"] + report["launches"])
-    return sorted({entry["status"] for entry in entries if entry["status"] not in ("ok", NO_TIME)})
+    entries = (case["contenders"][name] for case in report["cases"] + report["launches"] for name in OURS)
+    return sorted(
+        {status for entry in entries if (status := entry["status"]) != "ok" and not status.startswith(NOT_THERE)}
+    )
 
 
 def save(report: dict[str, Any], folder: pathlib.Path) -> None:

@@ -192,7 +192,8 @@ def test_table_on_a_cpu(tmp_path):
         (norm, direction) for norm in ("batch", "layer") for direction in ("forward", "forward+backward")
     ]
     for case in report["cases"]:
-        assert case["contenders"].keys() == {"fused", "eager", "compiled", "sdpa"}
+        assert case["contenders"].keys() == {"fused", "cuda", "eager", "compiled", "sdpa"}
+        assert case["contenders"].pop("cuda")["status"].startswith("not measured: ")
         for name, entry in case["contenders"].items():
             assert entry["status"] == "ok", (name, entry)
             assert entry["ms"] > 0 and entry["tflops"] > 0
@@ -205,16 +206,23 @@ def test_table_on_a_cpu(tmp_path):
 
 def test_table_says_what_is_missing_or_wrong():
     run = gpu_table.Run(gpu_table.SMOKE(CPU, "reference"), seconds=0.0, save=lambda report: None)
+    run.without_cuda = "no GPU"
     run.measure()
     lines = list(gpu_table.table(run.report))
     assert sum(gpu_table.NO_TIME in line for line in lines) == 2 * 2 * 4 + 2 * 3
     assert gpu_table.faults(run.report) == []
 
-    statuses = {"fused": "wrong: fused: the error", "eager": "out of memory", "compiled": "failed: E: m", "sdpa": "ok"}
+    statuses = {
+        "fused": "wrong: fused: the error",
+        "cuda": "not measured: no GPU",
+        "eager": "out of memory",
+        "compiled": "failed: E: m",
+        "sdpa": "ok",
+    }
     run.report["cases"][0]["contenders"] = {name: {"status": status} for name, status in statuses.items()}
     run.report["cases"][0]["contenders"]["sdpa"]["ms"] = 2.0
     lines = list(gpu_table.table(run.report))
-    assert any(line.split("|")[1].split() == ["WRONG", "OOM", "failed", "2.000"] for line in lines if "|" in line)
+    assert any(line.split("|")[1].split() == ["WRONG", "-", "OOM", "failed", "2.000"] for line in lines if "|" in line)
     assert any("forward eager: out of memory" in line for line in lines)
     assert gpu_table.faults(run.report) == ["wrong: fused: the error"]
 
