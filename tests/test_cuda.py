@@ -230,10 +230,10 @@ def test_order_of_threads_changes_nothing(mode, cut, use_cut, monkeypatch):
 @pytest.fixture
 def forget(monkeypatch):
     """What the backend remembers of devices, before and after the test has changed it."""
-    cuda._card_faults.cache_clear()
+    cuda._find_card_faults.cache_clear()
     yield
     monkeypatch.undo()
-    cuda._card_faults.cache_clear()
+    cuda._find_card_faults.cache_clear()
 
 
 def test_every_reason_that_inputs_give():
@@ -293,7 +293,7 @@ def test_machines_that_do_not_run_it(machine, forget, monkeypatch):
 
 def test_machines_that_run_it(forget, monkeypatch):
     for capability in ((7, 5), (9, 0), (12, 1)):
-        cuda._card_faults.cache_clear()
+        cuda._find_card_faults.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(cuda._cuda, "check_device", lambda device: None)
         assert cuda.not_supported(Request(GPU, torch.bfloat16, 32, 128)) == []

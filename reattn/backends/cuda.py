@@ -60,11 +60,15 @@ def _index(device: torch.device) -> int:
     return device.index or 0
 
 
-# The extension cannot be traced, and what a card can do does not change.
-@functools.cache
+# torch.compile traces neither the extension nor what is cached, and what a card can do does not change.
 @torch.compiler.assume_constant_result
 def _card_faults(device: int) -> list[str]:
     """Why the extension has nothing to run there; whatever the problem."""
+    return _find_card_faults(device)
+
+
+@functools.cache
+def _find_card_faults(device: int) -> list[str]:
     if torch.version.hip:
         return ["AMD GPUs are not supported"]
     try:
@@ -87,12 +91,12 @@ def _card_faults(device: int) -> list[str]:
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
 def _describe(device: int) -> tuple[int, int]:
     """Bytes of shared memory that a block may have; multiprocessors."""
     return _cuda.describe(device)
 
 
+@torch.compiler.assume_constant_result
 def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     """A reason where some kernel's least tile does not fit the card's shared memory."""
     shared_bytes, multiprocessors = _describe(device)
@@ -105,7 +109,6 @@ def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[st
 
 
 @functools.lru_cache(4096)
-@torch.compiler.assume_constant_result
 def _all_fit(itemsize: int, heads: int, depth: int, shared_bytes: int, multiprocessors: int) -> bool:
     sizes = (itemsize, heads, depth, 1, 1 << 20, 1 << 20, True)
     kernels = _cuda.Kernel.__members__.values()
