@@ -1,0 +1,160 @@
+"""A folder of images, prepared the way a model's configuration says (needs Pillow)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_MODES = {1: "L", 3: "RGB"}
+
+
+class UnreadableImageError(ValueError):
+    """A file is not an image, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to a model's input.
+
+    Attributes:
+        channels, height, width: of the input; 1 channel is greyscale, 3 are RGB.
+        crop_pct: the share of the shorter side that the centre crop keeps.
+        interpolation: of the resize: "nearest", "bilinear", "bicubic" or "lanczos".
+        squash: resize both sides to fit, instead of keeping the aspect ratio.
+        mean, std: of each channel, for pixels in [0, 1].
+
+    Raises:
+        ValueError: the channels or the interpolation are others than these.
+    """
+
+    channels: int
+    height: int
+    width: int
+    crop_pct: float = 0.9
+    interpolation: str = "bicubic"
+    squash: bool = False
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.channels not in _MODES:
+            raise ValueError(f"channels must be 1 or 3 to read image files, got {self.channels}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {self.interpolation!r}")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Preprocessing:
+        """What ``model.pretrained_cfg`` or ``model.default_cfg`` says, as DeepViT and timm's models have it.
+
+        Raises:
+            ValueError: the model has neither, it says nothing of the input's size, or files cannot be read that way.
+        """
+        config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        if "input_size" not in config:
+            raise ValueError(
+                f"model must have a default_cfg or pretrained_cfg with an input_size, got {type(model).__name__}"
+            )
+        channels, height, width = config["input_size"]
+        # A timm model that was built for another size keeps the original's configuration.
+        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
+        return cls(
+            channels,
+            height,
+            width,
+            crop_pct=config.get("crop_pct") or 0.9,
+            interpolation=config.get("interpolation") or "bicubic",
+            squash=config.get("crop_mode") == "squash",
+            mean=tuple(config.get("mean") or (0.5,) * channels),
+            std=tuple(config.get("std") or (0.5,) * channels),
+        )
+
+    def read(self, path: str | os.PathLike[str]) -> Tensor:
+        """The image in a file as ``(channels, height, width)``, float32.
+
+        Raises:
+            ImportError: Pillow is missing.
+            UnreadableImageError: the file cannot be read.
+        """
+        image_module = import_pillow()
+        try:
+            with image_module.open(path) as opened:
+                image = opened.convert(_MODES[self.channels])
+        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
+            raise UnreadableImageError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
+
+        wanted = math.floor(self.width / self.crop_pct), math.floor(self.height / self.crop_pct)
+        if not self.squash:
+            # The side that is relatively shorter gets exactly what is wanted.
+            width, height = image.size
+            if wanted[0] * height >= wanted[1] * width:
+                wanted = wanted[0], wanted[0] * height // width
+            else:
+                wanted = wanted[1] * width // height, wanted[1]
+        image = image.resize(wanted, image_module.Resampling[self.interpolation.upper()])
+        left, top = round((wanted[0] - self.width) / 2), round((wanted[1] - self.height) / 2)
+        image = image.crop((left, top, left + self.width, top + self.height))
+
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(self.height, self.width, self.channels).permute(2, 0, 1)
+        return (pixels.float() / 255 - self._column(self.mean)) / self._column(self.std)
+
+    def to_display(self, images: Tensor) -> Tensor:
+        """Inputs ``(..., channels, height, width)`` as pixels in [0, 1] again."""
+        mean, std = (self._column(numbers).to(images) for numbers in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    @staticmethod
+    def _column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers)[:, None, None]
+
+
+def import_pillow() -> Any:
+    """``PIL.Image``; ``ImportError`` says how to install it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install 'reattn[analysis]'") from error
+    return Image
+
+
+def find_images(folder: str | os.PathLike[str], limit: int | None = None) -> list[Path]:
+    """The image files below a folder, by their names' endings, sorted; ``limit`` takes so many evenly spread over them.
+
+    Raises:
+        ValueError: it is no folder, or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"images must be a folder, got {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"images must be a folder with images ({', '.join(SUFFIXES)}), got none in {folder}")
+    if limit is None or limit >= len(paths):
+        return paths
+    return [paths[index * len(paths) // limit] for index in range(limit)]
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Opens every file, without reading its pixels; ``UnreadableImageError`` names the first that is no image."""
+    image_module = import_pillow()
+    for path in paths:
+        try:
+            image_module.open(path).close()
+        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
+            raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+
+
+def image_batches(paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
+    """Batches ``(batch, channels, height, width)`` of at most ``batch_size`` images, read as they are asked for."""
+    for start in range(0, len(paths), batch_size):
+        yield torch.stack([preprocessing.read(path) for path in paths[start : start + batch_size]])

@@ -1,0 +1,326 @@
+"""The figures of DeepViT (arXiv 2103.11886, sections 3 and 4) for any model, readable without colour.
+
+Every function returns a ``matplotlib.figure.Figure`` and touches no pyplot state; :func:`save_figure` writes it.
+Without matplotlib they raise an ``ImportError`` that says how to install it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from reattn.analysis.features import FeatureMaps
+from reattn.analysis.output import replacing
+from reattn.analysis.similarity import similar_heads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+
+# Apart in darkness, dashes and markers, so that none of the three is needed to tell lines from one another.
+_STYLES: list[dict[str, Any]] = [
+    {"color": "#0b3c7d", "linestyle": "-", "marker": "o"},
+    {"color": "#e07b00", "linestyle": "--", "marker": "s"},
+    {"color": "#6f6f6f", "linestyle": ":", "marker": "^"},
+    {"color": "#2a9d8f", "linestyle": "-.", "marker": "D"},
+    {"color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#b0305c", "linestyle": (0, (1, 2)), "marker": "x"},
+]
+_COLOUR_MAP = "cividis"
+_ANNOTATED_HEADS = 16
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; ``ImportError`` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install 'reattn[analysis]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(
+    figure: Figure, folder: str | os.PathLike[str], name: str, formats: Sequence[str] = FORMATS, dpi: int = 150
+) -> list[Path]:
+    """Writes ``folder/name.FORMAT`` for each format, making the folder; a file is there whole or not at all.
+
+    Raises:
+        ValueError: a format is neither "png" nor "svg".
+    """
+    unknown = [extension for extension in formats if extension not in FORMATS]
+    if unknown:
+        raise ValueError(f"formats must be among {FORMATS}, got {unknown}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{extension}" for extension in formats]
+    layout = figure.get_layout_engine()
+    try:
+        for path, extension in zip(paths, formats, strict=True):
+            # Without the date the same figure makes the same file.
+            metadata = {"Date": None} if extension == "svg" else None
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format=extension, dpi=dpi, metadata=metadata)
+            # Laid out once: that takes most of the time.
+            figure.set_layout_engine("none")
+    finally:
+        if layout is not None:
+            figure.set_layout_engine(layout)
+    return paths
+
+
+def plot_similarity(similarities: Mapping[str, Mapping[int, Tensor]], threshold: float = 0.8) -> Figure:
+    """The paper's figure a: similarity to the block k further on, by depth.
+
+    Args:
+        similarities: a panel's title -> what :func:`block_similarity` returns, a line for each distance.
+        threshold: drawn as a line across.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(similarities, "similarities")
+    figure = new_figure(5 * len(similarities), 4)
+    panels = figure.subplots(1, len(similarities), sharey=True, squeeze=False)[0]
+    for axes, (title, by_distance) in zip(panels, similarities.items(), strict=True):
+        for style, (distance, similarity) in zip(_styles(len(by_distance)), by_distance.items(), strict=True):
+            axes.plot(range(len(similarity)), _list(similarity), label=f"k = {distance}", **style)
+        axes.axhline(threshold, color="0.5", linewidth=0.8, zorder=0, label=f"similar above {threshold:g}")
+        axes.set(xlabel="block", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _tidy(axes)
+    panels[0].set_ylabel("similarity to block + k (mean cosine of columns)")
+    return figure
+
+
+def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], threshold: float = 0.8) -> Figure:
+    """The paper's figure b: number and share of blocks similar to the next, by the depth of the model.
+
+    Args:
+        counts: a line's label -> for each model (depth, number, share), the last two as from :func:`similar_blocks`.
+        threshold: that they were counted with.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(counts, "counts")
+    figure = new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    for style, (label, models) in zip(_styles(len(counts)), counts.items(), strict=True):
+        depths, numbers, shares = zip(*sorted(models), strict=True)
+        left.plot(depths, numbers, label=label, **style)
+        right.plot(depths, shares, label=label, **style)
+    left.set(xlabel="blocks of the model", ylabel=f"similar blocks (above {threshold:g})")
+    right.set(xlabel="blocks of the model", ylabel="share of all blocks", ylim=(-0.03, 1.03))
+    left.set_ylim(bottom=min(0, left.get_ylim()[0]))
+    for axes in (left, right):
+        axes.set_xticks(sorted({depth for models in counts.values() for depth, _, _ in models}))
+        _tidy(axes)
+    left.yaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_similarity_matrix(matrices: Mapping[str, Tensor], label: str = "block") -> Figure:
+    """Similarity of every two blocks, or heads, as an image.
+
+    Args:
+        matrices: a panel's title -> ``(blocks, blocks)``, as from :func:`similarity_matrix`.
+        label: of both axes.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(matrices, "matrices")
+    figure = new_figure(5 * len(matrices) + 0.6, 4.4)
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    lowest = min(0.0, *(float(matrix.min()) for matrix in matrices.values()))
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        image = axes.imshow(_list(matrix), cmap=_COLOUR_MAP, vmin=lowest, vmax=1.0)
+        axes.set(xlabel=label, ylabel=label, title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=list(panels), label="similarity (mean cosine of columns)")
+    return figure
+
+
+def plot_head_similarity(similarities: Mapping[str, Tensor], threshold: float = 0.5) -> Figure:
+    """The paper's figure c: similarity between the heads of one block, with how many pairs exceed ``threshold``.
+
+    Args:
+        similarities: a panel's title -> ``(heads, heads)``, an entry of what :func:`head_similarity` returns.
+        threshold: see :func:`similar_heads`.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    titles = {}
+    for title, similarity in similarities.items():
+        number, share = similar_heads(similarity, threshold)
+        titles[f"{title}\n{number} pairs ({share:.0%}) above {threshold:g}"] = similarity
+    figure = plot_similarity_matrix(titles, label="head")
+    for axes, similarity in zip(figure.axes, similarities.values(), strict=False):
+        if len(similarity) > _ANNOTATED_HEADS:
+            continue
+        low, high = axes.images[0].get_clim()
+        for row, values in enumerate(_list(similarity)):
+            for column, value in enumerate(values):
+                ink = "black" if value > (low + high) / 2 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=ink)
+    return figure
+
+
+def feature_strength(features: Tensor) -> Tensor:
+    """Length of the features at each place, relative to the mean over the image: ``(batch, channels, height, width)``
+    to ``(batch, height, width)``; 1 everywhere where all are alike in length."""
+    strength = features.float().norm(dim=1)
+    return strength / strength.mean(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+
+
+def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample: int = 0) -> Figure:
+    """Feature maps of several blocks, with re-attention above and without it below: see :func:`feature_strength`.
+
+    One scale for all, so that features that hardly vary over the image look it.
+
+    Args:
+        image: ``(channels, height, width)`` in [0, 1].
+        features: what :func:`feature_maps` returns.
+        sample: which of its batch.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(features, "features")
+    columns = len(features) + 1
+    figure = new_figure(2.2 * columns + 0.6, 4.6)
+    grid = figure.subplots(2, columns, squeeze=False)
+    strengths = {
+        index: [feature_strength(maps.re_attention)[sample], feature_strength(maps.softmax)[sample]]
+        for index, maps in features.items()
+    }
+    highest = max(float(strength.max()) for pair in strengths.values() for strength in pair)
+    for row, label in enumerate(("with re-attention", "without")):
+        _show_image(grid[row, 0], image)
+        grid[row, 0].set_ylabel(label)
+        for axes, (index, pair) in zip(grid[row, 1:], strengths.items(), strict=True):
+            drawn = axes.imshow(_list(pair[row]), cmap=_COLOUR_MAP, vmin=0.0, vmax=highest)
+            axes.set(title=f"block {index}" if row == 0 else "", xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=grid, label="length of the features / mean")
+    return figure
+
+
+def plot_query_maps(
+    image: Tensor, maps: Mapping[int, Tensor], title: str = "", sample: int = 0, overlay: float = 0.65
+) -> Figure:
+    """What one token attends to, over the image: a row for each block, a column for each head.
+
+    Every map has its own scale, from the lowest to the highest value, which stand above it.
+
+    Args:
+        image: ``(channels, height, width)`` in [0, 1].
+        maps: what :func:`query_maps` returns.
+        title: of the figure.
+        sample: which of its batch.
+        overlay: opacity of the maps over the image.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(maps, "maps")
+    heads = max(rows.shape[1] for rows in maps.values())
+    figure = new_figure(1.3 * (heads + 1) + 0.3, 1.6 * len(maps) + 0.5)
+    grid = figure.subplots(len(maps), heads + 1, squeeze=False)
+    for axes_row, (index, rows) in zip(grid, maps.items(), strict=True):
+        _show_image(axes_row[0], image)
+        axes_row[0].set_ylabel(f"block {index}")
+        for head, axes in enumerate(axes_row[1:]):
+            axes.set_axis_off()
+            if head < rows.shape[1]:
+                weights = rows[sample, head]
+                _overlay(axes, image, weights, overlay)
+                axes.set_title(f"head {head}\n{float(weights.min()):.2g} to {float(weights.max()):.2g}", fontsize=6)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], overlay: float = 0.65) -> Figure:
+    """Where a token's rollout comes from: the images above, below them a row for each kind of maps.
+
+    Args:
+        images: ``(batch, channels, height, width)`` in [0, 1].
+        rollouts: a row's label -> ``(batch, height, width)``, a row of :func:`attention_rollout` on the image's grid.
+        overlay: opacity of the maps over the images.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(rollouts, "rollouts")
+    figure = new_figure(2.4 * len(images) + 0.5, 2.4 * (len(rollouts) + 1))
+    grid = figure.subplots(len(rollouts) + 1, len(images), squeeze=False)
+    for axes, image in zip(grid[0], images, strict=True):
+        _show_image(axes, image)
+    for axes_row, (label, maps) in zip(grid[1:], rollouts.items(), strict=True):
+        axes_row[0].set_ylabel(label)
+        for axes, image, weights in zip(axes_row, images, maps, strict=True):
+            _overlay(axes, image, weights, overlay)
+    return figure
+
+
+def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str = "epoch") -> Figure:
+    """Training curves: a panel for each quantity, such as loss and accuracy, a line for each model.
+
+    Args:
+        curves: quantity -> a line's label -> its values from the first epoch on.
+        xlabel: what is counted.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(curves, "curves")
+    figure = new_figure(5 * len(curves), 4)
+    labels = list(dict.fromkeys(label for lines in curves.values() for label in lines))
+    styles = dict(zip(labels, _styles(len(labels)), strict=True))
+    for axes, (quantity, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for label, values in lines.items():
+            every = max(1, len(values) // 12)
+            axes.plot(range(1, len(values) + 1), values, label=label, markevery=every, **styles[label])
+        axes.set(xlabel=xlabel, ylabel=quantity)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _tidy(axes)
+    return figure
+
+
+def _check_not_empty(argument: Mapping[Any, Any], name: str) -> None:
+    if not argument or any(isinstance(entry, Mapping | list | tuple) and not entry for entry in argument.values()):
+        raise ValueError(f"{name} must hold something to draw in every entry, got the entries {list(argument)}")
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    return [{**_STYLES[index % len(_STYLES)], "markersize": 4} for index in range(count)]
+
+
+def _list(tensor: Tensor) -> Any:
+    return tensor.detach().double().cpu().tolist()
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _show_image(axes: Any, image: Tensor) -> None:
+    pixels = image.detach().float().cpu()
+    # The first channel of what is neither greyscale nor RGB.
+    shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
+    axes.imshow(shown.tolist(), cmap="gray", vmin=0.0, vmax=1.0)
+    axes.set(xticks=[], yticks=[])
+
+
+def _overlay(axes: Any, image: Tensor, weights: Tensor, opacity: float) -> None:
+    _show_image(axes, image.float().mean(dim=0, keepdim=True))
+    extent = (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
+    axes.imshow(_list(weights), cmap=_COLOUR_MAP, alpha=opacity, extent=extent)

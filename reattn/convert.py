@@ -1,0 +1,347 @@
+"""Turn a trained vision transformer into one with re-attention that starts out computing the same.
+
+:func:`to_re_attention` swaps the attention layers, :func:`calibrate` makes batch norm's statistics those of data. Both
+know timm's ``Attention`` by its parts, not by its class, so timm need not be installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from reattn import reference
+from reattn.models.deepvit import select_blocks
+from reattn.module import ReAttention
+
+# What makes a module an attention layer: a number of heads, and one of these.
+_PROJECTIONS = ("qkv", "q", "qk", "q_proj", "in_proj_weight")
+# The parts that have a place in ReAttention. The first two must be there.
+_PARTS = ("qkv", "proj", "q_norm", "k_norm", "norm", "gate", "attn_drop", "proj_drop")
+_FORWARD_ARGUMENTS = ("attn_mask", "is_causal")
+# Agreement on a probe, relative to the largest output: rounding, against another formula altogether.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_MAP_ELEMENTS = 2**25
+
+
+def to_re_attention(
+    model: nn.Module,
+    blocks: int | Sequence[int] | None = None,
+    norm: str | None = "batch",
+    *,
+    norm_eps: float = 1e-5,
+    norm_momentum: float | None = 0.1,
+    backend: str = "auto",
+) -> nn.Module:
+    """Replace attention layers by :class:`reattn.ReAttention`, in place, without changing what the model computes.
+
+    Equivalent to ``layer = ReAttention(...)`` for each, with the projections, query and key norms, gate and dropouts of
+    the old layer (the modules themselves, not copies), theta the identity and its bias 0.
+
+    ============== =============== =================================================================================
+    norm           in eval mode    in training mode, right after the conversion
+    ============== =============== =================================================================================
+    ``None``       unchanged       unchanged
+    ``"batch"``    unchanged       changed, until :func:`calibrate` is called: batch norm then divides the maps by
+                                   the deviation of the batch, and nothing that is known beforehand multiplies them
+                                   by it. Statistics start as mean 0, variance ``1 - eps``: the identity.
+    ``"layer"``    not possible    LayerNorm over the heads takes away their mean and their scale at every position
+                                   of the map, and no weight brings back what it no longer knows; refused.
+    ============== =============== =================================================================================
+
+    "Unchanged" is up to rounding in the model's dtype.
+
+    Args:
+        model: any module that holds attention layers of the form of timm's ViT ``Attention``: ``qkv`` and ``proj``
+            (Linear), ``num_heads``, and, where there are any, ``q_norm``, ``k_norm``, ``norm``, ``gate``,
+            ``attn_drop``, ``proj_drop``, ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``, with ``attn_mask`` and
+            ``is_causal`` at most. Any floating dtype and device, both kept, and so are the training mode and
+            ``requires_grad`` of what is moved. :class:`reattn.models.DeepViT` with ``attention="self"`` is one.
+        blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
+            the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
+            stay as they are. Attention that pools tokens (timm's ``AttentionPool...``) is not counted.
+        norm: the norm of the mixed maps, see above.
+        norm_eps, norm_momentum: of batch norm, as in :class:`reattn.ReAttention`.
+        backend: as in :func:`reattn.re_attention`.
+
+    Returns:
+        ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer.
+        An optimizer made before knows nothing of the new parameters: make it afterwards.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``norm`` or ``blocks`` does not fit, there is no layer to convert, or a layer has no equivalent
+            (relative positions, rotary embeddings, class attention, talking heads, ...): the message gives the path and
+            the reason for each. The model is then as it was.
+
+    Source: DeepViT (arXiv 2103.11886), section 4, for the layer; the way in is this package's own.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if norm == "layer":
+        raise ValueError(
+            "norm must be 'batch' or None, got 'layer': LayerNorm over the heads removes their mean and scale at every "
+            "position of the maps, so no setting of it leaves a trained model unchanged"
+        )
+    if norm not in ("batch", None):
+        raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
+    if _is_attention(model):
+        raise ValueError(f"model must hold attention layers to replace, got one itself ({type(model).__name__})")
+    layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
+    if not layers:
+        raise ValueError(
+            f"model must hold attention layers with num_heads and one of {', '.join(_PROJECTIONS)}, "
+            f"got {type(model).__name__} without any"
+        )
+    paths = [list(layers)[index] for index in select_blocks(blocks, len(layers), "blocks")]
+    paths = [path for path in paths if not isinstance(layers[path], ReAttention)]
+
+    reasons: dict[tuple[str, str], list[str]] = {}
+    replacements: dict[int, nn.Module] = {}
+    for path in paths:
+        layer = layers[path]
+        reason = _not_convertible(layer)
+        if not reason:
+            converted = _converted(layer, norm, norm_eps, norm_momentum)
+            reason = _disagreement(layer, converted)
+            converted.backend = backend
+            replacements[id(layer)] = converted
+        if reason:
+            reasons.setdefault((type(layer).__name__, reason), []).append(path)
+    if reasons:
+        raise ValueError("model holds attention layers that have no equivalent in re-attention: " + _listed(reasons))
+    # By identity: a layer that is used in two places becomes one layer used in two places.
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+    return model
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
+    """Make batch norm's statistics in every :class:`reattn.ReAttention` those of ``images``, in place, changing its
+    weight and bias along with them so that the model computes what it did.
+
+    Equivalent to ``weight *= sqrt((var + eps) / (running_var + eps))``, ``bias += weight * (mean - running_mean) /
+    sqrt(running_var + eps)`` with the old values on the right, then ``running_mean, running_var = mean, var``, of the
+    mixed maps over batch and positions (the variance without Bessel's correction). After :func:`to_re_attention` that
+    is ``weight = sqrt(var + eps)``, ``bias = mean``.
+
+    The output stays what it was in eval mode for any images. In training mode, where it is the batch that gives the
+    statistics, it is that of eval mode on ``images`` as one batch, without dropout, and close to it on batches that
+    resemble them; so calibrate on images prepared as for training, and on more of them than a batch.
+
+    Args:
+        model: holds at least one ReAttention with ``norm="batch"``; run in eval mode, its modes are put back.
+        images: one batch as ``model`` takes it, or an iterable of batches, each a tensor or a tuple or list that begins
+            with one. On the model's device, in its dtype. Under DistributedDataParallel, calibrate before wrapping, on
+            the same images in every process.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no layer to calibrate, a batch norm without weight, bias or running statistics, or no images; the
+            message names the layer.
+    """
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ReAttention) and isinstance(module.head_norm, _BatchNorm)
+    }
+    if not layers:
+        raise ValueError(f"model must hold a ReAttention with norm='batch', got {type(model).__name__} without any")
+    for path, layer in layers.items():
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(layer.head_norm, part) is None:
+                raise ValueError(f"head_norm of {path or 'model'} must have a {part} to be calibrated, got None")
+
+    moments = {path: _Moments() for path in layers}
+    hooks = [
+        layer.register_forward_pre_hook(_observer(moments[path]), with_kwargs=True) for path, layer in layers.items()
+    ]
+    try:
+        with _in_eval_mode(model):
+            for batch in [images] if isinstance(images, Tensor) else images:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    unused = [path for path in layers if not moments[path].count]
+    if unused:
+        raise ValueError(f"images must reach every layer to be calibrated, got none for {', '.join(unused)}")
+    for path, layer in layers.items():
+        norm: Any = layer.head_norm
+        mean, var = moments[path].mean, moments[path].var
+        old_scale = (norm.running_var.to(var) + norm.eps).rsqrt()
+        gain = norm.weight.to(var) * old_scale
+        norm.bias.copy_(norm.bias.to(var) + gain * (mean - norm.running_mean.to(var)))
+        norm.weight.copy_(gain * (var + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+    return model
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if "Pool" in type(module).__name__ or not isinstance(getattr(module, "num_heads", None), int):
+        return False
+    return any(hasattr(module, name) for name in _PROJECTIONS)
+
+
+def _not_convertible(layer: nn.Module) -> str | None:
+    """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
+    arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    foreign = [str(argument).split(":")[0].split("=")[0] for argument in arguments]
+    foreign = [name for name in foreign if name not in _FORWARD_ARGUMENTS]
+    if foreign:
+        return f"its forward takes {', '.join(foreign)}"
+    own = {name for name, _ in layer.named_parameters(recurse=False)} | {
+        name for name, _ in layer.named_buffers(recurse=False)
+    }
+    own |= {name for name, child in layer.named_children() if not isinstance(child, nn.Identity)}
+    foreign = sorted(own - set(_PARTS))
+    if foreign:
+        return f"it holds {', '.join(foreign)}"
+    for name in ("qkv", "proj"):
+        if not isinstance(part := getattr(layer, name, None), nn.Linear):
+            return f"{name} must be a Linear, not {type(part).__name__}"
+    qkv, proj, heads = layer.qkv, layer.proj, layer.num_heads
+    assert isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)
+    if qkv.out_features != 3 * proj.in_features or proj.in_features % heads:
+        return (
+            f"qkv must put out three times what proj takes in, for {heads} heads, "
+            f"not {qkv.out_features} and {proj.in_features}"
+        )
+    if not isinstance(getattr(layer, "attn_drop", None), (nn.Dropout, nn.Identity, type(None))):
+        return f"attn_drop must be a Dropout, not {type(layer.attn_drop).__name__}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
+    return None
+
+
+def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: float | None) -> ReAttention:
+    """A ReAttention of the parts of ``layer``, which keeps them too."""
+    qkv, proj, heads = layer.qkv, layer.proj, layer.num_heads
+    factory = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
+    converted = ReAttention(
+        qkv.in_features,
+        heads,
+        norm=norm,
+        attn_head_dim=proj.in_features // heads,
+        dim_out=proj.out_features,
+        theta_init="identity",
+        device="meta",
+    )
+    converted.scale = float(getattr(layer, "scale", None) or converted.scale)
+    converted.theta = nn.Parameter(torch.eye(heads, **factory))
+    converted.theta_bias = nn.Parameter(torch.zeros(heads, **factory))
+    if norm == "batch":
+        head_norm = nn.BatchNorm2d(heads, eps=norm_eps, momentum=norm_momentum, **factory)
+        assert head_norm.running_var is not None
+        head_norm.running_var.fill_(1.0 - norm_eps)
+        converted.head_norm = head_norm
+    # Before the parts are there: their own modes stay as they are.
+    converted.train(layer.training)
+    for name in _PARTS:
+        part = getattr(layer, name, None)
+        if part is None and name != "gate":
+            part = nn.Identity()
+        if name == "attn_drop" and not isinstance(part, nn.Dropout):
+            part = nn.Dropout(0.0).train(layer.training)
+        setattr(converted, name, part)
+    return converted
+
+
+@torch.no_grad()
+def _disagreement(layer: nn.Module, converted: ReAttention) -> str | None:
+    """Why ``layer`` is no softmax attention, whatever its parts look like; None if both give the same on a probe."""
+    weight = converted.qkv.weight
+    if weight.is_meta:
+        return None
+    shape = (2, 7, converted.qkv.in_features)
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    converted.backend = "reference"
+    with _in_eval_mode(layer), _in_eval_mode(converted):
+        try:
+            expected = layer(probe)
+        except Exception as error:  # whatever a foreign layer may raise
+            return f"it does not take an input of shape {shape}: {error}"
+        got = converted(probe)
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
+    largest = expected.abs().max().item()
+    if not (got - expected).abs().max().item() <= _TOLERANCES.get(weight.dtype, 5e-2) * largest:
+        return f"its output for an input of shape {shape} is not that of softmax attention"
+    return None
+
+
+def _listed(reasons: dict[tuple[str, str], list[str]]) -> str:
+    return "; ".join(
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} ({kind}): {reason}"
+        for (kind, reason), paths in reasons.items()
+    )
+
+
+class _Moments:
+    """Mean and variance of each head's maps over all batches seen, in float64 where the device has it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.var = torch.zeros(())
+
+    def add(self, maps: Tensor) -> None:
+        dtype = torch.float32 if maps.device.type == "mps" else torch.float64
+        count = maps.numel() // maps.shape[1]
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        var, mean = (moment.to(dtype) for moment in torch.var_mean(maps, (0, 2, 3), correction=0))
+        if not self.count:
+            self.count, self.mean, self.var = count, mean, var
+            return
+        share = count / (self.count + count)
+        gap = mean - self.mean
+        self.mean = self.mean + share * gap
+        self.var = (1 - share) * self.var + share * var + share * (1 - share) * gap.square()
+        self.count += count
+
+
+def _observer(moments: _Moments) -> Any:
+    """A forward pre-hook that adds the mixed maps, before their norm, of a ReAttention's input."""
+
+    def observe(layer: ReAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+        mask: Tensor | None = bound.get("attn_mask")
+        shared = mask is None or mask.ndim < 4 or mask.shape[0] == 1
+        query, key, _ = layer._project(layer.pre_norm(bound["x"]))
+        step = max(1, _MAP_ELEMENTS // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
+        for start in range(0, len(query), step):
+            images = slice(start, start + step)
+            _, mixed = reference.re_attention_maps(
+                query[images],
+                key[images],
+                layer.theta,
+                layer.theta_bias,
+                scale=layer.scale,
+                attn_mask=mask if mask is None or shared else mask[images],
+                is_causal=bound.get("is_causal", False),
+            )
+            moments.add(mixed)
+
+    return observe
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

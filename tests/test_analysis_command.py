@@ -1,0 +1,333 @@
+"""``python -m reattn.analysis`` on a few generated images with a tiny model, and what it says of bad arguments."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+for library in ("matplotlib", "PIL", "tqdm"):
+    pytest.importorskip(library)
+
+from PIL import Image  # noqa: E402
+
+from reattn.analysis import __main__ as command  # noqa: E402
+from reattn.analysis import at_distances, measure_attention, similar_blocks  # noqa: E402
+from reattn.analysis.images import Preprocessing, find_images, image_batches  # noqa: E402
+from reattn.analysis.load import load_weights, parse_arguments  # noqa: E402
+from reattn.models import DeepViT, create_model  # noqa: E402
+
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 4, "num_heads": 3, "num_classes": 5}
+TINY_ARGUMENTS = [f"{name}={value}" for name, value in TINY.items()]
+FIGURES = (
+    "similarity",
+    "similar_blocks",
+    "similarity_matrix",
+    "head_similarity",
+    "feature_maps",
+    "query_maps",
+    "rollout",
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "more").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index, (width, height) in enumerate([(20, 30), (40, 18), (16, 16), (33, 21), (50, 50)]):
+        pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        name = f"more/{index}.PNG" if index % 2 else f"{index}.png"
+        Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist())).save(folder / name, format="PNG")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    model = DeepViT(**TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(images, model, tmp_path_factory):
+    """The command as a user starts it, without a display, and the folder it wrote."""
+    folder = tmp_path_factory.mktemp("run")
+    # Its head counts other classes.
+    torch.save({"state_dict": {**model.state_dict(), "head.weight": torch.ones(7, 12)}}, folder / "model.pth")
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "TRITON_INTERPRET")}
+    arguments = ["--model", "deepvit_16b", "--model-args", *TINY_ARGUMENTS, "--checkpoint", folder / "model.pth"]
+    arguments += ["--images", images, "--out", folder / "new" / "out", "--batch-size", 2, "--blocks", 1, -1]
+    finished = subprocess.run(
+        [sys.executable, "-m", "reattn.analysis", *map(str, arguments), "--device", "cpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished, folder / "new" / "out"
+
+
+def test_files(run):
+    finished, folder = run
+    expected = {f"{name}.{extension}" for name in FIGURES for extension in ("png", "svg")} | {"analysis.json"}
+    assert set(os.listdir(folder)) == expected
+    assert all((folder / name).stat().st_size > 500 for name in expected)
+    assert "analysis.json and 14 pictures" in finished.stdout
+    assert "random" not in finished.stdout + finished.stderr
+
+
+def test_numbers(run, images, model):
+    record = json.loads((run[1] / "analysis.json").read_text())
+    assert record["weights"].endswith("model.pth")
+    assert record["images"]["number"] == 5
+    assert record["images"]["files"] == ["0.png", "2.png", "4.png", "more/1.PNG", "more/3.PNG"]
+    assert [block["name"] for block in record["blocks"]] == [f"blocks.{index}.attn" for index in range(4)]
+    assert sorted(name for name in record["figures"] if name.endswith("png")) == sorted(f"{n}.png" for n in FIGURES)
+    preprocessing = Preprocessing.of(model)
+    measured = measure_attention(model, torch.cat([*image_batches(find_images(images), preprocessing, 5)]))
+    assert set(record["maps"]) == {"re_attention", "softmax"}
+    for kind, numbers in record["maps"].items():
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(torch.tensor(numbers["similarity_matrix"]), measured.blocks[kind], **close)
+        torch.testing.assert_close(torch.tensor(numbers["head_similarity"]), torch.stack(measured.heads[kind]), **close)
+        torch.testing.assert_close(
+            torch.tensor(numbers["token_similarity"]), torch.stack(measured.tokens[kind]), **close
+        )
+        by_distance = at_distances(measured.blocks[kind])
+        for distance, (number, share) in similar_blocks(by_distance).items():
+            assert numbers["similar_blocks"][str(distance)] == {"number": number, "share": share}
+            torch.testing.assert_close(
+                torch.tensor(numbers["block_similarity"][str(distance)]), by_distance[distance], **close
+            )
+    samples = record["samples"]
+    assert set(samples["query_maps"]["blocks"]) == set(samples["feature_strength"]) == {"1", "3"}
+    assert torch.tensor(samples["rollout"]["maps"]["softmax"]).shape == (4, 4, 4)
+    assert torch.tensor(samples["query_maps"]["blocks"]["3"]).shape == (3, 4, 4)
+
+
+@pytest.fixture
+def start(monkeypatch, images, tmp_path, capsys):
+    """The command in this process, without drawing anything into files."""
+    monkeypatch.setattr(command.plots, "save_figure", lambda figure, folder, name: folder.mkdir(exist_ok=True) or [])
+
+    def start(*arguments, model="deepvit_16b", model_args=TINY_ARGUMENTS, images=images, out=tmp_path / "out"):
+        given = ["--model", model, "--images", str(images), "--out", str(out), "--device", "cpu"]
+        given += ["--model-args", *model_args] if model_args else []
+        command.main([*given, *map(str, arguments)])
+        return json.loads((out / "analysis.json").read_text()), capsys.readouterr()
+
+    return start
+
+
+def test_random_weights_of_a_plain_model(start, run):
+    record, output = start(
+        "--limit", 2, "--compare", run[1] / "analysis.json", model_args=[*TINY_ARGUMENTS, "attention=self", "depth=2"]
+    )
+    assert "No --checkpoint: the weights are random" in output.err
+    assert record["weights"] == "random"
+    assert record["images"]["files"] == ["0.png", "4.png"]
+    # Nothing is mixed: one kind of maps, and distances that the depth allows.
+    assert set(record["maps"]) == {"softmax"} and set(record["maps"]["softmax"]["block_similarity"]) == {"1"}
+    assert "plain attention" in output.out
+
+
+def test_timm(start, tmp_path):
+    timm = pytest.importorskip("timm")
+    arguments = ["img_size=32", "patch_size=8", "embed_dim=12", "depth=3", "num_heads=3"]
+    model = timm.create_model("vit_tiny_patch16_224", **{n: int(v) for n, v in (a.split("=") for a in arguments)})
+    torch.save({**model.state_dict(), "head.weight": torch.ones(7, 12), "head.bias": torch.ones(7)}, tmp_path / "w.pth")
+    record, _ = start(
+        "--checkpoint", tmp_path / "w.pth", "--query", 3, model="timm:vit_tiny_patch16_224", model_args=arguments
+    )
+    assert [block["attention"] for block in record["blocks"]] == ["Attention"] * 3
+    assert (record["images"]["preprocessing"]["height"], record["samples"]["query"]) == (32, 3)
+
+
+def test_timm_model_with_unknown_attention(start, capsys):
+    pytest.importorskip("timm")
+    for model, message in (
+        ("timm:swin_tiny_patch4_window7_224", "--model: timm:swin_tiny_patch4_window7_224: model must hold modules"),
+        ("timm:nothing", "--model: must be timm: and a name of timm.list_models(), got 'nothing'"),
+    ):
+        with pytest.raises(SystemExit):
+            start(model=model, model_args=())
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_interrupted_run_leaves_the_last_result(start, monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "analysis.json").write_text("old")
+    monkeypatch.setattr(command, "look_at_samples", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start("--limit", 1)
+    assert os.listdir(tmp_path / "out") == ["analysis.json"]
+    assert (tmp_path / "out" / "analysis.json").read_text() == "old"
+
+
+def bad_checkpoint(tmp_path):
+    torch.save({"weights": 3}, tmp_path / "bad.pth")
+    return ["--checkpoint", tmp_path / "bad.pth"]
+
+
+def other_checkpoint(tmp_path):
+    torch.save(create_model("deepvit_16b", **{**TINY, "depth": 5}).state_dict(), tmp_path / "other.pth")
+    return ["--checkpoint", tmp_path / "other.pth"]
+
+
+def no_json(tmp_path):
+    (tmp_path / "no.json").write_text('{"maps": 3}')
+    return ["--compare", tmp_path / "no.json"]
+
+
+BAD = {
+    "model": (
+        {"model": "deepvit_17b"},
+        [],
+        r"--model.*: must be one of deepvit_16b, .*, or timm:NAME, got 'deepvit_17b'",
+    ),
+    "model-args": ({"model_args": ["depth"]}, [], r"--model-args must be NAME=VALUE, got 'depth'"),
+    "unknown-arg": (
+        {"model_args": ["width=3"]},
+        [],
+        r"--model and --model-args: .*unexpected keyword argument 'width'",
+    ),
+    "value-of-arg": ({"model_args": ["img_size=17"]}, [], r"--model and --model-args: img_size must be divisible by"),
+    "one-block": (
+        {"model_args": [*TINY_ARGUMENTS, "depth=1"]},
+        [],
+        r"--model: .* must have two attention blocks or more",
+    ),
+    "no-folder": ({"images": "/nonexistent"}, [], r"--images: images must be a folder, got /nonexistent"),
+    "no-file": ({}, ["--checkpoint", "/nonexistent"], r"--checkpoint must be a file, got /nonexistent"),
+    "checkpoint": ({}, bad_checkpoint, r"--checkpoint: .*bad.pth: checkpoint must be a state dict"),
+    "misfit": ({}, other_checkpoint, r"--checkpoint: .*other.pth: .*unexpected: blocks.4"),
+    "device": ({}, ["--device", "nothing"], r"--device must be one that torch can use here, got 'nothing'"),
+    "batch-size": ({}, ["--batch-size", 0], r"--batch-size must be at least 1, got 0"),
+    "limit": ({}, ["--limit", -1], r"--limit must be at least 1, got -1"),
+    "blocks": ({}, ["--blocks", 4, 1, -5], r"--blocks must lie in \[-4, 4\) for 4 blocks, got \[4, -5\]"),
+    "query": ({}, ["--query", 17], r"--query must be a token, at least 0 and below 17, got 17"),
+    "compare": ({}, no_json, r"--compare must be an analysis.json of this command, got .*no.json"),
+}
+
+
+@pytest.mark.parametrize("options, arguments, message", BAD.values(), ids=BAD)
+def test_bad_arguments(start, tmp_path, capsys, options, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        start(*(arguments(tmp_path) if callable(arguments) else arguments), **options)
+    assert ended.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images(start, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for contents, message in (
+        (None, "images must be a folder with images (.bmp"),
+        (b"nothing", "a.png cannot be read as an image"),
+    ):
+        if contents:
+            (folder / "a.png").write_bytes(contents)
+        with pytest.raises(SystemExit):
+            start(images=folder)
+        assert f"--images: {message}" in capsys.readouterr().err.replace(f"{folder}{os.sep}", "")
+    # Whole in its header, cut off after.
+    Image.new("RGB", (200, 200), "red").save(folder / "a.png", compress_level=0)
+    whole = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        start(images=folder)
+    assert "cannot be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "analysis.json").exists()
+
+
+def test_damaged_safetensors(start, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SystemExit):
+        start("--checkpoint", tmp_path / "bad.safetensors")
+    assert f"--checkpoint: {tmp_path / 'bad.safetensors'}: " in " ".join(capsys.readouterr().err.split())
+
+
+def test_out_is_a_file(start, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        start(out=tmp_path / "file" / "below")
+    assert "--out must be a folder that can be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(out=tmp_path / "file")
+    assert "--out must be a folder or not exist yet" in capsys.readouterr().err
+
+
+def test_preprocessing(images, tmp_path):
+    preprocessing = Preprocessing.of(create_model("deepvit_16b"))
+    assert (preprocessing.height, preprocessing.crop_pct, preprocessing.interpolation) == (224, 0.9, "bicubic")
+    assert preprocessing.mean == preprocessing.std == (0.5, 0.5, 0.5)
+    assert Preprocessing.of(DeepViT(**{**TINY, "in_chans": 1})).channels == 1
+
+    tiny = Preprocessing(3, 9, 9, crop_pct=0.9)
+    with Image.open(images / "more" / "1.PNG") as opened:
+        expected = opened.convert("RGB").resize((40 * 10 // 18, 10), Image.Resampling.BICUBIC)
+    left, top = round((expected.width - 9) / 2), round((expected.height - 9) / 2)
+    image = tiny.read(images / "more" / "1.PNG")
+    assert image.shape == (3, 9, 9)
+    for y in range(9):
+        for x in range(9):
+            pixel = torch.tensor(expected.getpixel((left + x, top + y))) / 255
+            torch.testing.assert_close(image[:, y, x], (pixel - 0.5) / 0.5)
+    torch.testing.assert_close(tiny.to_display(image), image / 2 + 0.5)
+    # One channel, and a size that is no square, squashed or not.
+    assert Preprocessing(1, 6, 12, mean=(0.0,), std=(1.0,)).read(images / "0.png").shape == (1, 6, 12)
+    assert Preprocessing(3, 6, 12, crop_pct=1.0, squash=True).read(images / "0.png").shape == (3, 6, 12)
+    Image.new("RGB", (30, 20), "white").save(tmp_path / "white.png")
+    assert Preprocessing(3, 8, 8).read(tmp_path / "white.png").unique().tolist() == [1.0]
+    with pytest.raises(ValueError, match="channels must be 1 or 3 to read image files, got 4"):
+        Preprocessing(4, 8, 8)
+    with pytest.raises(ValueError, match="interpolation must be one of .*, got 'random'"):
+        Preprocessing(3, 8, 8, interpolation="random")
+    with pytest.raises(ValueError, match="model must have a default_cfg or pretrained_cfg with an input_size"):
+        Preprocessing.of(torch.nn.Linear(2, 2))
+
+
+def test_limit_is_spread(images):
+    names = [path.name for path in find_images(images)]
+    assert [path.name for path in find_images(images, 2)] == [names[0], names[2]]
+    assert [path.name for path in find_images(images, 9)] == names
+
+
+def test_preprocessing_is_timms(images):
+    pytest.importorskip("timm")
+    transforms = pytest.importorskip("timm.data.transforms_factory")
+    reference = transforms.transforms_imagenet_eval(
+        img_size=20, crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    for path in find_images(images):
+        with Image.open(path) as opened:
+            expected = reference(opened.convert("RGB"))
+        torch.testing.assert_close(Preprocessing(3, 20, 20).read(path), expected)
+
+
+def test_parse_arguments():
+    assert parse_arguments(["a=1", "b=layer", "c=(1, 2)", "d=None", "e=x=y"]) == {
+        "a": 1,
+        "b": "layer",
+        "c": (1, 2),
+        "d": None,
+        "e": "x=y",
+    }
+
+
+def test_load_weights_is_strict(model, tmp_path):
+    torch.save({key: value for key, value in model.state_dict().items() if "norm1" not in key}, tmp_path / "part.pth")
+    with pytest.raises(RuntimeError, match="missing: blocks.0.norm1.weight"):
+        load_weights(DeepViT(**TINY), tmp_path / "part.pth")

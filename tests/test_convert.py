@@ -1,0 +1,378 @@
+"""Conversion of trained ViTs to re-attention: nothing changes at first, and what cannot be converted is named."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from with_timm import import_timm
+
+from reattn import ReAttention
+from reattn.convert import calibrate, to_re_attention
+from reattn.models import DeepViT
+
+NORMS = [None, "batch"]
+DIM, HEADS = 24, 3
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """Kernels are other tests' business."""
+    monkeypatch.setenv("REATTN_BACKEND", "reference")
+
+
+class Attention(nn.Module):
+    """No subclass of anything, with the parts of timm's Attention."""
+
+    def __init__(self, dim=DIM, num_heads=HEADS, qkv_bias=True, qk_norm=False, scale_norm=False, gated=False, drop=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = False
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(drop)
+        self.norm = nn.LayerNorm(dim) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, dim) if gated else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop / 2)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (self.q_norm(query) * self.scale) @ self.k_norm(key).mT
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        out = self.norm((self.attn_drop(scores.softmax(-1)) @ value).transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(out if self.gate is None else out * self.gate(x).sigmoid()))
+
+
+class Older(nn.Module):
+    """As timm's Attention was: no norms, no gate, no masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv = nn.Linear(DIM, 3 * DIM, bias=False)
+        self.proj = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, attn):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(DIM)
+        self.attn = attn
+
+    def forward(self, x):
+        return x + self.attn(self.norm1(x))
+
+
+def vit(build=Attention, depth=3, **options) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(build(**options)) for _ in range(depth)))
+    for block in model:  # maps far from uniform
+        nn.init.normal_(block.attn.qkv.weight, std=0.25)
+    return model.eval()
+
+
+def tokens(batch=4, seqlen=10, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(batch, seqlen, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, ReAttention)]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qkv_bias": False},
+        {"qk_norm": True},
+        {"scale_norm": True},
+        {"gated": True},
+        {"drop": 0.2},
+        {"build": Older},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_output_is_unchanged(norm, options):
+    model = vit(**options)
+    expected, keys = model(tokens()), set(model.state_dict())
+    assert to_re_attention(model, norm=norm) is model
+    assert len(layers(model)) == 3 and not any(type(block.attn).__name__ == "Attention" for block in model)
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+    added = {"theta", "theta_bias"} | ({"head_norm"} if norm else set())
+    assert {key.split(".")[2] for key in set(model.state_dict()) - keys} == added and keys <= set(model.state_dict())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtype_is_kept(norm, dtype):
+    model = vit().to(dtype)
+    expected = model(tokens(dtype=dtype))
+    to_re_attention(model, norm=norm)
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    tolerance = {torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    torch.testing.assert_close(model(tokens(dtype=dtype)), expected, rtol=0, atol=tolerance)
+
+
+def test_parts_are_moved_and_settings_kept():
+    model = vit(drop=0.2, qk_norm=True, gated=True)
+    model.train()
+    model[1].attn.qkv.weight.requires_grad_(False)
+    model[2].attn.scale = 0.5
+    old = [block.attn for block in model]
+    to_re_attention(model)
+    for block, before in zip(model, old, strict=True):
+        for part in ("qkv", "q_norm", "k_norm", "gate", "attn_drop", "proj", "proj_drop"):
+            assert getattr(block.attn, part) is getattr(before, part), part
+        assert block.attn.training and block.attn.head_norm.training
+        assert block.attn.attn_drop.p == 0.2 and block.attn.proj_drop.p == 0.1
+        assert torch.equal(block.attn.theta, torch.eye(HEADS)) and not block.attn.theta_bias.any()
+    assert not model[1].attn.qkv.weight.requires_grad
+    assert model[2].attn.scale == 0.5
+
+
+def test_a_mask_is_passed_on():
+    attn = vit(depth=1)
+    mask = torch.zeros(10, 10).masked_fill(torch.ones(10, 10).triu(1).bool(), float("-inf"))
+    expected = attn[0].attn(tokens(), attn_mask=mask)
+    to_re_attention(attn)
+    torch.testing.assert_close(attn[0].attn(tokens(), attn_mask=mask), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attn[0].attn(tokens(), is_causal=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(None, [0, 1, 2]), (2, [1, 2]), ([0, -1], [0, 2]), ([], []), (0, [])])
+def test_chosen_blocks(blocks, expected):
+    model = vit()
+    to_re_attention(model, blocks)
+    assert [index for index, block in enumerate(model) if isinstance(block.attn, ReAttention)] == expected
+    first = layers(model)
+    to_re_attention(model)
+    assert len(layers(model)) == 3 and all(layer in layers(model) for layer in first)
+
+
+def test_a_layer_used_twice_stays_one_layer():
+    model = vit()
+    model[2].attn = model[0].attn
+    to_re_attention(model)
+    assert model[2].attn is model[0].attn and len(layers(model)) == 2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_reach_theta(norm):
+    model = to_re_attention(vit(), norm=norm).train()
+    if norm:
+        calibrate(model, tokens())
+    model(tokens()).square().sum().backward()
+    for layer in layers(model):
+        assert layer.theta.grad.abs().min() > 0 and layer.qkv.weight.grad.abs().max() > 0
+
+
+def test_plain_deepvit():
+    torch.manual_seed(0)
+    config = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "depth": 3, "num_heads": HEADS, "num_classes": 5}
+    model = DeepViT(attention="self", **config).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    torch.testing.assert_close(to_re_attention(model)(images), expected, rtol=1e-5, atol=1e-6)
+    DeepViT(**config).load_state_dict(model.state_dict())
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = vit()
+    to_re_attention(model)
+    assert len(layers(model)) == 3 and all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_calibration_keeps_the_output_in_both_modes(as_batches):
+    model = to_re_attention(vit())
+    expected = model(tokens(8))
+    modes = [module.training for module in model.train().modules()]
+    assert calibrate(model, [(half, None) for half in tokens(8).split([3, 5])] if as_batches else tokens(8)) is model
+    assert [module.training for module in model.modules()] == modes
+    # Eval first: training moves the running statistics.
+    torch.testing.assert_close(model.eval()(tokens(8)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.train()(tokens(8)), expected, rtol=1e-4, atol=1e-5)
+    # Without the data, batch norm would have changed it.
+    assert (to_re_attention(vit()).train()(tokens(8)) - expected).abs().max() > 0.1
+
+
+def test_calibration_finds_the_statistics_of_the_maps():
+    model = calibrate(to_re_attention(vit(depth=1)), tokens())
+    attn = model[0].attn
+    maps, _ = attn.attention_maps(model[0].norm1(tokens()))
+    var, mean = torch.var_mean(maps, (0, 2, 3), correction=0)
+    norm = attn.head_norm
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    torch.testing.assert_close(norm.weight, (var + norm.eps).sqrt())
+    torch.testing.assert_close(norm.bias, mean)
+
+
+def test_calibration_of_a_trained_model_moves_statistics_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(ReAttention(DIM, HEADS)), Block(ReAttention(DIM, HEADS, norm=None)))
+    with torch.no_grad():
+        norm = model[0].attn.head_norm
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    expected = model.eval()(tokens())
+    calibrate(model, tokens(seqlen=7))
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_errors():
+    with pytest.raises(ValueError, match="model must hold a ReAttention with norm='batch', got Sequential without any"):
+        calibrate(to_re_attention(vit(), norm=None), tokens())
+    with pytest.raises(ValueError, match="images must reach every layer to be calibrated, got none for 0.attn, 1.attn"):
+        calibrate(to_re_attention(vit()), [])
+    model = to_re_attention(vit())
+    model[1].attn.head_norm = nn.BatchNorm2d(HEADS, affine=False)
+    with pytest.raises(ValueError, match="head_norm of 1.attn must have a weight"):
+        calibrate(model, tokens())
+
+
+class Biased(Attention):
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, HEADS))
+
+
+class Rotary(Attention):
+    def forward(self, x, rope=None, attn_mask=None):
+        return super().forward(x, attn_mask)
+
+
+class OverChannels(Attention):
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj((value @ (query.mT @ key).softmax(-1)).transpose(1, 2).flatten(2))
+
+
+class Windows(Attention):
+    def forward(self, x):
+        batch, windows, seqlen, dim = x.shape
+        return super().forward(x.flatten(0, 1)).view(x.shape)
+
+
+class Pointwise(Attention):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv1d(DIM, DIM, 1)
+
+
+class Grouped(Attention):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 2 * DIM)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Biased, "it holds relative_position_bias_table"),
+        (Rotary, "its forward takes rope"),
+        (OverChannels, r"its output for an input of shape \(2, 7, 24\) is not that of softmax attention"),
+        (Windows, r"it does not take an input of shape \(2, 7, 24\): not enough values"),
+        (Pointwise, "proj must be a Linear, not Conv1d"),
+        (Grouped, "qkv must put out three times what proj takes in, for 3 heads, not 48 and 24"),
+    ],
+)
+def test_what_has_no_equivalent_is_named_and_nothing_changed(kind, reason):
+    model = vit(depth=4)
+    model[1].attn, model[3].attn = kind(), kind()
+    before = list(model.modules())
+    message = rf"no equivalent in re-attention: 1.attn and 1 more \({kind.__name__}\): {reason}"
+    with pytest.raises(ValueError, match=message):
+        to_re_attention(model)
+    assert list(model.modules()) == before
+    to_re_attention(model, blocks=[0, 2])
+    assert len(layers(model)) == 2
+
+
+def test_hooks_and_other_attention_are_refused():
+    model = vit()
+    model[1].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"1.attn \(Attention\): it has hooks"):
+        to_re_attention(model)
+    with pytest.raises(ValueError, match=r"self_attn \(MultiheadAttention\): its forward takes key, value"):
+        to_re_attention(nn.TransformerEncoderLayer(DIM, HEADS))
+
+
+def test_argument_errors():
+    with pytest.raises(ValueError, match="norm must be 'batch' or None, got 'layer': LayerNorm over the heads removes"):
+        to_re_attention(vit(), norm="layer")
+    with pytest.raises(ValueError, match="norm must be 'batch' or None, got 'group'"):
+        to_re_attention(vit(), norm="group")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        to_re_attention(3)
+    with pytest.raises(ValueError, match="model must hold attention layers .* got Linear without any"):
+        to_re_attention(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model must hold attention layers to replace, got one itself \(Attention\)"):
+        to_re_attention(Attention())
+    with pytest.raises(ValueError, match=r"blocks must lie in \[-3, 3\) for 3 blocks, got \[3\]"):
+        to_re_attention(vit(), [0, 3])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True, "init_values": 0.1}),
+        ("vit_small_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+        ("vit_base_patch16_siglip_224", {"embed_dim": 48, "num_heads": 3}),
+    ],
+    ids=["tiny", "deit", "qk_norm", "registers", "dynamic", "attention_pool"],
+)
+def test_models_of_timm(name, options, norm):
+    timm = import_timm()
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64, depth=3, num_classes=10, **options).eval()
+    images = torch.randn(2, 3, 96 if "dynamic_img_size" in options else 64, 64)
+    for block in model.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=0.2)
+    expected, original = model(images), copy.deepcopy(model.state_dict())
+    to_re_attention(model, norm=norm)
+    assert len(layers(model)) == 3
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert not model.load_state_dict(original, strict=False).unexpected_keys
+    if norm:
+        calibrate(model, images)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.train()(images), expected, rtol=1e-3, atol=1e-4)
+    model.train()(images).sum().backward()
+    assert all(layer.theta.grad.abs().max() > 0 for layer in layers(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eva02_tiny_patch14_224", r"blocks.0.attn and 11 more \(EvaAttention\): its forward takes rope"),
+        ("cait_xxs24_224", r"\(TalkingHeadAttn\): it holds proj_l, proj_w; .* \(ClassAttn\): it holds k, q, v"),
+        ("xcit_nano_12_p16_224", r"blocks.0.attn and 11 more \(XCA\): it holds temperature"),
+        ("beit_base_patch16_224", r"\(Attention\): its forward takes shared_rel_pos_bias"),
+        ("vit_relpos_small_patch16_224", r"\(RelPosAttention\): its forward takes shared_rel_pos"),
+        ("davit_tiny", r"\(ChannelAttention\): its output .* is not that of softmax attention"),
+        ("resnet18", "got ResNet without any"),
+    ],
+)
+def test_other_models_of_timm_are_refused(name, message):
+    model = import_timm().create_model(name)
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        to_re_attention(model)
+    assert list(model.modules()) == before
