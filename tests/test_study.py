@@ -1,0 +1,99 @@
+"""``examples/collapse_study.py``: its runs, that none is done twice, and its report, on models of two blocks."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+for library in ("matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(library)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield importlib.import_module("collapse_study")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def chosen(study):
+    """The forms at two depths, one of them with a second seed."""
+    forms = [study.Setting(form, depth, 0, dim=16, heads=2, epochs=1) for form in study.FORMS for depth in (4, 5)]
+    return [*forms, replace(forms[0], seed=1)]
+
+
+@pytest.fixture(scope="module")
+def run_all(study):
+    """In processes of their own, where kernels are not interpreted, which other tests ask for: it would take hours."""
+
+    def run(chosen, folder):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("TRITON_INTERPRET", "REATTN_BACKEND"):
+                patch.delenv(name, raising=False)
+            study.run_all(chosen, folder, workers=1)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run_all, chosen, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    run_all(chosen, out / "runs")
+    return out
+
+
+def test_settings(study):
+    """Each once, every form at every depth with every seed, and the two remedies at one depth."""
+    chosen = study.settings(study.DEPTHS, 3, 15)
+    assert len(chosen) == len(set(chosen)) == 4 * 3 * 3 + 2 * 3 + 2 * 3
+    assert len({setting.name for setting in chosen}) == len(chosen)
+    assert {(s.form, s.depth) for s in chosen} == {(form, depth) for form in study.FORMS for depth in study.DEPTHS}
+    assert {s.dim for s in chosen} == set(study.WIDTHS) and {s.last for s in chosen} == {None, *study.LAST_BLOCKS}
+
+
+def test_records(study, chosen, finished):
+    records = study.load_runs(chosen, finished / "runs")
+    assert len(records) == len(chosen)
+    for setting, record in zip(chosen, records, strict=True):
+        assert study.Setting(**record["setting"]) == setting
+        assert 0 <= record["test_accuracy"] <= 1 and len(record["loss"]) == 1
+        for kind in study.KINDS:
+            assert [len(record["similarity"][kind][str(k)]) for k in (1, 2, 3)] == [
+                setting.depth - k for k in (1, 2, 3)
+            ]
+            assert len(record["head_similarity"][kind]) == setting.heads
+    plain = study.select(records, form="ViT")
+    assert all(record["similarity"]["re_attention"] == record["similarity"]["softmax"] for record in plain)
+    assert study.select(records, form="ViT", depth=4, seed=0)[0]["loss"] != study.select(records, seed=1)[0]["loss"]
+
+
+def test_what_is_there_is_not_run_again(run_all, chosen, finished):
+    """An interrupted study goes on; a file that was being written when it stopped does not count."""
+    paths = {path: path.stat().st_mtime_ns for path in (finished / "runs").glob("*.json")}
+    lost = finished / "runs" / f"{chosen[0].name}.json"
+    lost.rename(lost.with_suffix(".partial"))
+    run_all(chosen, finished / "runs")
+    assert {path for path, before in paths.items() if path.stat().st_mtime_ns != before} == {lost}
+
+
+def test_report(study, chosen, finished, monkeypatch, capsys):
+    monkeypatch.setattr(study, "WHOLE", {"dim": 16, "last": None})
+    study.report(chosen, finished)
+    text = (finished / "study.md").read_text()
+    assert text.strip() == capsys.readouterr().out.strip()
+    (row,) = [line for line in text.splitlines() if line.startswith("| ViT, 4 blocks |")]
+    accuracies = [r["test_accuracy"] for r in study.load_runs(chosen, finished / "runs")[:1]]
+    assert row.split(" | ")[1] == "2" and "±" in row and accuracies
+    assert len(json.loads((finished / "study.json").read_text())) == len(chosen)
+    for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "loss"):
+        assert (finished / f"{name}.png").stat().st_size > 5000 and (finished / f"{name}.svg").is_file()
