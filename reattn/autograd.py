@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from reattn import folding
 from reattn.backends import fused
+from reattn.backends.tensors import empty_heads_last
 
 _library = torch.library.Library("reattn", "DEF")
 
@@ -56,12 +57,6 @@ def _backward(*args: Any) -> Any:
 @torch.library.impl(_library, "grad_dot_out", "CompositeExplicitAutograd")
 def _grad_dot_out(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return fused(backend).grad_dot_out(grad, out)
-
-
-def empty_heads_last(like: Tensor) -> Tensor:
-    """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order."""
-    batch, heads, seqlen, head_dim = like.shape
-    return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
 
 
 @torch.library.register_fake("reattn::statistics", lib=_library)

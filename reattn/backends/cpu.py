@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reattn.backends.tensors import address, empty_heads_last
+
 if TYPE_CHECKING:
     from reattn.backends import Request
 
@@ -94,12 +96,12 @@ def statistics(
             *_call(query, key),
             _argument(query),
             _argument(key),
-            _address(seed),
+            address(seed),
             scale,
             dropout_p,
-            _address(lse),
-            _address(sums),
-            _address(products),
+            address(lse),
+            address(sums),
+            address(products),
         )
     return sums, products, lse
 
@@ -119,7 +121,7 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
-    out = _empty_heads_last(query)
+    out = empty_heads_last(query)
     known = lse is not None
     lse = (
         query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -131,12 +133,12 @@ def forward(
         _cpu.forward(
             *_call(query, key),
             *map(_argument, (query, key, value, out)),
-            [_address(tensor) for tensor in parameters],
-            _address(seed),
+            [address(tensor) for tensor in parameters],
+            address(seed),
             scale,
             eps,
             dropout_p,
-            _address(lse),
+            address(lse),
             known,
         )
     return out, lse
@@ -164,7 +166,7 @@ def backward(
     if coupled is not None and constant is not None:
         # The kernels add E P + constant.
         constant = constant - coupled.sum(1) / key.shape[2]
-    grads = [_empty_heads_last(tensor) for tensor in (query, key, value)]
+    grads = [empty_heads_last(tensor) for tensor in (query, key, value)]
     sums = query.new_zeros(heads + 3, heads, dtype=torch.float64)
     parameters = [
         None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta, coupled, constant)
@@ -176,13 +178,13 @@ def backward(
             *_call(query, key),
             *map(_argument, (grad, query, key, value)),
             [_argument(tensor) for tensor in grads],
-            [_address(tensor) for tensor in parameters],
-            _address(seed),
+            [address(tensor) for tensor in parameters],
+            address(seed),
             scale,
             eps,
             dropout_p,
-            _address(lse),
-            [_address(tensor) for tensor in (grad_weight, *grad_vectors)],
+            address(lse),
+            [address(tensor) for tensor in (grad_weight, *grad_vectors)],
         )
     else:
         for tensor in grads:
@@ -199,7 +201,7 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
     """See :class:`reattn.backends.FusedBackend`."""
     sums = out.new_zeros(out.shape[1], dtype=torch.float64)
     if out.numel():
-        _cpu.grad_dot_out(*_call(out, out), _argument(grad), _argument(out), _address(sums))
+        _cpu.grad_dot_out(*_call(out, out), _argument(grad), _argument(out), address(sums))
     return sums.float()
 
 
@@ -216,12 +218,3 @@ def _call(query: Tensor, key: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _empty_heads_last(like: Tensor) -> Tensor:
-    batch, heads, seqlen, head_dim = like.shape
-    return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reattn.backends.tensors import address, empty_heads_last
+
 if TYPE_CHECKING:
     from reattn.backends import Request
 
@@ -133,13 +135,13 @@ def statistics(
         call,
         _argument(query),
         _argument(key),
-        _address(seed),
+        address(seed),
         scale,
         dropout_p,
         centre,
-        _address(lse),
-        _address(vectors),
-        _address(products),
+        address(lse),
+        address(vectors),
+        address(products),
     )
     sums, products = vectors[:, 0, :heads].sum(0, dtype=torch.float64), _summed(products, heads)
     # The kernel took away the centre.
@@ -163,7 +165,7 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
-    out = _empty_heads_last(query)
+    out = empty_heads_last(query)
     known = lse is not None
     lse = (
         query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -179,13 +181,13 @@ def forward(
             _plan("forward", query, key, dropout_p),
             _call(query, key, head_dim),
             *map(_argument, (query, key, value, out)),
-            [*map(_address, parameters), 0, 0],
-            _address(seed),
+            [*map(address, parameters), 0, 0],
+            address(seed),
             scale,
             eps,
             dropout_p,
             _centre(key),
-            _address(lse),
+            address(lse),
             known,
         )
     return out, lse
@@ -210,7 +212,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`reattn.backends.FusedBackend`."""
     heads, head_dim, seqlen_k = query.shape[1], query.shape[3], key.shape[2]
-    grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
+    grad_query, grad_key, grad_value = (empty_heads_last(tensor) for tensor in (query, key, value))
     if not query.numel():
         for tensor in (grad_query, grad_key, grad_value):
             tensor.zero_()
@@ -233,14 +235,14 @@ def backward(
     ]
     inputs = [_argument(tensor) for tensor in (grad, query, key, value)]
     rest = (
-        list(map(_address, mixing)),
-        *(_address(seed), scale, eps, dropout_p, centre),
-        *(_address(lse), _address(delta)),
+        list(map(address, mixing)),
+        *(address(seed), scale, eps, dropout_p, centre),
+        *(address(lse), address(delta)),
     )
     call = _call(query, key, head_dim)
     plan = _plan("backward_query", query, key, dropout_p)
     vectors, products = _partial_sums(query, plan)
-    _cuda.backward_query(plan, call, inputs, *rest, _argument(grad_query), _address(vectors), _address(products))
+    _cuda.backward_query(plan, call, inputs, *rest, _argument(grad_query), address(vectors), address(products))
     plan = _plan("backward_key", query, key, dropout_p)
     _cuda.backward_key(plan, call, inputs, *rest, _argument(grad_key), _argument(grad_value))
     grad_shift, grad_gamma, grad_beta = vectors.sum(0, dtype=torch.float64)[:, :heads].unbind()
@@ -260,7 +262,7 @@ def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
         return out.new_zeros(heads, dtype=torch.float32)
     grad, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad, out))
     partial = out.new_empty(batch * -(-seqlen // _cuda.SLICE), heads, dtype=torch.float32)
-    _cuda.grad_dot_out(_call(out, out, head_dim), _argument(grad), _argument(out), _address(partial))
+    _cuda.grad_dot_out(_call(out, out, head_dim), _argument(grad), _argument(out), address(partial))
     return partial.sum(0, dtype=torch.float64).float()
 
 
@@ -343,12 +345,3 @@ def _summed(products: Tensor, heads: int) -> Tensor:
 
 def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()[:3]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _empty_heads_last(like: Tensor) -> Tensor:
-    batch, heads, seqlen, head_dim = like.shape
-    return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reattn.backends.tensors import empty_heads_last
+
 if TYPE_CHECKING:
     from reattn.backends import Request
 
@@ -283,9 +285,7 @@ def _interpretable(tensor: Tensor) -> Tensor:
 
 
 def _empty_heads_last(like: Tensor) -> Tensor:
-    batch, heads, seqlen, head_dim = like.shape
-    dtype = torch.float32 if INTERPRETED and like.dtype == torch.bfloat16 else like.dtype
-    return like.new_empty(batch, seqlen, heads, head_dim, dtype=dtype).transpose(1, 2)
+    return empty_heads_last(like, torch.float32 if INTERPRETED and like.dtype == torch.bfloat16 else like.dtype)
 
 
 def _view(tensor: Tensor) -> View:
