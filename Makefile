@@ -15,7 +15,7 @@ GPU_OUT := $(or $(OUT),out/gpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated demo test sanitize lint format bench aot gpu gpu-sanitize clean
+.PHONY: help extension emulated demo test sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -55,8 +55,13 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-bench: extension ## time the operator on this machine
-	$(PY) -m pytest benchmarks/ --benchmark-only
+bench: extension ## measure operator, module, models and growth on this machine: out/bench, six minutes on two cores
+	@mkdir -p out/bench
+	$(PY) -m pytest benchmarks/ --benchmark-only -q --benchmark-json=out/bench/benchmarks.json
+	$(PY) -m benchmarks.report --out out/bench out/bench/benchmarks.json
+
+bench-quick: extension ## the same in small: that everything measured is right and the suite runs
+	$(PY) -m pytest benchmarks/ --benchmark-only -q --quick
 
 aot: $(STAMP) ## compile every kernel for the GPU architectures it is meant for, no GPU needed
 	$(PY) -m benchmarks.compile_report
@@ -66,20 +71,34 @@ GPU_INSTALL = REATTN_BUILD_CPU=0 REATTN_BUILD_CUDA=1 \
     REATTN_CUDA_ARCHS="$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
     timeout -k 5 100 $(GPU_PYTHON) -m pip install --verbose --no-build-isolation --no-deps -e . 2>&1 | grep -E "reattn:|error|Success"
 
-# Each part has its own time limit, together under nine minutes. Tests that fail do not keep the table from being
-# measured, but the target still fails.
+# The parts, each within nine minutes; `make gpu` runs all of them, `make gpu PART=bench` one. Tests that fail do not keep
+# the others from being run, but the target still fails. What is in the folder already is not measured again.
+PART ?= test bench tune
 gpu: SHELL := bash
 gpu: export PYTHONUNBUFFERED := 1
-gpu: ## test and measure on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
+gpu: ## test, measure and tune on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device; torch %s sees none" % torch.__version__)'
 	@mkdir -p "$(GPU_OUT)"
 	@set -o pipefail; $(GPU_INSTALL)
+	@status=0; for part in $(PART); do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
+
+gpu-test gpu-bench gpu-tune: SHELL := bash
+gpu-test:
+	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 \
+	    --junitxml="$(GPU_OUT)/tests.xml" 2>&1 | tee "$(GPU_OUT)/tests.log"
+
+# kind:seconds; what begins within them ends a little later.
+gpu-bench:
 	@set -o pipefail; status=0; \
-	timeout -s INT -k 10 250 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 --junitxml="$(GPU_OUT)/tests.xml" \
-	    2>&1 | tee "$(GPU_OUT)/tests.log" || status=1; \
-	timeout -s INT -k 10 185 $(GPU_PYTHON) -m benchmarks.gpu_table --seconds 165 --out "$(GPU_OUT)" \
-	    2>&1 | tee "$(GPU_OUT)/table.log" || status=1; \
-	exit $$status
+	for each in operator:200 module:20 model:60 scaling:60; do \
+	    kind=$${each%:*}; file="$(GPU_OUT)/$$kind.json"; [ -s "$$file" ] && continue; \
+	    timeout -s INT -k 10 240 $(GPU_PYTHON) -m pytest benchmarks/test_$$kind.py --benchmark-only -q --seconds $${each#*:} \
+	        --benchmark-json="$$file" 2>&1 | tee "$(GPU_OUT)/$$kind.log" || status=1; \
+	done; \
+	$(GPU_PYTHON) -m benchmarks.report --out "$(GPU_OUT)" "$(GPU_OUT)"/*.json || status=1; exit $$status
+
+gpu-tune:
+	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m benchmarks.tune --seconds 330 --out "$(GPU_OUT)/tuning" 2>&1 | tee "$(GPU_OUT)/tuning.log"
 
 # The kernels of torch are none of its business.
 gpu-sanitize: SHELL := bash

@@ -1,75 +1,125 @@
-"""``pytest benchmarks/ --benchmark-only``: a whole DeepViT, in inference and in a training step.
+"""``pytest benchmarks/ --benchmark-only``: whole DeepViTs, images a second in inference and in a training step.
 
-deepvit_16b on the fused backend against the same model on the reference backend and the plain ViT of its shape, whose
-attention is torch's own: what is fast alone may fight for threads with the rest of a model.
+On the fused backends against the same model on the reference backend and the plain ViT of its shape, whose attention is
+torch's own: what is fast alone may fight for threads with the rest of a model. On CUDA under autocast to bfloat16.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.measure import Call
+from benchmarks.compare import OURS, Comparison, played_back
+from benchmarks.measure import Call, WrongResult
 from reattn import ReAttention
-from reattn.models import create_model
+from reattn.models import DeepViT, create_model
 
 CUDA = torch.cuda.is_available()
-BATCH = 64 if CUDA else 8
-FUSED = "triton" if CUDA else "cpu"
-MODELS = (FUSED, "reference", "plain ViT")
+DTYPE = "bfloat16" if CUDA else "float32"
+# model, batch, direction; one image for latency
+CASES = [
+    ("deepvit_16b", 64 if CUDA else 8, "inference"),
+    ("deepvit_16b", 64 if CUDA else 8, "training"),
+    ("deepvit_16b", 1, "inference"),
+    ("deepvit_s", 64 if CUDA else 8, "inference"),
+    ("deepvit_s", 64 if CUDA else 8, "training"),
+]
+QUICK = [("deepvit_16b", 2, "inference"), ("deepvit_16b", 2, "training")]
+
+pytestmark = played_back
 
 
-def make_call(name: str, direction: str, device: torch.device) -> Call:
-    """A forward pass in eval mode, or a training step of AdamW."""
+def build(name: str, model: str, device: torch.device, quick: bool) -> DeepViT:
     torch.manual_seed(0)
-    model = create_model("deepvit_16b", attention="self" if name == "plain ViT" else "re").to(device)
-    for module in model.modules():
+    sizes = {"depth": 2, "img_size": 64} if quick else {}
+    built = create_model(model, attention="self" if name == "plain ViT" else "re", **sizes).to(device)
+    for module in built.modules():
         if isinstance(module, ReAttention):
             module.backend = name
-    images = torch.randn(BATCH, 3, 224, 224, device=device)
-    labels = torch.randint(1000, (BATCH,), device=device)
+    return built
+
+
+def forward(model: DeepViT, images: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+        return model(images)
+
+
+def check(name: str, model: DeepViT, images: Tensor) -> None:
+    """The logits of two images in eval mode, by twice the error of the reference backend in the same precision."""
+    theirs = copy.deepcopy(model)
+    for module in theirs.modules():
+        if isinstance(module, ReAttention):
+            module.backend = "reference"
+    exact_model = copy.deepcopy(theirs).double().eval()
+    with torch.no_grad():
+        exact = exact_model(images.double())
+        found, yardstick = (forward(each.eval(), images) for each in (model, theirs))
+    scale = torch.linalg.vector_norm(exact)
+    error, eager = (float(torch.linalg.vector_norm(logits - exact) / scale) for logits in (found, yardstick))
+    allowed = 2 * eager + 8 * torch.finfo(found.dtype).eps
+    if not error <= allowed:
+        raise WrongResult(f"{name}: the error of the logits is {error:.3g}, allowed is {allowed:.3g}")
+
+
+def make_call(model: DeepViT, images: Tensor, labels: Tensor, direction: str) -> Call:
+    """A forward pass in eval mode, or a training step of AdamW."""
     if direction == "inference":
         model.eval()
-        return torch.no_grad()(lambda: model(images))
+        return torch.no_grad()(lambda: forward(model, images))
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        torch.nn.functional.cross_entropy(forward(model, images).float(), labels).backward()
         optimizer.step()
 
     return step
 
 
 @functools.lru_cache(maxsize=1)
-def compare(direction: str, device: torch.device) -> tuple[dict[str, Call], dict[str, float]]:
-    """Every model's call, and its milliseconds, in turns."""
-    calls = {name: make_call(name, direction, device) for name in MODELS}
-    if CUDA:
-        return calls, {name: measure.time_cuda([call]) for name, call in calls.items()}
-    return calls, measure.time_interleaved(calls, seconds=10)
+def compare(
+    model: str, batch: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
+) -> Comparison:
+    calls, faults = {}, {}
+    for name in names:
+        built = build(name, model, device, quick)
+        images = torch.randn(batch, 3, *([64, 64] if quick else [224, 224]), device=device)
+        labels = torch.randint(1000, (batch,), device=device)
+        if name in OURS:
+            _, status = measure.attempt(functools.partial(check, name, built, images[:2]))
+            if status != "ok":
+                faults[name] = status
+                continue
+        calls[name] = [make_call(built, images, labels, direction)]
+    return Comparison(calls, faults, device, *((0.0, 1) if quick else (6.0, 3)))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("direction", ["inference", "training"])
-def test_model(benchmark, device, direction, name):
-    if FUSED in name:
-        measure.default_backend(device)  # says why it cannot run
-    calls, ms = compare(direction, device)
-    benchmark.group = f"deepvit_16b-{direction}"
-    benchmark.extra_info.update(
-        {
-            "model": "deepvit_16b",
-            "batch": BATCH,
-            "direction": direction,
-            "backend": name,
-            "ms": ms[name],
-            "images_per_s": 1e3 * BATCH / ms[name],
-            "ratio_to_reference": ms[name] / ms["reference"],
-            "ratio_to_plain_vit": ms[name] / ms["plain ViT"],
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = (*measure.fused_backends(torch.device("cuda" if CUDA else "cpu")), "reference", "plain ViT")
+    cases = QUICK if metafunc.config.getoption("--quick") else CASES
+    parameters = [
+        pytest.param(*case, names, name, id="-".join(map(str, (*case, name))))
+        for case, name in itertools.product(cases, names)
+    ]
+    metafunc.parametrize(("model", "batch", "direction", "names", "contender"), parameters)
+
+
+def test_model(benchmark, device, quick, model, batch, direction, names, contender):
+    comparison = compare(model, batch, direction, names, device, quick)
+    facts = {}
+    if contender in comparison.ms:
+        facts = {
+            **comparison.facts(contender),
+            "images_per_s": 1e3 * batch / comparison.ms[contender],
+            "ratio_to_reference": comparison.ratio(contender, "reference"),
+            "ratio_to_plain_vit": comparison.ratio(contender, "plain ViT"),
         }
-    )
-    benchmark.pedantic(calls[name], rounds=3, warmup_rounds=0)
+    described = {"kind": "model", "model": model, "batch": batch, "dtype": DTYPE, "direction": direction}
+    comparison.report(benchmark, contender, f"{model}-{batch}-{direction}", {**described, **facts})

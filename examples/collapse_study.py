@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -29,17 +30,30 @@ from typing import Any
 
 import digits
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 import reattn
-from reattn.analysis import block_similarity, head_similarity, plots, similar_blocks
+from reattn.analysis import (
+    MapKind,
+    block_similarity,
+    column_similarity,
+    feature_maps,
+    head_similarity,
+    plots,
+    similar_blocks,
+    token_similarity,
+    visit_attention_maps,
+)
+from reattn.analysis.plots import feature_strength
 from reattn.models import DeepViT
 
 DEPTHS = (8, 16, 24, 32)
 DISTANCES = (1, 2, 3)
 # The maps that values are multiplied with, and the softmax alone, which compares re-attention with plain attention like
 # with like: centring by a norm lowers a cosine by itself.
-KINDS = ("re_attention", "softmax")
+KINDS: tuple[MapKind, ...] = ("re_attention", "softmax")
 # What is compared at every depth; the plain ViT first.
 FORMS = {"ViT": ("self", None), "DeepViT, batch norm": ("re", "batch"), "DeepViT, layer norm": ("re", "layer")}
 WIDTHS = (32, 64, 128)
@@ -85,6 +99,36 @@ def settings(depths: Sequence[int], seeds: int, epochs: int) -> list[Setting]:
     return sorted(chosen, key=lambda setting: -setting.depth * setting.dim)
 
 
+def pattern_similarity(model: DeepViT, images: Tensor, kind: MapKind) -> list[float]:
+    """Similarity of each block's maps to the next's, of what is left of a column without its mean.
+
+    That is the columns' correlation: near 0 for maps that are spread evenly with noise on top, which the cosine
+    calls alike; unchanged by what a norm subtracts, so that mixed maps and softmax maps compare like with like.
+    """
+    similarities: list[float] = []
+    previous: list[Tensor] = []
+
+    def visit(maps: Tensor) -> None:
+        centred = maps - maps.mean(dim=-2, keepdim=True)
+        if previous:
+            similarities.append(column_similarity(previous.pop(), centred).mean().item())
+        previous.append(centred)
+
+    visit_attention_maps(model, images, visit, kind)
+    return similarities
+
+
+def evenness(model: DeepViT, images: Tensor) -> list[float]:
+    """How evenly each block's softmax maps are spread: their entropy relative to the highest, 1 for a plain average."""
+    values: list[float] = []
+
+    def visit(maps: Tensor) -> None:
+        values.append(torch.special.entr(maps).sum(dim=-1).mean().item() / math.log(maps.shape[-1]))
+
+    visit_attention_maps(model, images, visit, "softmax")
+    return values
+
+
 def run(setting: Setting, folder: Path) -> Path:
     """Trains and measures one model, and writes its JSON in one step."""
     torch.set_num_threads(1)
@@ -106,25 +150,48 @@ def run(setting: Setting, folder: Path) -> Path:
     )
     start = time.perf_counter()
     recipe = argparse.Namespace(**asdict(setting))
-    losses = digits.train(setting.name, model, train_images, train_labels, recipe)
+    accuracies: list[float] = []
+    losses = digits.train(
+        setting.name,
+        model,
+        train_images,
+        train_labels,
+        recipe,
+        lambda: accuracies.append(digits.accuracy(model, test_images, test_labels)),
+    )
     seconds = time.perf_counter() - start
     similarity = {kind: block_similarity(model, test_images, DISTANCES, kind) for kind in KINDS}
     deep = 3 * setting.depth // 4
+    shown = sorted({0, setting.depth // 4, setting.depth // 2, deep, setting.depth - 1})
+    features = feature_maps(model, test_images)
     record = {
         "setting": asdict(setting),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_seconds": seconds,
         "loss": losses,
-        "test_accuracy": digits.accuracy(model, test_images, test_labels),
+        "test_accuracy": accuracies,
         "similarity": {kind: {k: s.tolist() for k, s in by.items()} for kind, by in similarity.items()},
+        "pattern_similarity": {kind: pattern_similarity(model, test_images, kind) for kind in KINDS},
+        "evenness": evenness(model, test_images),
+        "token_similarity": [
+            token_similarity(maps.re_attention.flatten(2).mT).mean().item() for maps in features.values()
+        ],
         "similar_blocks": {kind: similar_blocks(by) for kind, by in similarity.items()},
         "deep_block": deep,
         "head_similarity": {kind: head_similarity(model, test_images, kind)[deep].tolist() for kind in KINDS},
+        "image": test_images[0, 0].tolist(),
+        "feature_strength": {
+            block: [
+                feature_strength(maps)[0].tolist() for maps in (features[block].re_attention, features[block].softmax)
+            ]
+            for block in shown
+        },
         "versions": {module.__name__: str(module.__version__) for module in (reattn, torch)},
     }
     path = folder / f"{setting.name}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record) + "\n")
+    rounded = json.loads(json.dumps(record), parse_float=lambda number: round(float(number), 5))
+    partial.write_text(json.dumps(rounded) + "\n")
     os.replace(partial, path)
     return path
 
@@ -161,15 +228,23 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "test accuracy, %": lambda r: 100 * r["test_accuracy"],
-    "last training loss": lambda r: r["loss"][-1],
-    "similarity to the next block": lambda r: statistics.mean(r["similarity"]["re_attention"]["1"]),
-    "similar blocks": lambda r: r["similar_blocks"]["re_attention"]["1"][0],
-    "similarity, softmax": lambda r: statistics.mean(r["similarity"]["softmax"]["1"]),
-    "similar blocks, softmax": lambda r: r["similar_blocks"]["softmax"]["1"][0],
+def mean_of(record: dict[str, Any], measure: str, kind: MapKind) -> float:
+    """Over the blocks, with the next one where blocks are compared."""
+    values = record[measure][kind]
+    return statistics.mean(values["1"] if isinstance(values, dict) else values)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "test accuracy, %": (".1f", lambda r: 100 * r["test_accuracy"][-1]),
+    "similarity": (".3f", lambda r: mean_of(r, "similarity", "re_attention")),
+    "similar blocks": (".1f", lambda r: r["similar_blocks"]["re_attention"]["1"][0]),
+    "pattern similarity": (".3f", lambda r: mean_of(r, "pattern_similarity", "re_attention")),
+    "softmax similarity": (".3f", lambda r: mean_of(r, "similarity", "softmax")),
+    "softmax similar blocks": (".1f", lambda r: r["similar_blocks"]["softmax"]["1"][0]),
+    "softmax pattern similarity": (".3f", lambda r: mean_of(r, "pattern_similarity", "softmax")),
+    "softmax evenness": (".3f", lambda r: statistics.mean(r["evenness"])),
+    "token similarity": (".3f", lambda r: statistics.mean(r["token_similarity"])),
 }
-FORMATS = dict(zip(COLUMNS, (".1f", ".3f", ".3f", ".1f", ".3f", ".1f"), strict=True))
 
 
 def table(first: str, rows: dict[str, Records]) -> Iterator[str]:
@@ -177,13 +252,12 @@ def table(first: str, rows: dict[str, Records]) -> Iterator[str]:
     yield "|" + "---|" * (len(COLUMNS) + 2)
     for label, records in rows.items():
         if records:
-            cells = (spread([column(r) for r in records], FORMATS[name]) for name, column in COLUMNS.items())
+            cells = (spread([column(r) for r in records], form) for form, column in COLUMNS.values())
             yield "| " + " | ".join((label, str(len(records)), *cells)) + " |"
 
 
-def report(chosen: Sequence[Setting], out: Path) -> None:
-    """Tables, figures and one JSON of all runs."""
-    records = load_runs(chosen, out / "runs")
+def tables(records: Records) -> list[str]:
+    """The study's tables as lines of Markdown."""
     depths = sorted({r["setting"]["depth"] for r in records})
     deep = min(REMEDY_DEPTH, max(depths))
     by_depth = {
@@ -199,15 +273,24 @@ def report(chosen: Sequence[Setting], out: Path) -> None:
     lines = ["## Depth", "", *table("model", by_depth)]
     lines += ["", f"## Wider embeddings, {deep} blocks", "", *table("model", widths)]
     lines += ["", f"## Re-attention in some of {deep} blocks, batch norm", "", *table("blocks", last)]
-    (out / "study.md").write_text("\n".join(lines) + "\n")
-    (out / "study.json").write_text(json.dumps(records) + "\n")
+    return lines
 
-    def tensors(record: dict[str, Any], kind: str) -> dict[int, torch.Tensor]:
-        return {int(k): torch.tensor(values) for k, values in record["similarity"][kind].items()}
 
-    deepest = {form: select(records, form=form, depth=max(depths), seed=0, **WHOLE) for form in FORMS}
-    shown = {form: found[0] for form, found in deepest.items() if found}
-    panels = {form: tensors(record, "re_attention") for form, record in shown.items()}
+def figures(records: Records) -> dict[str, Figure]:
+    """The study's figures by name; those of single models show the deepest, of the first seed."""
+    depths = sorted({r["setting"]["depth"] for r in records})
+    shown = {}
+    for form in FORMS:
+        if found := select(records, form=form, depth=max(depths), seed=0, **WHOLE):
+            shown[form] = found[0]
+    similarities = {
+        form + (", softmax" if kind == "softmax" else ""): {
+            int(k): torch.tensor(values) for k, values in record["similarity"][kind].items()
+        }
+        for form, record in shown.items()
+        for kind in KINDS
+        if form != "ViT" or kind != "softmax"
+    }
     counts = {
         f"{form}{', softmax' * (kind == 'softmax')}": [
             (depth, *(statistics.mean(r["similar_blocks"][kind]["1"][i] for r in found) for i in range(2)))
@@ -221,14 +304,31 @@ def report(chosen: Sequence[Setting], out: Path) -> None:
         f"{form}, block {record['deep_block']}": torch.tensor(record["head_similarity"]["re_attention"])
         for form, record in shown.items()
     }
-    curves = {"training loss": {form: record["loss"] for form, record in shown.items()}}
-    figures = {
-        "similarity_by_depth": plots.plot_similarity(panels),
+    strengths = {}
+    for form, record in shown.items():
+        for row, label in enumerate((form, f"{form},\nmaps unmixed")[: 1 if form == "ViT" else 2]):
+            strengths[label] = {int(k): torch.tensor(both[row]) for k, both in record["feature_strength"].items()}
+    image = (torch.tensor(next(iter(shown.values()))["image"])[None] + 1) / 2
+    curves = {
+        "training loss": {form: record["loss"] for form, record in shown.items()},
+        "test accuracy": {form: record["test_accuracy"] for form, record in shown.items()},
+    }
+    return {
+        "similarity_by_depth": plots.plot_similarity(similarities),
         "similar_blocks": plots.plot_similar_blocks({name: models for name, models in counts.items() if models}),
         "similar_heads": plots.plot_head_similarity(heads),
-        "loss": plots.plot_curves(curves),
+        "feature_maps": plots.plot_feature_strengths(image, strengths),
+        "training": plots.plot_curves(curves),
     }
-    for name, figure in figures.items():
+
+
+def report(records: Records, out: Path) -> None:
+    """Tables, figures and one JSON of all runs."""
+    lines = tables(records)
+    (out / "study.md").write_text("\n".join(lines) + "\n")
+    runs = ",\n".join(json.dumps(record) for record in records)
+    (out / "study.json").write_text(f"[\n{runs}\n]\n")
+    for name, figure in figures(records).items():
         plots.save_figure(figure, out, name)
     print("\n".join(lines))
 
@@ -249,9 +349,10 @@ def main() -> None:
     chosen = settings(depths, seeds, epochs)
     if not args.report:
         run_all(chosen, args.out / "runs", args.workers)
-    if not load_runs(chosen, args.out / "runs"):
+    records = load_runs(chosen, args.out / "runs")
+    if not records:
         parser.error(f"--report needs runs, and there are none in {args.out / 'runs'}")
-    report(chosen, args.out)
+    report(records, args.out)
 
 
 if __name__ == "__main__":

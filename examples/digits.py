@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,14 @@ def build_model(attention: str, args: argparse.Namespace) -> DeepViT:
     return model.to(args.device)
 
 
-def train(name: str, model: DeepViT, images: Tensor, labels: Tensor, args: argparse.Namespace) -> list[float]:
+def train(
+    name: str,
+    model: DeepViT,
+    images: Tensor,
+    labels: Tensor,
+    args: argparse.Namespace,
+    after_epoch: Callable[[], None] = lambda: None,
+) -> list[float]:
     """AdamW, warm-up and cosine decay; returns the mean training loss of every epoch."""
     generator = torch.Generator().manual_seed(args.seed)
     by_decay: dict[float, list[Tensor]] = {0.05: [], 0.0: []}
@@ -121,11 +129,11 @@ def train(name: str, model: DeepViT, images: Tensor, labels: Tensor, args: argpa
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
     losses = []
-    model.train()
     # disable=None: a bar on a terminal, nothing in a log.
     with tqdm(total=steps, desc=name, unit="step", disable=None) as progress:
         for _ in range(args.epochs):
             total = 0.0
+            model.train()
             for batch in torch.randperm(len(labels), generator=generator).to(images.device).split(args.batch_size):
                 logits = model(random_shift(images[batch], generator))
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
@@ -137,6 +145,7 @@ def train(name: str, model: DeepViT, images: Tensor, labels: Tensor, args: argpa
                 progress.update()
             losses.append(total / len(labels))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
+            after_epoch()
     return losses
 
 

@@ -1,16 +1,18 @@
-"""The benchmarks measure what they say: peers equal the reference, wrong results are refused, the table is complete."""
+"""The benchmarks measure what they say: peers equal the reference, wrong results are refused, results complete."""
 
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu_table, measure, peers
+from benchmarks import compare, machine, measure, peers, test_scaling, tune
 from benchmarks.measure import Oracle, Problem
+from reattn.kernels import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -136,9 +138,39 @@ def test_wrong_statistics_are_refused():
         oracle.check("mine", biased, ours=True)
 
 
+def test_long_sequences_are_held_to_some_rows(monkeypatch):
+    """Every result is still compared: each of these is wrong in one of them."""
+    monkeypatch.setattr(measure, "_WHOLE_SEQLEN", 100)
+    long = Problem(2, 4, 300, 5, "layer", torch.float32)
+    oracle = Oracle(long, CPU, distinct=1)
+    assert 60 < len(oracle.rows) < 100
+    oracle.check("a peer", peers.second_form)
+
+    def wrong(**factors):
+        def peer(query, key, value, parameters):
+            tensors = {"query": query, "key": key, "value": value}
+            for name, factor in factors.items():  # the value is kept, the gradient is not
+                tensor = tensors[name]
+                tensors[name] = factor * tensor + (1 - factor) * tensor.detach()
+            return peers.second_form(**tensors, parameters=parameters)
+
+        return peer
+
+    for name in ("query", "key", "value"):
+        with pytest.raises(measure.WrongResult, match=f"the error of the {name} gradient"):
+            oracle.check("mine", wrong(**{name: 1.01}), ours=True)
+    with pytest.raises(measure.WrongResult, match="the error of the output is nan"):
+        oracle.check("mine", last_row_unwritten, ours=True)
+    with pytest.raises(measure.WrongResult, match="the error of the output"):
+        oracle.check("mine", theta_transposed, ours=True)
+
+
 def test_failures_are_recorded():
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def out_of_cpu_memory():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     def wrong():
         raise measure.WrongResult("mine: too far")
@@ -147,18 +179,28 @@ def test_failures_are_recorded():
         raise ValueError("first line\nsecond line")
 
     assert measure.attempt(lambda: 3) == (3, "ok")
-    assert measure.attempt(out_of_memory) == (None, "out of memory")
+    assert measure.attempt(out_of_memory) == measure.attempt(out_of_cpu_memory) == (None, "out of memory")
     assert measure.attempt(wrong) == (None, "wrong: mine: too far")
     assert measure.attempt(broken) == (None, "failed: ValueError: first line")
 
 
-def test_interleaved_calls_take_turns():
+def test_contenders_take_turns():
     order = []
-    times = measure.time_interleaved(
-        {name: lambda name=name: order.append(name) for name in "ab"}, seconds=0.0, rounds=3
-    )
-    assert order == ["a", "b"] * 4  # one round warms up
-    assert all(ms >= 0 for ms in times.values())
+
+    def fails():
+        raise ValueError("never")
+
+    def fails_later():
+        order.append("later")
+        if order.count("later") == 3:
+            raise torch.OutOfMemoryError
+
+    calls = {name: [lambda name=name, i=i: order.append(name + i) for i in "12"] for name in "ab"}
+    turns, faults = measure.time_in_turns({**calls, "fails": [fails], "later": [fails_later]}, CPU, 0.0, rounds=3)
+    assert order == ["a1", "b1", "later", "a2", "b2", "later", "a1", "b1", "later", "a2", "b2"]
+    assert {name: len(series) for name, series in turns.items()} == {"a": 3, "b": 3}
+    assert faults == {"fails": "failed: ValueError: never", "later": "out of memory"}
+    assert all(ms >= 0 for series in turns.values() for ms in series)
 
 
 def test_operations_and_traffic():
@@ -168,71 +210,140 @@ def test_operations_and_traffic():
     assert case.flops(backward=True) == 3 * (products + mixing)
     assert case.traffic(backward=False) == 4 * 2 * 3 * 5 * 7 * 2
     assert case.floor_ms(False, flops_per_s=products + mixing, bytes_per_s=float("inf")) == 1e3
+    assert case.floor_ms(True, flops_per_s=float("inf"), bytes_per_s=case.traffic(backward=True)) == 1e3
 
 
-def run_table(*arguments, **environment):
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.extension
+def test_peak_memory_on_a_cpu():
+    def call():
+        return torch.ones(25 * 2**20).add(1)  # 100 MB twice
+
+    call()
+    assert 190 < machine.peak_memory(call, CPU) / 2**20 < 210
+    assert machine.peak_memory(lambda: None, CPU) < 2**20
+
+
+@pytest.mark.skipif(machine.free_memory() is None, reason="needs Linux")
+def test_what_does_not_fit_fails_instead_of_being_killed():
+    too_much = machine.free_memory()
+    with machine.memory_limit(CPU):
+        assert measure.attempt(lambda: torch.empty(too_much, dtype=torch.uint8)) == (None, "out of memory")
+    torch.empty(2**20, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """The whole suite, in small."""
+    path = tmp_path_factory.mktemp("quick") / "quick.json"
+    finished = run_benchmarks("benchmarks", "--quick", f"--benchmark-json={path}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return json.loads(path.read_text())
+
+
+def run_benchmarks(*arguments):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "REATTN_BACK"))}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_table", *arguments],
+        [sys.executable, "-m", "pytest", "--benchmark-only", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=environment,
         capture_output=True,
         text=True,
     )
 
 
 @pytest.mark.extension
-def test_table_on_a_cpu(tmp_path):
-    finished = run_table("--cpu-smoke", "--out", str(tmp_path / "new"))
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    report = json.loads((tmp_path / "new" / "gpu_table.json").read_text())
-    assert report.keys() == {"machine", "settings", "ceilings", "cases", "launches"}
-    assert report["machine"].keys() >= {"device", "reattn", "torch", "triton", "commit", "modified", "date"}
-    assert report["settings"]["backend"] == "cpu"
-    assert [(case["norm"], case["direction"]) for case in report["cases"]] == [
-        (norm, direction) for norm in ("batch", "layer") for direction in ("forward", "forward+backward")
-    ]
-    for case in report["cases"]:
-        assert case["contenders"].keys() == {"fused", "cuda", "eager", "compiled", "sdpa"}
-        assert case["contenders"].pop("cuda")["status"].startswith("not measured: ")
-        for name, entry in case["contenders"].items():
-            assert entry["status"] == "ok", (name, entry)
-            assert entry["ms"] > 0 and entry["tflops"] > 0
-            assert ("errors" in entry) == (name != "sdpa")
-    assert [launch["batch"] for launch in report["launches"]] == [1, 1]
-    table = (tmp_path / "new" / "gpu_table.txt").read_text()
-    assert table in finished.stdout
-    assert not list((tmp_path / "new").glob("*.partial"))
-
-
-def test_table_says_what_is_missing_or_wrong():
-    run = gpu_table.Run(gpu_table.SMOKE(CPU, "reference"), seconds=0.0, save=lambda report: None)
-    run.without_cuda = "no GPU"
-    run.measure()
-    lines = list(gpu_table.table(run.report))
-    assert sum(gpu_table.NO_TIME in line for line in lines) == 2 * 2 * 4 + 2 * 3
-    assert gpu_table.faults(run.report) == []
-
-    statuses = {
-        "fused": "wrong: fused: the error",
-        "cuda": "not measured: no GPU",
-        "eager": "out of memory",
-        "compiled": "failed: E: m",
-        "sdpa": "ok",
+def test_results_of_a_quick_run(quick_run):
+    told = quick_run["machine_info"]["reattn"]
+    assert told.keys() >= {"device", "reattn", "torch", "triton", "commit", "modified", "date", "threads"}
+    assert min(told["ceilings"]["flops_per_s"].values()) > 0 and told["ceilings"]["bytes_per_s"] > 0
+    entries = quick_run["benchmarks"]
+    assert {entry["extra_info"]["kind"] for entry in entries} == {"operator", "module", "model", "scaling"}
+    for entry in entries:
+        facts = entry["extra_info"]
+        assert facts["faults"] == {}
+        # What pytest-benchmark tabulates is what was measured in turns.
+        assert entry["stats"]["median"] == pytest.approx(1e-3 * facts["ms"])
+        assert facts["all_ms"][facts["contender"]] == facts["ms"] and facts["peak_bytes"] >= 0
+        assert facts["ours"] == (facts["contender"] == "cpu")
+        if facts["kind"] == "model":
+            assert facts["images_per_s"] == pytest.approx(1e3 * facts["batch"] / facts["ms"])
+            continue
+        assert facts["ratio_to_sdpa"] == pytest.approx(facts["ms"] / facts["all_ms"]["sdpa"])
+        floor = max(
+            facts["flops"] / told["ceilings"]["flops_per_s"][facts["dtype"]],
+            facts["traffic_bytes"] / told["ceilings"]["bytes_per_s"],
+        )
+        # The ceilings were measured once, before.
+        assert facts["share_of_roofline"] == pytest.approx(1e3 * floor / facts["ms"])
+        peers_ms = [ms for name, ms in facts["all_ms"].items() if name not in ("cpu", "sdpa", "reference")]
+        if peers_ms:
+            assert facts["ratio_to_best_peer"] == pytest.approx(facts["ms"] / min(peers_ms))
+    operator = [entry["extra_info"] for entry in entries if entry["extra_info"]["kind"] == "operator"]
+    assert {(facts["norm"], facts["direction"]) for facts in operator} == {
+        (norm, direction) for norm in ALL for direction in ("forward", "forward+backward")
     }
-    run.report["cases"][0]["contenders"] = {name: {"status": status} for name, status in statuses.items()}
-    run.report["cases"][0]["contenders"]["sdpa"]["ms"] = 2.0
-    lines = list(gpu_table.table(run.report))
-    assert any(line.split("|")[1].split() == ["WRONG", "-", "OOM", "failed", "2.000"] for line in lines if "|" in line)
-    assert any("forward eager: out of memory" in line for line in lines)
-    assert gpu_table.faults(run.report) == ["wrong: fused: the error"]
+
+
+@pytest.mark.extension
+def test_nothing_begins_after_the_deadline():
+    finished = run_benchmarks("benchmarks/test_scaling.py", "--quick", "--seconds=-1", "-rs")
+    assert finished.returncode == 0 and "no time left" in finished.stdout and "passed" not in finished.stdout
+
+
+def test_a_wrong_result_of_ours_fails_a_peers_is_skipped():
+    comparison = object.__new__(compare.Comparison)
+    comparison.faults = {"cpu": "wrong: cpu: too far", "eager": "out of memory"}
+    with pytest.raises(pytest.fail.Exception, match="too far"):
+        comparison.report(None, "cpu", "group", {})
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        comparison.report(None, "eager", "group", {})
+
+
+@pytest.mark.extension
+def test_scaling_leaves_out_what_would_take_too_long(monkeypatch):
+    monkeypatch.setattr(test_scaling, "TOO_LONG_MS", 0.0)
+    test_scaling.compare.cache_clear()
+    names = ("eager", "sdpa")
+    assert test_scaling.compare(64, "forward", names, CPU, True).faults == {}
+    later = test_scaling.compare(256, "forward", names, CPU, True)
+    assert later.ms == {} and later.faults.keys() == set(names)
+    assert all(fault.startswith("not measured: 64 took") for fault in later.faults.values())
+    test_scaling.compare.cache_clear()
+
+
+def test_tuning_puts_one_tile_into_the_table():
+    job = tune.jobs()[0]
+    key = ("forward", 90, 2, 12, 32)
+    tile, before = configs.Tile(16, 64, 4, 3), {kernel: configs.tile(kernel, *key[1:]) for kernel in tune.WHERE}
+    with tune.in_table(job, tile):
+        assert {kernel: configs.tile(kernel, *key[1:]) for kernel in tune.WHERE} == {**before, "forward": tile}
+        assert configs.tile("forward", 90, 4, 12, 32) != tile
+    assert {kernel: configs.tile(kernel, *key[1:]) for kernel in tune.WHERE} == before
+
+
+def test_tuning_goes_on_where_it_stopped(tmp_path, capsys):
+    todo, path, measured = tune.jobs()[:3], tmp_path / "tuning.json", []
+
+    def measure_one(job, device):
+        measured.append(job)
+        tiles = job.candidates()
+        return {"ms": {tune._key(tile): 2.0 + i for i, tile in enumerate(tiles[1:])}, "faults": {"x": "wrong: x"}}
+
+    assert tune.run(todo, path, -1.0, CPU, measure_one)["jobs"] == {} and not measured
+    tune.run(todo[:2], path, 60.0, CPU, measure_one)
+    report = tune.run(todo, path, 60.0, CPU, measure_one)
+    assert measured == todo and list(report["jobs"]) == [job.name for job in todo]
+    assert json.loads(path.read_text()) == report
+    best = tune._key(todo[0].candidates()[1])
+    assert capsys.readouterr().out.startswith(f"{todo[0].name}, forward: Tile({best}) 2.0000 ms, the table's Tile(")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-def test_table_needs_a_gpu(tmp_path):
-    finished = run_table("--out", str(tmp_path))
-    assert finished.returncode == 2
-    assert "needs a CUDA device, and torch" in finished.stderr
-    assert "Traceback" not in finished.stderr
+def test_tuning_needs_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--out", str(tmp_path)])
+    assert "needs a CUDA device, and torch" in capsys.readouterr().err
 
 
 @pytest.mark.extension
@@ -240,16 +351,17 @@ def test_interpreted_kernels_are_never_timed(monkeypatch):
     from reattn.backends import triton
 
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert measure.default_backend(CPU) == "cpu"
+    assert measure.fused_backends(CPU) == ("cpu",)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        measure.default_backend(torch.device("cuda"))
+        measure.fused_backends(torch.device("cuda"))
 
 
 @pytest.mark.gpu
 def test_times_and_memory_on_a_gpu(device):
     small, large = (torch.randn(size, size, device=device) for size in (512, 4096))
-    small_ms, large_ms = (measure.time_cuda([lambda m=m: m @ m], samples=5) for m in (small, large))
+    turns, _ = measure.time_in_turns({"small": [lambda: small @ small], "large": [lambda: large @ large]}, device)
+    small_ms, large_ms = (statistics.median(turns[name]) for name in ("small", "large"))
     assert 0 < small_ms < large_ms
-    replayed_ms = measure.time_graph([lambda: large @ large] * 3, samples=5)
+    replayed_ms = measure.time_graph([lambda: large @ large] * 3, device)
     assert 0.5 < replayed_ms / large_ms < 2.0
-    assert large.nbytes <= measure.peak_memory(lambda: large @ large, device) < 3 * large.nbytes
+    assert large.nbytes <= machine.peak_memory(lambda: large @ large, device) < 3 * large.nbytes

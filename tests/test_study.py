@@ -2,11 +2,17 @@
 
 import importlib
 import json
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+
+from reattn.analysis import visit_attention_maps
+from reattn.models import DeepViT
 
 for library in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(library)
@@ -66,11 +72,13 @@ def test_records(study, chosen, finished):
     assert len(records) == len(chosen)
     for setting, record in zip(chosen, records, strict=True):
         assert study.Setting(**record["setting"]) == setting
-        assert 0 <= record["test_accuracy"] <= 1 and len(record["loss"]) == 1
+        assert len(record["loss"]) == len(record["test_accuracy"]) == 1 and 0 <= record["test_accuracy"][0] <= 1
+        assert len(record["evenness"]) == len(record["token_similarity"]) == setting.depth
         for kind in study.KINDS:
             assert [len(record["similarity"][kind][str(k)]) for k in (1, 2, 3)] == [
                 setting.depth - k for k in (1, 2, 3)
             ]
+            assert len(record["pattern_similarity"][kind]) == setting.depth - 1
             assert len(record["head_similarity"][kind]) == setting.heads
     plain = study.select(records, form="ViT")
     assert all(record["similarity"]["re_attention"] == record["similarity"]["softmax"] for record in plain)
@@ -86,14 +94,35 @@ def test_what_is_there_is_not_run_again(run_all, chosen, finished):
     assert {path for path, before in paths.items() if path.stat().st_mtime_ns != before} == {lost}
 
 
+def test_pattern_similarity_and_evenness(study):
+    """Against numpy's correlation and the definition of entropy."""
+    torch.manual_seed(0)
+    model = DeepViT(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=3, num_heads=2).double().eval()
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    maps = []
+    for kind in study.KINDS:
+        maps = []
+        visit_attention_maps(model, images, lambda block: maps.append(block.numpy()), kind)  # noqa: B023
+        for block, similarity in enumerate(study.pattern_similarity(model, images, kind)):
+            columns = [m.swapaxes(-2, -1).reshape(-1, m.shape[-2]) for m in maps[block : block + 2]]
+            assert similarity == pytest.approx(
+                statistics.mean(numpy.corrcoef(p, q)[0, 1] for p, q in zip(*columns, strict=True))
+            )
+    assert study.evenness(model, images) == pytest.approx(
+        [float(-(m * numpy.log(m)).sum(-1).mean() / numpy.log(m.shape[-1])) for m in maps]
+    )
+
+
 def test_report(study, chosen, finished, monkeypatch, capsys):
     monkeypatch.setattr(study, "WHOLE", {"dim": 16, "last": None})
-    study.report(chosen, finished)
+    records = study.load_runs(chosen, finished / "runs")
+    study.report(records, finished)
     text = (finished / "study.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
     (row,) = [line for line in text.splitlines() if line.startswith("| ViT, 4 blocks |")]
-    accuracies = [r["test_accuracy"] for r in study.load_runs(chosen, finished / "runs")[:1]]
-    assert row.split(" | ")[1] == "2" and "±" in row and accuracies
-    assert len(json.loads((finished / "study.json").read_text())) == len(chosen)
-    for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "loss"):
+    accuracies = [100 * r["test_accuracy"][-1] for r in study.select(records, form="ViT", depth=4)]
+    spread = f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
+    assert row.split(" | ")[1:3] == ["2", spread]
+    assert json.loads((finished / "study.json").read_text()) == records
+    for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "feature_maps", "training"):
         assert (finished / f"{name}.png").stat().st_size > 5000 and (finished / f"{name}.svg").is_file()

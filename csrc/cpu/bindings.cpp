@@ -106,6 +106,7 @@ PYBIND11_MODULE(_cpu, m) {
       "(name, whether this CPU runs it) of every instruction set that was built, from the plainest to the best.");
   m.def("use_openmp_of", &use_openmp_of, "Takes threads from the OpenMP runtime of a loaded library; whether it can.");
   m.def("uses_openmp", &uses_openmp);
+  m.def("empty_cache", &empty_cache, "Frees the memory that calls leave for each other.");
   m.def("statistics", &statistics, without_gil);
   m.def("forward", &forward, without_gil);
   m.def("backward", &backward, without_gil);

@@ -111,6 +111,12 @@ class Memory {
 
   char* data() const { return data_; }
 
+  static void free_kept() {
+    std::lock_guard<std::mutex> lock(mutex());
+    for (const Part& part : kept()) std::free(part.data);
+    kept().clear();
+  }
+
  private:
   struct Part {
     char* data;
@@ -242,5 +248,7 @@ void run_grad_dot_out(const Kernels& kernels, const Problem& p, int threads) {
   parallel_for(threads, p.batch * p.heads, [&](int, int64_t unit) { kernels.grad_dot_out(job, unit); });
   for (int64_t i = 0; i < p.batch * p.heads; i++) p.sums[i % p.heads] += partial[size_t(i)];
 }
+
+void empty_cache() { Memory::free_kept(); }
 
 }  // namespace reattn

@@ -10,5 +10,7 @@ void run_forward(const Kernels& kernels, const Problem& problem, bool lse_known,
 void run_backward(const Kernels& kernels, const Problem& problem, int threads);
 // sums[heads] = sum grad * out.
 void run_grad_dot_out(const Kernels& kernels, const Problem& problem, int threads);
+// Frees the memory that calls leave for each other.
+void empty_cache();
 
 }  // namespace reattn

@@ -18,6 +18,7 @@ from reattn.analysis.measure import BlockInfo, Measurements, describe_blocks, me
 from reattn.analysis.plots import (
     plot_curves,
     plot_feature_maps,
+    plot_feature_strengths,
     plot_head_similarity,
     plot_query_maps,
     plot_rollout,
@@ -56,6 +57,7 @@ __all__ = [
     "measure_attention",
     "plot_curves",
     "plot_feature_maps",
+    "plot_feature_strengths",
     "plot_head_similarity",
     "plot_query_maps",
     "plot_rollout",

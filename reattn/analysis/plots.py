@@ -194,20 +194,34 @@ def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample
         ValueError: there is nothing to draw.
     """
     _check_not_empty(features, "features")
-    columns = len(features) + 1
-    figure = new_figure(2.2 * columns + 0.6, 4.6)
-    grid = figure.subplots(2, columns, squeeze=False)
-    strengths = {
-        index: [feature_strength(maps.re_attention)[sample], feature_strength(maps.softmax)[sample]]
-        for index, maps in features.items()
-    }
-    highest = max(float(strength.max()) for pair in strengths.values() for strength in pair)
-    for row, label in enumerate(("with re-attention", "without")):
-        _show_image(grid[row, 0], image)
-        grid[row, 0].set_ylabel(label)
-        for axes, (index, pair) in zip(grid[row, 1:], strengths.items(), strict=True):
-            drawn = axes.imshow(_list(pair[row]), cmap=_COLOUR_MAP, vmin=0.0, vmax=highest)
-            axes.set(title=f"block {index}" if row == 0 else "", xticks=[], yticks=[])
+    rows: dict[str, dict[int, Tensor]] = {"with re-attention": {}, "without": {}}
+    for index, maps in features.items():
+        for row, values in zip(rows.values(), (maps.re_attention, maps.softmax), strict=True):
+            row[index] = feature_strength(values)[sample]
+    return plot_feature_strengths(image, rows)
+
+
+def plot_feature_strengths(image: Tensor, strengths: Mapping[str, Mapping[int, Tensor]]) -> Figure:
+    """A row for each entry, such as a model, the image at its left, its blocks' :func:`feature_strength` after it.
+
+    Args:
+        image: ``(channels, height, width)`` in [0, 1].
+        strengths: a row's label -> index of the block -> ``(height, width)``; the same blocks in every row.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _check_not_empty(strengths, "strengths")
+    columns = max(map(len, strengths.values())) + 1
+    figure = new_figure(2.2 * columns + 0.6, 2.2 * len(strengths) + 0.2)
+    grid = figure.subplots(len(strengths), columns, squeeze=False)
+    highest = max(float(strength.max()) for row in strengths.values() for strength in row.values())
+    for axes_row, (label, row) in zip(grid, strengths.items(), strict=True):
+        _show_image(axes_row[0], image)
+        axes_row[0].set_ylabel(label)
+        for axes, (index, strength) in zip(axes_row[1:], row.items(), strict=True):
+            drawn = axes.imshow(_list(strength), cmap=_COLOUR_MAP, vmin=0.0, vmax=highest)
+            axes.set(title=f"block {index}", xticks=[], yticks=[])
     figure.colorbar(drawn, ax=grid, label="length of the features / mean")
     return figure
 

@@ -72,6 +72,11 @@ def _choose_isa() -> int:
     return candidates[-1]
 
 
+def empty_cache() -> None:
+    """Gives back the memory, up to 64 MB, that calls leave for the next ones."""
+    _cpu.empty_cache()
+
+
 def threads_from() -> str:
     """Whose threads the work is done on."""
     return "torch's OpenMP threads" if _use_torch_threads() else "own threads"

@@ -1,0 +1,150 @@
+"""``pytest benchmarks/ --benchmark-only``: the module with its projections, the second form, as vit-pytorch has it.
+
+``ReAttention`` on the fused backends against itself on the reference backend, against vit-pytorch's own attention with
+the same weights, where that is installed, and against plain attention of the same size.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import itertools
+import pathlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.compare import FLOORS, OURS, Comparison, label, played_back
+from benchmarks.machine import memory_limit
+from benchmarks.measure import Call, Problem, WrongResult
+from reattn import ReAttention
+from reattn.models.deepvit import SelfAttention
+
+CUDA = torch.cuda.is_available()
+DIRECTIONS = ("forward", "forward+backward")
+
+pytestmark = played_back
+
+
+class ModuleProblem(Problem):
+    """The operator between its projections: four products of ``seqlen x dim`` with ``dim x dim``."""
+
+    @property
+    def _dim(self) -> int:
+        return self.heads * self.head_dim
+
+    def flops(self, backward: bool) -> int:
+        projections = 8 * self.batch * self.seqlen * self._dim**2
+        return super().flops(backward) + projections * (3 if backward else 1)
+
+    def traffic(self, backward: bool) -> int:
+        """Input, output and weights once; a backward pass reads the first and last again, and writes two gradients."""
+        rows, weights = self.batch * self.seqlen * self._dim, 4 * self._dim**2
+        return self.dtype.itemsize * ((5 * rows + 3 * weights) if backward else (2 * rows + weights))
+
+
+PROBLEM = ModuleProblem(128 if CUDA else 8, 12, 197, 32, "layer", torch.float32)
+QUICK = ModuleProblem(2, 4, 50, 8, "layer", torch.float32)
+
+
+def vit_pytorch_attention() -> type[nn.Module]:
+    """Its ``deepvit.Attention``, from the file: the whole package imports torchvision, which this does not need."""
+    package = importlib.util.find_spec("vit_pytorch")
+    assert package is not None and package.submodule_search_locations
+    path = pathlib.Path(package.submodule_search_locations[0]) / "deepvit.py"
+    spec = importlib.util.spec_from_file_location("vit_pytorch_deepvit", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Attention
+
+
+def build(name: str, problem: Problem, reference: ReAttention) -> nn.Module:
+    """A contender with the weights of ``reference``, which takes vit-pytorch's; plain attention has its own."""
+    dim = problem.heads * problem.head_dim
+    if name == "sdpa":
+        return nn.Sequential(nn.LayerNorm(dim), SelfAttention(dim, problem.heads))
+    if name == "vit-pytorch":
+        module = vit_pytorch_attention()(dim, problem.heads, problem.head_dim)
+        reference.load_state_dict(module.state_dict())
+        return module
+    module = copy.deepcopy(reference)
+    module.backend = name
+    return module
+
+
+def results(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of the input and of every parameter, by name."""
+    x = x.detach().requires_grad_()
+    named = dict(module.named_parameters())
+    output = module(x)
+    grads = torch.autograd.grad(output, [x, *named.values()], grad)
+    return {"output": output.detach(), **dict(zip(("input gradient", *named), grads, strict=True))}
+
+
+def check(name: str, module: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """Holds a contender to float64, as :meth:`benchmarks.measure.Oracle.check` does; parameters by ours alone."""
+    exact = results(copy.deepcopy(reference).double(), x.double(), grad.double())
+    yardstick, found = results(reference, x, grad), results(module, x, grad)
+    for what in exact if name in OURS else ("output", "input gradient"):
+        scale = torch.linalg.vector_norm(exact[what])
+        error, eager = (float(torch.linalg.vector_norm(r[what] - exact[what]) / scale) for r in (found, yardstick))
+        allowed = 2 * eager + 8 * torch.finfo(torch.float32).eps
+        if not error <= allowed:
+            raise WrongResult(f"{name}: the error of the {what} is {error:.3g}, allowed is {allowed:.3g}")
+
+
+def make_call(module: nn.Module, x: Tensor, grad: Tensor, direction: str) -> Call:
+    if direction == "forward":
+        return torch.no_grad()(lambda: module(x))
+    x = x.detach().requires_grad_()
+    wanted = [x, *module.parameters()]
+    return lambda: torch.autograd.grad(module(x), wanted, grad)
+
+
+@functools.lru_cache(maxsize=1)
+def compare(
+    problem: ModuleProblem, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
+) -> Comparison:
+    torch.manual_seed(0)
+    dim = problem.heads * problem.head_dim
+    reference = ReAttention(
+        dim, problem.heads, norm=problem.norm, pre_norm=True, theta_init="normal", backend="reference", device=device
+    )
+    x, grad = (torch.randn(problem.batch, problem.seqlen, dim, device=device) for _ in range(2))
+    calls, faults = {}, {}
+    # The one whose weights the others get comes first.
+    for name in sorted(names, key=lambda name: name != "vit-pytorch"):
+        module, status = measure.attempt(functools.partial(build, name, problem, reference))
+        if module is not None and name not in FLOORS:
+            with memory_limit(device):
+                _, status = measure.attempt(functools.partial(check, name, module.to(device), reference, x, grad))
+        if module is None or status != "ok":
+            faults[name] = status
+            continue
+        calls[name] = [make_call(module.to(device), x, grad, direction)]
+    return Comparison(calls, faults, device, *((0.0, 1) if quick else (2.0, 3)))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
+    peer = ("vit-pytorch",) if importlib.util.find_spec("vit_pytorch") else ()
+    names = (*ours, "reference", *peer, "sdpa")
+    problem = QUICK if metafunc.config.getoption("--quick") else PROBLEM
+    cases = [
+        pytest.param(problem, direction, names, name, id=f"{label(problem, direction)}-{name}")
+        for direction, name in itertools.product(DIRECTIONS, names)
+    ]
+    metafunc.parametrize(("problem", "direction", "names", "contender"), cases)
+
+
+def test_module(benchmark, device, quick, problem, direction, names, contender):
+    comparison = compare(problem, direction, names, device, quick)
+    facts = {}
+    if contender in comparison.ms:
+        facts = comparison.facts_of_problem(contender, problem, direction != "forward", device)
+    group = f"module-{label(problem, direction)}"
+    comparison.report(benchmark, contender, group, {"kind": "module", "direction": direction, **facts})
