@@ -284,12 +284,8 @@ def figures(records: Records) -> dict[str, Figure]:
         if found := select(records, form=form, depth=max(depths), seed=0, **WHOLE):
             shown[form] = found[0]
     similarities = {
-        form + (", softmax" if kind == "softmax" else ""): {
-            int(k): torch.tensor(values) for k, values in record["similarity"][kind].items()
-        }
+        form: {int(k): torch.tensor(values) for k, values in record["similarity"]["re_attention"].items()}
         for form, record in shown.items()
-        for kind in KINDS
-        if form != "ViT" or kind != "softmax"
     }
     counts = {
         f"{form}{', softmax' * (kind == 'softmax')}": [
@@ -309,7 +305,14 @@ def figures(records: Records) -> dict[str, Figure]:
         for row, label in enumerate((form, f"{form},\nmaps unmixed")[: 1 if form == "ViT" else 2]):
             strengths[label] = {int(k): torch.tensor(both[row]) for k, both in record["feature_strength"].items()}
     image = (torch.tensor(next(iter(shown.values()))["image"])[None] + 1) / 2
-    curves = {
+    by_block = {
+        "pattern similarity to the next": {
+            form: record["pattern_similarity"]["re_attention"] for form, record in shown.items()
+        },
+        "evenness of the softmax": {form: record["evenness"] for form, record in shown.items()},
+        "token similarity": {form: record["token_similarity"] for form, record in shown.items()},
+    }
+    training = {
         "training loss": {form: record["loss"] for form, record in shown.items()},
         "test accuracy": {form: record["test_accuracy"] for form, record in shown.items()},
     }
@@ -318,7 +321,8 @@ def figures(records: Records) -> dict[str, Figure]:
         "similar_blocks": plots.plot_similar_blocks({name: models for name, models in counts.items() if models}),
         "similar_heads": plots.plot_head_similarity(heads),
         "feature_maps": plots.plot_feature_strengths(image, strengths),
-        "training": plots.plot_curves(curves),
+        "by_block": plots.plot_curves(by_block, xlabel="block", first=0),
+        "training": plots.plot_curves(training),
     }
 
 

@@ -124,5 +124,5 @@ def test_report(study, chosen, finished, monkeypatch, capsys):
     spread = f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
     assert row.split(" | ")[1:3] == ["2", spread]
     assert json.loads((finished / "study.json").read_text()) == records
-    for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "feature_maps", "training"):
+    for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "feature_maps", "by_block", "training"):
         assert (finished / f"{name}.png").stat().st_size > 5000 and (finished / f"{name}.svg").is_file()

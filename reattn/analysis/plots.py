@@ -87,12 +87,12 @@ def plot_similarity(similarities: Mapping[str, Mapping[int, Tensor]], threshold:
     figure = new_figure(5 * len(similarities), 4)
     panels = figure.subplots(1, len(similarities), sharey=True, squeeze=False)[0]
     for axes, (title, by_distance) in zip(panels, similarities.items(), strict=True):
-        for style, (distance, similarity) in zip(_styles(len(by_distance)), by_distance.items(), strict=True):
+        for style, (distance, similarity) in zip(line_styles(len(by_distance)), by_distance.items(), strict=True):
             axes.plot(range(len(similarity)), _list(similarity), label=f"k = {distance}", **style)
         axes.axhline(threshold, color="0.5", linewidth=0.8, zorder=0, label=f"similar above {threshold:g}")
         axes.set(xlabel="block", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("similarity to block + k (mean cosine of columns)")
     return figure
 
@@ -110,7 +110,7 @@ def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], 
     _check_not_empty(counts, "counts")
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
-    for style, (label, models) in zip(_styles(len(counts)), counts.items(), strict=True):
+    for style, (label, models) in zip(line_styles(len(counts)), counts.items(), strict=True):
         depths, numbers, shares = zip(*sorted(models), strict=True)
         left.plot(depths, numbers, label=label, **style)
         right.plot(depths, shares, label=label, **style)
@@ -119,7 +119,7 @@ def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], 
     left.set_ylim(bottom=min(0, left.get_ylim()[0]))
     for axes in (left, right):
         axes.set_xticks(sorted({depth for models in counts.values() for depth, _, _ in models}))
-        _tidy(axes)
+        tidy(axes)
     left.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
@@ -283,12 +283,13 @@ def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], overlay: float 
     return figure
 
 
-def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str = "epoch") -> Figure:
+def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str = "epoch", first: int = 1) -> Figure:
     """Training curves: a panel for each quantity, such as loss and accuracy, a line for each model.
 
     Args:
         curves: quantity -> a line's label -> its values from the first epoch on.
         xlabel: what is counted.
+        first: its number where the values begin.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -296,14 +297,14 @@ def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str
     _check_not_empty(curves, "curves")
     figure = new_figure(5 * len(curves), 4)
     labels = list(dict.fromkeys(label for lines in curves.values() for label in lines))
-    styles = dict(zip(labels, _styles(len(labels)), strict=True))
+    styles = dict(zip(labels, line_styles(len(labels)), strict=True))
     for axes, (quantity, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for label, values in lines.items():
             every = max(1, len(values) // 12)
-            axes.plot(range(1, len(values) + 1), values, label=label, markevery=every, **styles[label])
+            axes.plot(range(first, first + len(values)), values, label=label, markevery=every, **styles[label])
         axes.set(xlabel=xlabel, ylabel=quantity)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -312,7 +313,7 @@ def _check_not_empty(argument: Mapping[Any, Any], name: str) -> None:
         raise ValueError(f"{name} must hold something to draw in every entry, got the entries {list(argument)}")
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
+def line_styles(count: int) -> list[dict[str, Any]]:
     return [{**_STYLES[index % len(_STYLES)], "markersize": 4} for index in range(count)]
 
 
@@ -320,7 +321,7 @@ def _list(tensor: Tensor) -> Any:
     return tensor.detach().double().cpu().tolist()
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
