@@ -5,8 +5,8 @@ every model with the same recipe and several seeds, and measures what the paper 
 the accuracy, and how many blocks have attention maps like those of the next. Also the paper's first remedy, wider
 embeddings, and re-attention in the last blocks alone.
 
-    python examples/collapse_study.py --out out/study            # about 40 minutes on two cores
-    python examples/collapse_study.py --out out/study --quick    # three minutes: that everything runs
+    python examples/collapse_study.py --out out/study            # 45 minutes on two cores
+    python examples/collapse_study.py --out out/study --quick    # a minute: that everything runs
 
 Every run leaves a JSON of its own in OUT/runs; what is there already is not run again, so a study that was interrupted
 goes on where it stopped. At the end, or with --report alone, the tables and figures are made from all of them:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -126,3 +127,19 @@ def test_report(study, chosen, finished, monkeypatch, capsys):
     assert json.loads((finished / "study.json").read_text()) == records
     for name in ("similarity_by_depth", "similar_blocks", "similar_heads", "feature_maps", "by_block", "training"):
         assert (finished / f"{name}.png").stat().st_size > 5000 and (finished / f"{name}.svg").is_file()
+
+
+def test_committed_study(study):
+    """The page shows the tables of the runs beside it, all of them, and its pictures are there."""
+    docs = EXAMPLES.parent / "docs"
+    records = json.loads((docs / "study" / "study.json").read_text())
+    assert {r["setting"]["seed"] for r in records} == {0, 1, 2}
+    assert [study.Setting(**r["setting"]) for r in records] == study.settings(study.DEPTHS, 3, 15)
+    text = (docs / "study.md").read_text()
+    page = text.splitlines()
+    assert [line for line in study.tables(records) if line.startswith("| ")] == [
+        line for line in page if line.startswith("| ") and line.count("|") > 5
+    ]
+    pictures = re.findall(r"\]\((study/[a-z_]+\.png)\)", text)
+    assert {Path(picture).stem for picture in pictures} == set(study.figures(records))
+    assert all((docs / picture).is_file() for picture in pictures)
