@@ -1,0 +1,212 @@
+"""The cost model: its counts against other arithmetic and the compiler's, its predictions against committed times."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import cost_model
+from benchmarks.cost_model import BACKENDS, DEVICES, OFFICIAL, RESULTS, TENSORS, Core, Stages, count, find_cut
+from benchmarks.measure import Problem
+
+A100, H100, H200, B200 = DEVICES
+EPYC = RESULTS / "amd-epyc-zen3"
+# GHz that a core of a shared host may seem to have.
+SLOWEST, FASTEST = 1.2e9, 3.6e9
+MEASURED = cost_model.cpu_results()
+
+
+def bfloat16(*shape, norm="layer"):
+    return Problem(*shape, norm, torch.bfloat16)
+
+
+def float32(*shape):
+    return Problem(*shape, "layer", torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_without_padding(backend):
+    """With the LSE known, forward is two products over head_dim and one over the heads."""
+    batch, heads, seqlen, head_dim = shape = (3, 16 if backend == "triton" else 12, 64, 32)
+    found = count("forward", bfloat16(*shape, norm="batch"), H100, backend)
+    products = 4 * batch * heads * seqlen**2 * head_dim
+    assert found.tensor == products + 2 * 16 * 16 * batch * seqlen**2
+    assert found.special == batch * heads * seqlen**2
+
+
+@pytest.mark.parametrize(
+    ("backend", "norm", "sweeps"), [("triton", "layer", 2), ("triton", "batch", 1), ("cuda", "layer", 1)]
+)
+def test_bytes_of_forward(backend, norm, sweeps):
+    """The formula of docs/performance.md for what every block of 32 query rows reads, and each tensor once."""
+    tensor, lse = 128 * 12 * 197 * 64 * 2, 128 * 12 * 197 * 4
+    found = count("forward", bfloat16(128, 12, 197, 64, norm=norm), H100, backend)
+    assert find_cut("forward", bfloat16(128, 12, 197, 64, norm=norm), H100, backend).own == 32
+    assert found.l2 == 7 * (sweeps + 1) * tensor + 2 * tensor + lse
+    assert found.device == 4 * tensor + lse
+
+
+def test_tensor_operations_are_those_compiled():
+    """HMMA instructions of a warp for each pair of tiles, from the committed compile report."""
+    lines = (RESULTS / "compile_report.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if re.match(r"\s*sm_90 bfloat16 +12 ", line)]
+    checked = set()
+    for _, dtype, heads, dim, norm, kernel, tile, *_, hmma in rows:
+        if kernel not in TENSORS or norm not in ("layer", "batch"):
+            continue
+        block_m, block_n, warps, *_ = map(int, tile.split("x"))
+        # Nothing is padded but the heads.
+        problem = Problem(1, int(heads), 32, int(dim), norm, getattr(torch, dtype))
+        tiles = 32 // block_m * (32 // block_n)
+        operations = 2 * 16 * 8 * 16 * int(hmma) * warps
+        assert count(kernel, problem, H100, "triton").tensor == operations * tiles, (kernel, norm, dim)
+        checked.add((kernel, norm, dim))
+    assert len(checked) >= 24
+
+
+# Bytes of the shared-memory instructions in loops of the SASS for sm_90 and head_dim 64, an element of the maps.
+COMPILED = {
+    ("statistics", "batch"): 40,
+    ("forward", "batch"): 32,
+    ("backward_query", "batch"): 158,
+    ("backward_key", "batch"): 86.5,
+    ("forward", "layer"): 48,
+    ("backward_query", "layer"): 186,
+    ("backward_key", "layer"): 98.5,
+}
+
+
+@pytest.mark.parametrize(("kernel", "norm"), COMPILED)
+def test_shared_memory_is_that_compiled(kernel, norm):
+    found = count(kernel, bfloat16(1, 16, 32, 64, norm=norm), H100, "triton")
+    assert found.shared / (16 * 32 * 32) == pytest.approx(COMPILED[kernel, norm], rel=0.05)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_cuts_are_those_of_the_extension(device):
+    from reattn.backends import cuda
+
+    for problem in [*OFFICIAL, bfloat16(1, 12, 197, 64), bfloat16(8, 6, 50, 48), bfloat16(2, 3, 1024, 16)]:
+        depth = cost_model.loaded_dim(problem, "cuda")
+        sizes = (2, problem.heads, depth, problem.batch, problem.seqlen, problem.seqlen, False)
+        for kernel in ("statistics", "forward", "backward_query", "backward_key"):
+            card = device.shared, device.multiprocessors
+            plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), *sizes, *card)
+            cut = find_cut(kernel, problem, device, "cuda")
+            assert cut == (plan.own, plan.tile, plan.resident)
+            assert cost_model.shared_bytes(kernel, problem, cut) == plan.bytes
+
+
+def test_copies_of_unaligned_rows():
+    rows = 128 * 12 * 197
+    seconds = cost_model.copy_time("forward", bfloat16(128, 12, 197, 33), H100, "triton")
+    assert seconds == pytest.approx(3 * rows * (48 + 33 + 33) * 2 / 3.35e12)
+    assert cost_model.copy_time("forward", bfloat16(128, 12, 197, 32), H100, "triton") == 0
+
+
+@pytest.mark.parametrize(
+    ("slowed", "resource"),
+    [({"memory": 1e9}, "device"), ({"mma": 1e9}, "tensor"), ({}, "shared")],
+    ids=lambda case: str(case),
+)
+def test_slowest_resource_takes_the_time(slowed, resource):
+    device, problem = H100._replace(**slowed), bfloat16(128, 12, 197, 64)
+    seconds, binding = cost_model.gpu_time("forward", problem, device, "triton")
+    least = getattr(count("forward", problem, device, "triton"), resource) / getattr(device.rates(), resource)
+    assert binding == resource
+    # 896 blocks are 6.8 for each of 132 multiprocessors, and 7 for some.
+    assert seconds == pytest.approx(least if resource == "device" else least * 7 * 132 / 896)
+
+
+def test_measured_times_stand_beside_predicted_ones(tmp_path):
+    facts = {"batch": 128, "heads": 12, "seqlen": 197, "head_dim": 64, "norm": "layer", "dtype": "bfloat16"}
+    facts |= {"kind": "operator", "contender": "triton", "direction": "forward", "ms": 1.25, "all_ms": {}}
+    machine = {"reattn": {"device": "NVIDIA H100 80GB HBM3", "threads": 8}}
+    (tmp_path / "h100").mkdir()
+    contents = {"machine_info": machine, "benchmarks": [{"extra_info": facts}]}
+    (tmp_path / "h100" / "operator.json").write_text(json.dumps(contents))
+    measured = cost_model.results(tmp_path)
+    (row,) = [line for line in cost_model.gpu_table(measured) if "measured" in line]
+    assert "128x12x197x64 | layer | triton | H100" in row
+    assert ", measured 1250 |" in row
+
+
+def test_threads_take_units_as_they_come():
+    units = [Stages(work=seconds) for seconds in (3.0, 1.0, 1.0, 2.0)]
+    assert cost_model.busiest(units, 1) == {"work": 7.0}
+    assert cost_model.busiest(units, 2) == {"work": 4.0}
+
+
+def test_cpu_plan():
+    """The rows that cpu_stages has by default are those of its problem; long rows are cut, a batch of one parted."""
+    assert [cost_model.cpu_plan(float32(8, 12, 197, 32), backward).block_rows for backward in (False, True)] == [36, 42]
+    assert [cost_model.cpu_plan(float32(1, 12, 8192, 32), backward).whole for backward in (False, True)] == [
+        True,
+        False,
+    ]
+    assert cost_model.cpu_plan(float32(1, 12, 197, 32), True).groups == 4
+
+
+STAGE_NAMES = {
+    "pack keys and values": "pack",
+    "load queries": "load",
+    "load queries and gradients": "load",
+    "store the output": "store",
+    "store the gradient of queries": "store",
+    "store gradients of keys, values": "reduce",
+}
+
+
+def test_stages_are_those_measured():
+    text = (EPYC / "stages.txt").read_text()
+    clock = float(re.search(r"out of registers: ([\d.]+) GFLOP/s", text)[1]) * 1e9 / cost_model.FLOPS_PER_CYCLE
+    shape = map(int, re.search(r"^(\d+)x(\d+)x(\d+)x(\d+) float32, layer norm", text, re.MULTILINE).groups())
+    core = Core(float32(*shape), clock)
+    forward, backward = text.split("\nforward\n")[1].split("\nbackward\n")
+    for call, part in (("forward", forward), ("backward", backward)):
+        predicted = core.run(call, threads=1)
+        measured = {name: float(ms) for name, ms in re.findall(r"^  (\S.*?) {2,}(\d+\.\d+)", part, re.MULTILINE)}
+        assert predicted.total() == pytest.approx(1e-3 * measured.pop("all"), rel=0.1)
+        assert {STAGE_NAMES.get(name, name) for name in measured} == set(predicted)
+        for name, ms in measured.items():
+            assert predicted[STAGE_NAMES.get(name, name)] == pytest.approx(1e-3 * ms, rel=0.15, abs=2e-4), name
+
+
+def deviation(result):
+    return abs(1e3 * cost_model.predict(result).total() / result.ms - 1)
+
+
+@pytest.mark.parametrize(
+    "result", MEASURED, ids=lambda r: "-".join([*cost_model.name(r.problem), "backward" * r.backward])
+)
+def test_predicted_is_measured(result):
+    assert deviation(result) <= 0.25
+    assert SLOWEST <= result.clock() <= FASTEST
+
+
+@pytest.mark.parametrize(
+    ("constant", "factor"),
+    [
+        ("PRODUCT_SHARE", 0.5),
+        ("PRODUCT_START", 8),
+        ("SOFTMAX", 4),
+        ("BACKWARD_ROW", 6),
+        ("LOAD", 10),
+        ("UNALIGNED", 30),
+    ],
+)
+def test_a_wrong_constant_shows(constant, factor, monkeypatch):
+    monkeypatch.setattr(cost_model, constant, factor * getattr(cost_model, constant))
+    assert max(map(deviation, MEASURED)) > 0.25
+
+
+def test_prints_every_problem(capsys):
+    cost_model.main()
+    printed = capsys.readouterr().out
+    for problem in OFFICIAL:
+        for backend in BACKENDS:
+            for device in DEVICES:
+                assert f"| {' | '.join([*cost_model.name(problem), backend, device.name])} |" in printed
+    assert printed.count("| forward + backward |") == sum(result.backward for result in MEASURED)
