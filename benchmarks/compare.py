@@ -71,8 +71,13 @@ class Comparison:
         self.ms = {name: statistics.median(series) for name, series in self.turns.items()}
 
     def ratio(self, name: str, other: str | None) -> float | None:
-        """Of their times, where both have one."""
-        return self.ms[name] / self.ms[other] if other in self.ms else None
+        """The median over the turns of what one took over what the other took right after or before.
+
+        Where a machine changes its pace during a comparison, this holds and the ratio of two medians does not.
+        """
+        if other not in self.turns:
+            return None
+        return statistics.median(a / b for a, b in zip(self.turns[name], self.turns[other], strict=True))
 
     def facts(self, name: str) -> dict[str, Any]:
         """What the results say of a contender in any comparison."""

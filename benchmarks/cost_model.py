@@ -383,12 +383,11 @@ def results(folder: pathlib.Path = RESULTS) -> list[Result]:
         contents = json.loads(path.read_text())
         machine = contents["machine_info"]["reattn"]
         for facts in (benchmark["extra_info"] for benchmark in contents["benchmarks"]):
-            backend = facts["contender"] if "contender" in facts else facts["backend"]
-            operator = "heads" in facts and facts.get("kind", "operator") in ("operator", "scaling")
+            backend, operator = facts["contender"], facts["kind"] in ("operator", "scaling")
             if operator and backend in (*BACKENDS, "cpu"):
                 sizes = [facts[name] for name in ("batch", "heads", "seqlen", "head_dim", "norm")]
                 problem = Problem(*sizes, getattr(torch, facts["dtype"]))
-                times = facts["ms"], facts["all_ms"].get("sdpa", math.nan)
+                times = facts["ms"], facts["ms"] / (facts["ratio_to_sdpa"] or math.nan)
                 call = backend, problem, facts["direction"] != "forward", *times
                 found.append(Result(machine["device"], machine["threads"], *call))
     return found

@@ -43,7 +43,7 @@ edit. [benchmarks/README.md](../benchmarks/README.md) says how it is measured.
 HOW_TO_READ = """\
 - Shapes are batch x heads x tokens x head dim. Norm "batch" is batch norm in training, "batch-eval" with running
   statistics.
-- Times are medians. The contenders of a comparison took turns.
+- Times are medians. The contenders of a comparison took turns, and a ratio is the median of those of single turns.
 - "over SDPA" is our time over that of `scaled_dot_product_attention`, which mixes no heads: the floor, not a rival.
 - "best peer" is the fastest that computes the same and is not of this package; "speed-up" is its time over ours: above
   1 ours is faster.
@@ -292,14 +292,13 @@ def model_table(entries: Iterable[Entry]) -> list[str]:
     rows = []
     for entry in models:
         facts, ours = entry.facts, fastest.get(entry.comparison)
-        plain = facts["all_ms"].get(entry.yardstick)
         rows.append(
             [
                 entry.problem,
                 entry.direction,
                 entry.contender,
                 significant(facts["images_per_s"]),
-                _cell(plain and plain / facts["ms"]),
+                _inverse(facts["ratio_to_plain_vit"]),
                 _cell(ours and facts["ms"] / ours),
                 _cell(facts["peak_bytes"], memory),
             ]

@@ -22,7 +22,7 @@ SEQLENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # On a CPU the forward pass alone goes on to the end: its time is that of a benchmark run.
 LONGEST = {"forward": 8192, "forward+backward": 8192 if CUDA else 4096}
 QUICK_SEQLENS = (64, 128)
-TOO_LONG_MS = 6000.0
+TOO_LONG_MS = 3000.0
 
 pytestmark = played_back
 
@@ -44,7 +44,7 @@ def compare(seqlen: int, direction: str, names: tuple[str, ...], device: torch.d
             if name in before.faults or 4 * before.ms[name] > TOO_LONG_MS
         }
     able = tuple(name for name in names if name not in faults)
-    seconds, rounds = (0.0, 1) if quick else (0.5, 3)
+    seconds, rounds = (0.0, 1) if quick else (1.0, 3)
     comparison = compare_operator(problem(seqlen), direction, able, device, seconds, rounds)
     comparison.faults.update(faults)
     return comparison

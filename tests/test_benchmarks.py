@@ -300,6 +300,14 @@ def test_a_wrong_result_of_ours_fails_a_peers_is_skipped():
         comparison.report(None, "eager", "group", {})
 
 
+def test_ratios_are_of_turns():
+    """The second contender was slowed in the first two turns together with the first one."""
+    comparison = object.__new__(compare.Comparison)
+    comparison.turns = {"cpu": [4.0, 4.0, 2.0, 2.0, 2.0], "sdpa": [2.0, 2.0, 1.0, 1.0, 0.9]}
+    assert comparison.ratio("cpu", "sdpa") == 2.0
+    assert comparison.ratio("cpu", "eager") is None and comparison.ratio("cpu", None) is None
+
+
 @pytest.mark.extension
 def test_scaling_leaves_out_what_would_take_too_long(monkeypatch):
     monkeypatch.setattr(test_scaling, "TOO_LONG_MS", 0.0)

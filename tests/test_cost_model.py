@@ -122,7 +122,7 @@ def test_slowest_resource_takes_the_time(slowed, resource):
 
 def test_measured_times_stand_beside_predicted_ones(tmp_path):
     facts = {"batch": 128, "heads": 12, "seqlen": 197, "head_dim": 64, "norm": "layer", "dtype": "bfloat16"}
-    facts |= {"kind": "operator", "contender": "triton", "direction": "forward", "ms": 1.25, "all_ms": {}}
+    facts |= {"kind": "operator", "contender": "triton", "direction": "forward", "ms": 1.25, "ratio_to_sdpa": None}
     machine = {"reattn": {"device": "NVIDIA H100 80GB HBM3", "threads": 8}}
     (tmp_path / "h100").mkdir()
     contents = {"machine_info": machine, "benchmarks": [{"extra_info": facts}]}

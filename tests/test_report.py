@@ -58,6 +58,7 @@ def comparison(kind, times, direction="forward", faults=None, memory=None, round
         }
         if kind == "model":
             facts["images_per_s"] = 1e3 * problem["batch"] / ms
+            facts["ratio_to_plain_vit"] = ms / times["plain ViT"] if "plain ViT" in times else None
         else:
             facts |= {
                 **{"flops": 4e9, "traffic_bytes": 1e8, "tflops": 4e9 / ms / 1e9, "share_of_roofline": 40 / ms},
