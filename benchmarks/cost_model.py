@@ -234,10 +234,11 @@ PACK, PACK_BACKWARD, LOAD, STORE, STORE_GRADIENT, REDUCE, UNALIGNED = 0.58, 1.55
 # Million cycles of a call of next to no work, forward and with backward: Python, autograd, heads x heads tensors.
 CALL = {"none": (0.35, 1.3), "layer": (0.5, 1.6), "batch-eval": (0.5, 1.7), "batch": (1.4, 3.7)}
 # Cycles of plain attention, forward and with backward: an element of its maps, more for each of head_dim in whole
-# sixteens, a call. The one fit to committed results: plain attention is the yardstick of a core's speed.
+# sixteens, a call: the yardstick of a core's speed. Fitted to committed results, as the next two are.
 PLAIN = ((3.0, 0.18, 0.2e6), (10.5, 0.52, 0.5e6))
-# Longer rows leave the caches, which is not modelled.
-LONGEST = 1024
+# What stays in the L3 cache of a shared host, and bytes a second of what does not, for all threads: read off the growth
+# beyond 1024 tokens.
+CACHE, BEYOND_CACHE = 12e6, 24e9
 
 Stages = Counter[str]  # seconds by name
 
@@ -315,6 +316,17 @@ class Core:
         stages["mixing and norm"] = mixing + self.cycles(NORMALISE * maps) * layer
         return Stages(stages | {"product with values": values, "store": self.moved(floats, STORE)})
 
+    def waiting(self, call: str, plan: CpuPlan, threads: int) -> float:
+        """For packed keys and values and the sums of their gradients, where all that is in use exceeds the cache."""
+        batch, heads, seqlen, head_dim = self.problem.shape
+        backward, tensor = call == "backward", 4 * heads * plan.keys * head_dim
+        maps = (8 if backward else 4) * heads * plan.block_rows * plan.keys * plan.whole
+        packed, sums = (1 if call == "statistics" else 2) * tensor, 2 * tensor * backward
+        if min(batch, threads) * packed + threads * (maps + sums) <= CACHE:
+            return 0.0
+        again = 0 if plan.whole else tensor
+        return batch * ceil_div(seqlen, plan.block_rows) * (packed + again + 2 * sums) / BEYOND_CACHE
+
     def run(self, call: str, threads: int) -> Stages:
         """Wave after wave of samples: keys are packed, rows computed, in the backward pass groups' gradients summed."""
         batch, heads, seqlen, head_dim = self.problem.shape
@@ -334,7 +346,7 @@ class Core:
         for first in range(0, batch, plan.wave):
             for region in (pack, units, reduce * backward):
                 total += busiest(min(plan.wave, batch - first) * region, threads)
-        return total
+        return total + Stages({"waiting for memory": self.waiting(call, plan, threads)})
 
 
 def busiest(units: list[Stages], threads: int) -> Stages:
@@ -395,8 +407,7 @@ def results(folder: pathlib.Path = RESULTS) -> list[Result]:
 
 def cpu_results(folder: pathlib.Path = RESULTS) -> list[Result]:
     """Those that the model is for."""
-    ours = [result for result in results(folder) if result.backend == "cpu"]
-    return [each for each in ours if each.problem.dtype == torch.float32 and each.problem.seqlen <= LONGEST]
+    return [each for each in results(folder) if each.backend == "cpu" and each.problem.dtype == torch.float32]
 
 
 def predict(result: Result) -> Stages:

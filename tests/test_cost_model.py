@@ -195,6 +195,8 @@ def test_predicted_is_measured(result):
         ("BACKWARD_ROW", 6),
         ("LOAD", 10),
         ("UNALIGNED", 30),
+        ("BEYOND_CACHE", 0.2),
+        ("CACHE", 10),
     ],
 )
 def test_a_wrong_constant_shows(constant, factor, monkeypatch):
@@ -210,3 +212,11 @@ def test_prints_every_problem(capsys):
             for device in DEVICES:
                 assert f"| {' | '.join([*cost_model.name(problem), backend, device.name])} |" in printed
     assert printed.count("| forward + backward |") == sum(result.backward for result in MEASURED)
+
+
+@pytest.mark.skipif(not (RESULTS.parents[1] / "docs").is_dir(), reason="needs the source tree")
+def test_page_shows_what_is_printed(capsys):
+    cost_model.main()
+    printed = {line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    page = (RESULTS.parents[1] / "docs" / "performance.md").read_text().splitlines()
+    assert len(printed) > 100 and printed <= set(page)
