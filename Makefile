@@ -78,17 +78,18 @@ gpu: SHELL := bash
 gpu: export PYTHONUNBUFFERED := 1
 gpu: ## test, measure and tune on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device; torch %s sees none" % torch.__version__)'
-	@mkdir -p "$(GPU_OUT)"
 	@set -o pipefail; $(GPU_INSTALL)
 	@status=0; for part in $(PART); do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
 
 gpu-test gpu-bench gpu-tune: SHELL := bash
 gpu-test:
+	@mkdir -p "$(GPU_OUT)"
 	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 \
 	    --junitxml="$(GPU_OUT)/tests.xml" 2>&1 | tee "$(GPU_OUT)/tests.log"
 
 # kind:seconds; what begins within them ends a little later.
 gpu-bench:
+	@mkdir -p "$(GPU_OUT)"
 	@set -o pipefail; status=0; \
 	for each in operator:200 module:20 model:60 scaling:60; do \
 	    kind=$${each%:*}; file="$(GPU_OUT)/$$kind.json"; [ -s "$$file" ] && continue; \
@@ -98,6 +99,7 @@ gpu-bench:
 	$(GPU_PYTHON) -m benchmarks.report --out "$(GPU_OUT)" "$(GPU_OUT)"/*.json || status=1; exit $$status
 
 gpu-tune:
+	@mkdir -p "$(GPU_OUT)"
 	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m benchmarks.tune --seconds 330 --out "$(GPU_OUT)/tuning" 2>&1 | tee "$(GPU_OUT)/tuning.log"
 
 # The kernels of torch are none of its business.

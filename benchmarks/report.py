@@ -405,17 +405,22 @@ def plot_speed_up(ours: Sequence[Entry]) -> Figure:
             ratios = {labels.index(f"{e.problem}, {e.contender}"): e.facts[fact] for e in shown if e.facts[fact]}
             if not ratios:
                 continue
+            speed_ups = [1 / ratio for ratio in ratios.values()]
             drawn = axes.barh(
                 [place + shift for place in ratios],
-                [1 / ratio for ratio in ratios.values()],
+                [speed_up - 1 for speed_up in speed_ups],
+                left=1,
                 height=0.38,
                 color=style["color"],
                 hatch=hatch,
                 edgecolor="white",
                 label=label,
             )
-            axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+            axes.bar_label(drawn, [f"{speed_up:.2f}" for speed_up in speed_ups], fontsize=7, padding=2)
         axes.axvline(1, color="0.3", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.12)
         axes.set(xlabel="speed-up: above 1 ours is faster", title=direction, axisbelow=True)
         tidy(axes)
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
