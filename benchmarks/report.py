@@ -46,7 +46,9 @@ HOW_TO_READ = """\
 - Times are medians. The contenders of a comparison took turns, and a ratio is the median of those of single turns.
 - "over SDPA" is our time over that of `scaled_dot_product_attention`, which mixes no heads: the floor, not a rival.
 - "best peer" is the fastest that computes the same and is not of this package; "speed-up" is its time over ours: above
-  1 ours is faster.
+  1 ours is faster. `torch.compile` is among the peers at one shape only, unless `--every-peer` was given.
+- The speed of a shared machine varies from one comparison to the next: compare ratios, not times, FLOP/s or shares of
+  the roofline, of different rows.
 - "roofline" is the least time that the arithmetic or the traffic takes, whichever bounds it, over the time taken, at
   the rates of a large matrix product and a large copy on the same machine. What is computed again does not count.
 - Peak memory is what a call holds beyond its inputs, its results included.

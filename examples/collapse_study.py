@@ -103,7 +103,8 @@ def pattern_similarity(model: DeepViT, images: Tensor, kind: MapKind) -> list[fl
     """Similarity of each block's maps to the next's, of what is left of a column without its mean.
 
     That is the columns' correlation: near 0 for maps that are spread evenly with noise on top, which the cosine
-    calls alike; unchanged by what a norm subtracts, so that mixed maps and softmax maps compare like with like.
+    calls alike. Unchanged by what batch norm subtracts, one constant for each head, so that those maps and softmax maps
+    compare like with like; not so for layer norm over the heads.
     """
     similarities: list[float] = []
     previous: list[Tensor] = []
