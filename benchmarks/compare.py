@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -43,6 +44,20 @@ class Playback:
 PLAYBACK = Playback()
 # For every module of benchmarks.
 played_back = pytest.mark.benchmark(timer=PLAYBACK.time)
+
+
+class Deadline:
+    """No comparison begins after it, in :func:`time.monotonic`'s seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = math.inf
+
+    def check(self) -> None:
+        if time.monotonic() > self.seconds:
+            pytest.skip("no time left")
+
+
+DEADLINE = Deadline()
 
 
 class Comparison:
@@ -126,18 +141,22 @@ class Comparison:
 
 
 @functools.lru_cache(maxsize=1)
+def make_oracle(problem: Problem, device: torch.device) -> Oracle:
+    return Oracle(problem, device, distinct=math.gcd(problem.batch, 4))
+
+
 def validated(
-    problem: Problem, names: tuple[str, ...], device: torch.device
+    problem: Problem, backward: bool, names: tuple[str, ...], device: torch.device
 ) -> tuple[dict[str, peers.Peer], dict[str, str]]:
     """The contenders whose results are right, and by name what is the matter with the others."""
     right, faults = {}, {}
     with memory_limit(device):
-        oracle = Oracle(problem, device, distinct=math.gcd(problem.batch, 4))
+        oracle = make_oracle(problem, device)
         for name in names:
             ours = name in OURS
             contender = measure.operator(problem.norm, name) if ours else peers.by_name(name, problem.norm)
             if name not in FLOORS:
-                _, status = measure.attempt(functools.partial(oracle.check, name, contender, ours=ours))
+                _, status = measure.attempt(functools.partial(oracle.check, name, contender, ours, backward))
                 if status != "ok":
                     faults[name] = status
                     continue
@@ -149,11 +168,13 @@ def compare_operator(
     problem: Problem, direction: str, names: tuple[str, ...], device: torch.device, seconds: float, rounds: int = 3
 ) -> Comparison:
     """Contenders by name, ours or of :func:`benchmarks.peers.by_name`, on one problem."""
-    right, faults = validated(problem, names, device)
+    DEADLINE.check()
+    backward = direction != "forward"
+    right, faults = validated(problem, backward, names, device)
     parameters = measure.make_parameters(problem, device)
     inputs = measure.rotating_inputs(problem, device)
     calls = {
-        name: [measure.make_call(contender, each, parameters, direction != "forward") for each in inputs]
+        name: [measure.make_call(contender, each, parameters, backward) for each in inputs]
         for name, contender in right.items()
     }
     return Comparison(calls, faults, device, seconds, rounds)

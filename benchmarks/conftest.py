@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import time
 from collections.abc import Iterator
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import machine
+from benchmarks.compare import DEADLINE
 from benchmarks.machine import ceilings
 
 
@@ -17,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-peer", action="store_true", help="compile the eager forms for every problem, not only for some"
     )
-    parser.addoption("--seconds", type=float, help="begin no benchmark later than this after the first")
+    parser.addoption("--seconds", type=float, help="begin no comparison later than this after the first")
+    parser.addoption("--measured", type=pathlib.Path, help="leave out what the results in this folder hold")
 
 
 def pytest_report_header() -> str:
@@ -36,25 +40,42 @@ def quick(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--quick"))
 
 
-@pytest.fixture(scope="session")
-def deadline(pytestconfig: pytest.Config) -> float:
-    seconds = pytestconfig.getoption("--seconds")
-    return float("inf") if seconds is None else time.monotonic() + seconds
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the comparisons that the files of ``--measured`` hold, whole ones: their contenders go together."""
+    folder = config.getoption("--measured")
+    if folder is None:
+        return
+    done = set()
+    for path in folder.glob("*.json"):
+        # Empty is the file that this run will write, or one that was cut off.
+        text = path.read_text()
+        for benchmark in json.loads(text)["benchmarks"] if text else ():
+            done.add(_comparison(benchmark["name"], benchmark["extra_info"]["contender"]))
+    left_out = [item for item in items if _comparison(item.name, item.callspec.params["contender"]) in done]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(autouse=True)
-def within_time(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        pytest.skip("no time left")
+def _comparison(name: str, contender: str) -> str:
+    return name.removesuffix(f"-{contender}]")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def true_float32() -> Iterator[None]:
-    """The kernels compute float32 products in float32: the peers' convolutions shall do so as well."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def begun(pytestconfig: pytest.Config, device: torch.device) -> None:
+    """The clock runs; and what the machine reaches is known, should it not get to the end."""
+    ceilings(device)
+    seconds = pytestconfig.getoption("--seconds")
+    DEADLINE.seconds = float("inf") if seconds is None else time.monotonic() + seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def convolutions() -> Iterator[None]:
+    """The kernels compute float32 products in float32: so do the peers' convolutions, by their best algorithm."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = False, True
     yield
-    torch.backends.cudnn.allow_tf32 = allowed
+    cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -136,7 +136,7 @@ def memory_limit(device: torch.device) -> Iterator[None]:
 
 
 def free_memory() -> int | None:
-    """Bytes that the machine has left, and the control group if it has a limit; None where the kernel does not tell."""
+    """Bytes that the machine has left, or the control group if it has less; None where the kernel does not tell."""
     try:
         text = pathlib.Path("/proc/meminfo").read_text()
     except OSError:
@@ -145,9 +145,11 @@ def free_memory() -> int | None:
     group = pathlib.Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        # Files that were read count as used, until their place is needed.
+        cached = int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)[1])
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    return free if limit == "max" else min(free, int(limit) - int(used) + cached)
 
 
 def _status(field: str) -> int:

@@ -11,7 +11,6 @@ import functools
 import gc
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,8 +200,10 @@ class Oracle:
             exact["running_var"] = self._running_var(exact["running_var"], distinct)
         self.exact = exact
 
-    def check(self, name: str, contender: Peer, ours: bool = False) -> dict[str, float]:
+    def check(self, name: str, contender: Peer, ours: bool = False, backward: bool = True) -> dict[str, float]:
         """The relative error of every result for the whole batch; raises :class:`WrongResult` if one is too large.
+
+        Without ``backward`` of the output and the running statistics alone.
 
         ``ours`` is held to the error of the reference in the same dtype, which computes the norm in float32. A peer is
         held to the larger of that and the eager form's, and not in its gradients of parameters: PyTorch sums these over
@@ -210,14 +211,16 @@ class Oracle:
         """
         yardstick = self.reference_errors if ours else self.eager_errors
         limit = f"twice {'the reference' if ours else 'the eager form'}'s in {self.problem.dtype}, plus rounding"
-        found = results(contender, self.inputs, self.parameters)
+        found = results(contender, self.inputs, self.parameters, backward)
         rounding = torch.finfo(self.problem.dtype).eps
         errors = {}
         for what, exact in self.exact.items():
+            if what not in found:
+                continue
             tensor, slack = found[what], rounding
             if what in ("output", "query gradient"):
                 # One NaN among the rows that are not compared is seen here.
-                tensor = tensor[:, :, self.rows] + 0 * tensor.sum()
+                tensor = tensor[:, :, self.rows] * (1.0 if tensor.isfinite().all() else math.nan)
             if exact.ndim == 4:
                 tensor = tensor.unflatten(0, (self.repeats, -1))
             else:
@@ -245,13 +248,16 @@ class Oracle:
         return kept + (updated - kept) * ((part - 1) / part) * (whole / (whole - 1))
 
 
-def results(peer: Peer, inputs: Inputs, parameters: Parameters) -> dict[str, Tensor]:
-    """The output, the gradient of every tensor that has one, and the running statistics afterwards, by name."""
+def results(peer: Peer, inputs: Inputs, parameters: Parameters, backward: bool = True) -> dict[str, Tensor]:
+    """The output, with ``backward`` the gradient of whatever has one, and the running statistics after, by name."""
     differentiated, fixed = _leaves(inputs, parameters)
     leaves = {**differentiated, **{name: tensor.clone() for name, tensor in fixed.items()}}
-    output = peer(*_arguments(leaves))
-    grads = torch.autograd.grad(output, list(differentiated.values()), inputs.grad)
-    named = {f"{name} gradient": grad for name, grad in zip(differentiated, grads, strict=True)}
+    named = {}
+    with torch.set_grad_enabled(backward):
+        output = peer(*_arguments(leaves))
+    if backward:
+        grads = torch.autograd.grad(output, list(differentiated.values()), inputs.grad)
+        named = {f"{name} gradient": grad for name, grad in zip(differentiated, grads, strict=True)}
     return {"output": output.detach(), **named, **{name: leaves[name] for name in fixed}}
 
 
@@ -298,11 +304,11 @@ def make_call(peer: Peer, inputs: Inputs, parameters: Parameters, backward: bool
 
 
 def rotations(problem: Problem, device: torch.device) -> int:
-    """How many sets of inputs together are three times as large as the L2 cache; one on a CPU."""
+    """How many sets of query, key and value together are three times as large as the L2 cache; one on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(2, math.ceil(3 * cache / problem.traffic(backward=False))), 512)
+    return min(max(2, math.ceil(4 * cache / problem.traffic(backward=False))), 512)
 
 
 def rotating_inputs(problem: Problem, device: torch.device) -> list[Inputs]:
@@ -369,24 +375,6 @@ def _time(rotation: Iterator[Call], count: int, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / count
-
-
-def time_graph(calls: Sequence[Call], device: torch.device) -> float:
-    """Milliseconds a call on the device alone: every call once in a CUDA graph, whose replays are timed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    series, faults = time_in_turns({"replays": [graph.replay]}, device)
-    if faults:
-        raise RuntimeError(faults["replays"])
-    return statistics.median(series["replays"]) / len(calls)
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, str]:

@@ -43,7 +43,8 @@ edit. [benchmarks/README.md](../benchmarks/README.md) says how it is measured.
 HOW_TO_READ = """\
 - Shapes are batch x heads x tokens x head dim. Norm "batch" is batch norm in training, "batch-eval" with running
   statistics.
-- Times are medians. The contenders of a comparison took turns, and a ratio is the median of those of single turns.
+- Times are medians. The contenders of a comparison took turns; a ratio to SDPA, the best peer or the plain ViT is the
+  median of those of single turns.
 - "over SDPA" is our time over that of `scaled_dot_product_attention`, which mixes no heads: the floor, not a rival.
 - "best peer" is the fastest that computes the same and is not of this package; "speed-up" is its time over ours: above
   1 ours is faster. `torch.compile` is among the peers at one shape only, unless `--every-peer` was given.
@@ -608,9 +609,9 @@ def _report(sections: Sequence[Section], folder: pathlib.Path | None) -> int:
     text = "\n".join(render(sections, None if folder is None else "")).rstrip()
     print(text)
     if folder:
-        save_plots(sections, folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+        save_plots(sections, folder)
     return 0
 
 

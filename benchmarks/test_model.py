@@ -1,7 +1,8 @@
 """``pytest benchmarks/ --benchmark-only``: whole DeepViTs, images a second in inference and in a training step.
 
-On the fused backends against the same model on the reference backend and the plain ViT of its shape, whose attention is
-torch's own: what is fast alone may fight for threads with the rest of a model. On CUDA under autocast to bfloat16.
+On the fused backends against the same model with the official form in eager PyTorch, and the plain ViT of its shape,
+whose attention is torch's own: what is fast alone may fight for threads with the rest of a model. On CUDA under
+autocast to bfloat16, and against the eager one compiled.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import OURS, Comparison, played_back
+from benchmarks.compare import DEADLINE, FLOORS, OURS, Comparison, played_back
 from benchmarks.measure import Call, WrongResult
+from benchmarks.peers import Parameters, official, official_eval
 from reattn import ReAttention
-from reattn.models import DeepViT, create_model
+from reattn.models import create_model
 
 CUDA = torch.cuda.is_available()
 DTYPE = "bfloat16" if CUDA else "float32"
@@ -36,27 +38,51 @@ QUICK = [("deepvit_16b", 2, "inference"), ("deepvit_16b", 2, "training")]
 pytestmark = played_back
 
 
-def build(name: str, model: str, device: torch.device, quick: bool) -> DeepViT:
+class EagerAttention(nn.Module):
+    """A :class:`ReAttention` with batch norm, computed by the official form."""
+
+    def __init__(self, module: ReAttention) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        module = self.module
+        batch, seqlen, _ = x.shape
+        qkv = module.qkv(x).view(batch, seqlen, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+        norm = module.head_norm
+        parameters = Parameters(
+            module.theta, module.theta_bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+        )
+        form = official if self.training else official_eval
+        output = form(*qkv.unbind(0), parameters) * module.output_scale
+        return module.proj(output.transpose(1, 2).flatten(2))
+
+
+def build(name: str, model: str, device: torch.device, quick: bool) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"depth": 2, "img_size": 64} if quick else {}
     built = create_model(model, attention="self" if name == "plain ViT" else "re", **sizes).to(device)
-    for module in built.modules():
+    set_backend(built, name if name in OURS else "reference")
+    if name in ("eager", "compiled"):
+        for block in built.blocks:
+            if isinstance(block.attn, ReAttention):
+                block.attn = EagerAttention(block.attn)
+    return torch.compile(built, dynamic=False) if name == "compiled" else built
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    for module in model.modules():
         if isinstance(module, ReAttention):
-            module.backend = name
-    return built
+            module.backend = backend
 
 
-def forward(model: DeepViT, images: Tensor) -> Tensor:
+def forward(model: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
         return model(images)
 
 
-def check(name: str, model: DeepViT, images: Tensor) -> None:
-    """The logits of two images in eval mode, by twice the error of the reference backend in the same precision."""
-    theirs = copy.deepcopy(model)
-    for module in theirs.modules():
-        if isinstance(module, ReAttention):
-            module.backend = "reference"
+def check(name: str, model: nn.Module, theirs: nn.Module, images: Tensor) -> None:
+    """The logits in eval mode, by twice the error of ``theirs``, the same model on the reference backend."""
     exact_model = copy.deepcopy(theirs).double().eval()
     with torch.no_grad():
         exact = exact_model(images.double())
@@ -68,7 +94,7 @@ def check(name: str, model: DeepViT, images: Tensor) -> None:
         raise WrongResult(f"{name}: the error of the logits is {error:.3g}, allowed is {allowed:.3g}")
 
 
-def make_call(model: DeepViT, images: Tensor, labels: Tensor, direction: str) -> Call:
+def make_call(model: nn.Module, images: Tensor, labels: Tensor, direction: str) -> Call:
     """A forward pass in eval mode, or a training step of AdamW."""
     if direction == "inference":
         model.eval()
@@ -77,9 +103,9 @@ def make_call(model: DeepViT, images: Tensor, labels: Tensor, direction: str) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
 
     def step() -> None:
-        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(forward(model, images).float(), labels).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -88,13 +114,15 @@ def make_call(model: DeepViT, images: Tensor, labels: Tensor, direction: str) ->
 def compare(
     model: str, batch: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
 ) -> Comparison:
+    DEADLINE.check()
     calls, faults = {}, {}
+    reference = build("reference", model, device, quick)
     for name in names:
         built = build(name, model, device, quick)
         images = torch.randn(batch, 3, *([64, 64] if quick else [224, 224]), device=device)
         labels = torch.randint(1000, (batch,), device=device)
-        if name in OURS:
-            _, status = measure.attempt(functools.partial(check, name, built, images[:2]))
+        if name not in FLOORS:
+            _, status = measure.attempt(functools.partial(check, name, built, reference, images[:2]))
             if status != "ok":
                 faults[name] = status
                 continue
@@ -103,7 +131,8 @@ def compare(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = (*measure.fused_backends(torch.device("cuda" if CUDA else "cpu")), "reference", "plain ViT")
+    ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
+    names = (*ours, "eager", *(("compiled",) if CUDA else ()), "plain ViT")
     cases = QUICK if metafunc.config.getoption("--quick") else CASES
     parameters = [
         pytest.param(*case, names, name, id="-".join(map(str, (*case, name))))
@@ -119,7 +148,7 @@ def test_model(benchmark, device, quick, model, batch, direction, names, contend
         facts = {
             **comparison.facts(contender),
             "images_per_s": 1e3 * batch / comparison.ms[contender],
-            "ratio_to_reference": comparison.ratio(contender, "reference"),
+            "ratio_to_eager": comparison.ratio(contender, "eager"),
             "ratio_to_plain_vit": comparison.ratio(contender, "plain ViT"),
         }
     described = {"kind": "model", "model": model, "batch": batch, "dtype": DTYPE, "direction": direction}

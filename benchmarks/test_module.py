@@ -1,7 +1,8 @@
 """``pytest benchmarks/ --benchmark-only``: the module with its projections, the second form, as vit-pytorch has it.
 
-``ReAttention`` on the fused backends against itself on the reference backend, against vit-pytorch's own attention with
-the same weights, where that is installed, and against plain attention of the same size.
+``ReAttention`` on the fused backends against itself in eager PyTorch (the reference backend), against vit-pytorch's own
+attention with the same weights, where that is installed, and against plain attention of the same size. On CUDA under
+autocast to bfloat16, and against the eager one compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import FLOORS, OURS, Comparison, label, played_back
+from benchmarks.compare import DEADLINE, FLOORS, OURS, Comparison, label, played_back
 from benchmarks.machine import memory_limit
 from benchmarks.measure import Call, Problem, WrongResult
 from reattn import ReAttention
@@ -46,7 +47,7 @@ class ModuleProblem(Problem):
         return self.dtype.itemsize * ((5 * rows + 3 * weights) if backward else (2 * rows + weights))
 
 
-PROBLEM = ModuleProblem(128 if CUDA else 8, 12, 197, 32, "layer", torch.float32)
+PROBLEM = ModuleProblem(128 if CUDA else 8, 12, 197, 32, "layer", torch.bfloat16 if CUDA else torch.float32)
 QUICK = ModuleProblem(2, 4, 50, 8, "layer", torch.float32)
 
 
@@ -72,43 +73,49 @@ def build(name: str, problem: Problem, reference: ReAttention) -> nn.Module:
         reference.load_state_dict(module.state_dict())
         return module
     module = copy.deepcopy(reference)
-    module.backend = name
-    return module
+    module.backend = name if name in OURS else "reference"
+    return torch.compile(module, dynamic=False) if name == "compiled" else module
 
 
-def results(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def run(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(x.device.type, dtype, enabled=dtype == torch.bfloat16):
+        return module(x)
+
+
+def results(module: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The output and the gradients of the input and of every parameter, by name."""
     x = x.detach().requires_grad_()
     named = dict(module.named_parameters())
-    output = module(x)
-    grads = torch.autograd.grad(output, [x, *named.values()], grad)
+    output = run(module, x, dtype)
+    grads = torch.autograd.grad(output, [x, *named.values()], grad.to(output.dtype))
     return {"output": output.detach(), **dict(zip(("input gradient", *named), grads, strict=True))}
 
 
-def check(name: str, module: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor) -> None:
+def check(name: str, module: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
     """Holds a contender to float64, as :meth:`benchmarks.measure.Oracle.check` does; parameters by ours alone."""
-    exact = results(copy.deepcopy(reference).double(), x.double(), grad.double())
-    yardstick, found = results(reference, x, grad), results(module, x, grad)
+    exact = results(copy.deepcopy(reference).double(), x.double(), grad.double(), torch.float64)
+    yardstick, found = results(reference, x, grad, dtype), results(module, x, grad, dtype)
     for what in exact if name in OURS else ("output", "input gradient"):
         scale = torch.linalg.vector_norm(exact[what])
         error, eager = (float(torch.linalg.vector_norm(r[what] - exact[what]) / scale) for r in (found, yardstick))
-        allowed = 2 * eager + 8 * torch.finfo(torch.float32).eps
+        allowed = 2 * eager + 8 * torch.finfo(dtype).eps
         if not error <= allowed:
             raise WrongResult(f"{name}: the error of the {what} is {error:.3g}, allowed is {allowed:.3g}")
 
 
-def make_call(module: nn.Module, x: Tensor, grad: Tensor, direction: str) -> Call:
+def make_call(module: nn.Module, x: Tensor, grad: Tensor, direction: str, dtype: torch.dtype) -> Call:
     if direction == "forward":
-        return torch.no_grad()(lambda: module(x))
-    x = x.detach().requires_grad_()
+        return torch.no_grad()(lambda: run(module, x, dtype))
+    x, grad = x.detach().requires_grad_(), grad.to(dtype)
     wanted = [x, *module.parameters()]
-    return lambda: torch.autograd.grad(module(x), wanted, grad)
+    return lambda: torch.autograd.grad(run(module, x, dtype), wanted, grad)
 
 
 @functools.lru_cache(maxsize=1)
 def compare(
     problem: ModuleProblem, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
 ) -> Comparison:
+    DEADLINE.check()
     torch.manual_seed(0)
     dim = problem.heads * problem.head_dim
     reference = ReAttention(
@@ -121,18 +128,20 @@ def compare(
         module, status = measure.attempt(functools.partial(build, name, problem, reference))
         if module is not None and name not in FLOORS:
             with memory_limit(device):
-                _, status = measure.attempt(functools.partial(check, name, module.to(device), reference, x, grad))
+                _, status = measure.attempt(
+                    functools.partial(check, name, module.to(device), reference, x, grad, problem.dtype)
+                )
         if module is None or status != "ok":
             faults[name] = status
             continue
-        calls[name] = [make_call(module.to(device), x, grad, direction)]
+        calls[name] = [make_call(module.to(device), x, grad, direction, problem.dtype)]
     return Comparison(calls, faults, device, *((0.0, 1) if quick else (2.0, 3)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
     peer = ("vit-pytorch",) if importlib.util.find_spec("vit_pytorch") else ()
-    names = (*ours, "reference", *peer, "sdpa")
+    names = (*ours, "eager", *(("compiled",) if CUDA else ()), *peer, "sdpa")
     problem = QUICK if metafunc.config.getoption("--quick") else PROBLEM
     cases = [
         pytest.param(problem, direction, names, name, id=f"{label(problem, direction)}-{name}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.compare import Comparison, compare_operator, label, played_back
+from benchmarks.compare import DEADLINE, Comparison, compare_operator, label, played_back
 from benchmarks.measure import Problem
 
 CUDA = torch.cuda.is_available()
@@ -35,6 +35,7 @@ def problem(seqlen: int) -> Problem:
 @functools.cache
 def compare(seqlen: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool) -> Comparison:
     """All are kept, as a size decides who is measured at the next."""
+    DEADLINE.check()
     faults, smaller = {}, seqlen // 2
     if smaller in SEQLENS:
         before = compare(smaller, direction, names, device, quick)

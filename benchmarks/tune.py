@@ -42,7 +42,7 @@ WHERE = {
 }
 # batch, heads, seqlen, head_dim of the official models, and 64
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 33), (128, 12, 197, 64))
-COMPILERS = max(1, min(8, (os.cpu_count() or 2) // 2))
+COMPILERS = max(1, min(16, (os.cpu_count() or 2) - 2))
 
 
 class Job(NamedTuple):
@@ -134,7 +134,12 @@ def run(
 ) -> dict[str, Any]:
     """Measures what ``path`` does not hold yet, until the time is up, and returns all of it."""
     begin = time.monotonic()
-    report = json.loads(path.read_text()) if path.is_file() else {"machine": machine_info(device), "jobs": {}}
+    report = {"machine": machine_info(device), "jobs": {}}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["machine"]["device"] != report["machine"]["device"]:
+            raise SystemExit(f"{path} is of a {before['machine']['device']}, this is a {report['machine']['device']}")
+        report = before
     for job in todo:
         if job.name in report["jobs"] or time.monotonic() - begin > seconds:
             continue
