@@ -256,7 +256,9 @@ def quick_run(tmp_path_factory):
 
 
 def run_benchmarks(*arguments):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "REATTN_BACK"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "REATTN_BACK", "PYTEST_"))
+    }
     return subprocess.run(
         [sys.executable, "-m", "pytest", "--benchmark-only", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
