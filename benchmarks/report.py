@@ -87,6 +87,11 @@ class Entry(NamedTuple):
         """The contender that what a machine does beside the benchmark slows just as much."""
         return "plain ViT" if self.kind == "model" else "sdpa"
 
+    @property
+    def over_yardstick(self) -> float:
+        """The median of the turns' ratios."""
+        return self.facts["ratio_to_plain_vit" if self.kind == "model" else "ratio_to_sdpa"]
+
 
 class Run(NamedTuple):
     """A file of results."""
@@ -525,11 +530,11 @@ def compare(old: Run, new: Run) -> list[Change]:
             continue
         if yardstick in before and yardstick in after:
             unit, used = f"x {entry.yardstick}", (key, yardstick)
-            scales = before[yardstick].median, after[yardstick].median
+            values = before[key].over_yardstick, entry.over_yardstick
         else:
-            unit, used, scales = "ms", (key,), (1e-3, 1e-3)
+            unit, used, values = "ms", (key,), (1e3 * before[key].median, 1e3 * entry.median)
         error = math.hypot(*(run[each].error for run in (before, after) for each in used))
-        changes.append(Change(entry, unit, before[key].median / scales[0], entry.median / scales[1], error))
+        changes.append(Change(entry, unit, *values, error))
     return changes
 
 
