@@ -73,7 +73,7 @@ def contenders(problem: Problem, ours: tuple[str, ...], every_peer: bool) -> tup
 @functools.lru_cache(maxsize=1)
 def compare(problem: Problem, direction: str, names: tuple[str, ...], device: torch.device, quick: bool) -> Comparison:
     """One at a time is kept: tests of one problem follow each other."""
-    seconds, rounds = (0.0, 1) if quick else (1.0, 5)
+    seconds, rounds = (0.0, 1) if quick else (0.8, 3)
     return compare_operator(problem, direction, names, device, seconds, rounds)
 
 

@@ -45,7 +45,7 @@ def compare(seqlen: int, direction: str, names: tuple[str, ...], device: torch.d
             if name in before.faults or 4 * before.ms[name] > TOO_LONG_MS
         }
     able = tuple(name for name in names if name not in faults)
-    seconds, rounds = (0.0, 1) if quick else (1.0, 3)
+    seconds, rounds = (0.0, 1) if quick else (0.6, 3)
     comparison = compare_operator(problem(seqlen), direction, able, device, seconds, rounds)
     comparison.faults.update(faults)
     return comparison
