@@ -82,3 +82,10 @@ def convolutions() -> Iterator[None]:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine_info["reattn"] = {**machine.machine_info(device), "ceilings": ceilings(device)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(output_json: dict) -> None:
+    """Results are kept in the repository: without single turns, and what name and ``extra_info`` say already."""
+    for benchmark in output_json["benchmarks"]:
+        del benchmark["stats"]["data"], benchmark["params"], benchmark["param"], benchmark["options"]
