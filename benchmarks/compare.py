@@ -18,6 +18,8 @@ from benchmarks import measure, peers
 from benchmarks.machine import ceilings, memory_limit, peak_memory
 from benchmarks.measure import Call, Oracle, Problem
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 OURS = ("triton", "cuda", "cpu")
 # What computes something else on purpose: the floor that no mixing can beat.
 FLOORS = ("sdpa", "plain ViT")
@@ -128,6 +130,15 @@ class Comparison:
             "best_peer": best,
             "ratio_to_best_peer": self.ratio(name, best),
         }
+
+    def report_problem(
+        self, benchmark: BenchmarkFixture, kind: str, name: str, problem: Problem, direction: str, device: torch.device
+    ) -> None:
+        """:meth:`report` of one call of the operator, or of what is counted as one."""
+        described = {"kind": kind, "direction": direction}
+        if name in self.ms:
+            described |= self.facts_of_problem(name, problem, direction != "forward", device)
+        self.report(benchmark, name, f"{kind}-{label(problem, direction)}", described)
 
     def report(self, benchmark: BenchmarkFixture, name: str, group: str, facts: Mapping[str, Any]) -> None:
         """One contender's test: its turns and facts go into the results, or why it has none."""

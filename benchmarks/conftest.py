@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.compare import DEADLINE
+from benchmarks.compare import CUDA, DEADLINE, DEVICE
 from benchmarks.machine import ceilings
 
 
@@ -25,14 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> str:
-    if torch.cuda.is_available():
+    if CUDA:
         return f"reattn: benchmarks on {torch.cuda.get_device_name()}"
     return f"reattn: benchmarks on the CPU; those on a GPU are skipped, as torch {torch.__version__} sees none"
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +80,7 @@ def convolutions() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine_info["reattn"] = {**machine.machine_info(device), "ceilings": ceilings(device)}
+    machine_info["reattn"] = {**machine.machine_info(DEVICE), "ceilings": ceilings(DEVICE)}
 
 
 @pytest.hookimpl(optionalhook=True)

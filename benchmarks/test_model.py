@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import DEADLINE, FLOORS, OURS, Comparison, played_back
+from benchmarks.compare import CUDA, DEADLINE, DEVICE, FLOORS, OURS, Comparison, played_back
 from benchmarks.measure import Call, WrongResult
 from benchmarks.peers import Parameters, official, official_eval
 from reattn import ReAttention
 from reattn.models import create_model
 
-CUDA = torch.cuda.is_available()
 DTYPE = "bfloat16" if CUDA else "float32"
 # model, batch, direction; one image for latency
 CASES = [
@@ -131,7 +130,7 @@ def compare(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
+    ours = measure.fused_backends(DEVICE)
     names = (*ours, "eager", *(("compiled",) if CUDA else ()), "plain ViT")
     cases = QUICK if metafunc.config.getoption("--quick") else CASES
     parameters = [

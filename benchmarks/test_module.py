@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import DEADLINE, FLOORS, OURS, Comparison, label, played_back
+from benchmarks.compare import CUDA, DEADLINE, DEVICE, FLOORS, OURS, Comparison, label, played_back
 from benchmarks.machine import memory_limit
 from benchmarks.measure import Call, Problem, WrongResult
 from reattn import ReAttention
 from reattn.models.deepvit import SelfAttention
 
-CUDA = torch.cuda.is_available()
 DIRECTIONS = ("forward", "forward+backward")
 
 pytestmark = played_back
@@ -139,7 +138,7 @@ def compare(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
+    ours = measure.fused_backends(DEVICE)
     peer = ("vit-pytorch",) if importlib.util.find_spec("vit_pytorch") else ()
     names = (*ours, "eager", *(("compiled",) if CUDA else ()), *peer, "sdpa")
     problem = QUICK if metafunc.config.getoption("--quick") else PROBLEM
@@ -152,8 +151,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_module(benchmark, device, quick, problem, direction, names, contender):
     comparison = compare(problem, direction, names, device, quick)
-    facts = {}
-    if contender in comparison.ms:
-        facts = comparison.facts_of_problem(contender, problem, direction != "forward", device)
-    group = f"module-{label(problem, direction)}"
-    comparison.report(benchmark, contender, group, {"kind": "module", "direction": direction, **facts})
+    comparison.report_problem(benchmark, "module", contender, problem, direction, device)

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.compare import Comparison, compare_operator, label, played_back
+from benchmarks.compare import CUDA, DEVICE, Comparison, compare_operator, label, played_back
 from benchmarks.measure import Problem
 
-CUDA = torch.cuda.is_available()
 DIRECTIONS = ("forward", "forward+backward")
 PUBLISHED = ("batch", "layer")
 
@@ -80,7 +79,7 @@ def compare(problem: Problem, direction: str, names: tuple[str, ...], device: to
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every problem, direction and contender, those that share a comparison one after the other."""
     config = metafunc.config
-    ours = measure.fused_backends(torch.device("cuda" if CUDA else "cpu"))
+    ours = measure.fused_backends(DEVICE)
     cases = []
     for problem, direction in itertools.product(problems(config.getoption("--quick")), DIRECTIONS):
         names = contenders(problem, ours, config.getoption("--every-peer"))
@@ -95,9 +94,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_operator(benchmark, device, quick, problem, direction, names, contender):
     comparison = compare(problem, direction, names, device, quick)
-    facts = {}
-    if contender in comparison.ms:
-        facts = comparison.facts_of_problem(contender, problem, direction != "forward", device)
-    comparison.report(
-        benchmark, contender, label(problem, direction), {"kind": "operator", "direction": direction, **facts}
-    )
+    comparison.report_problem(benchmark, "operator", contender, problem, direction, device)

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.compare import DEADLINE, Comparison, compare_operator, label, played_back
+from benchmarks.compare import CUDA, DEADLINE, DEVICE, Comparison, compare_operator, label, played_back
 from benchmarks.measure import Problem
 
-CUDA = torch.cuda.is_available()
 DIRECTIONS = ("forward", "forward+backward")
 SEQLENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # On a CPU the forward pass alone goes on to the end: its time is that of a benchmark run.
@@ -53,7 +52,7 @@ def compare(seqlen: int, direction: str, names: tuple[str, ...], device: torch.d
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     seqlens = QUICK_SEQLENS if metafunc.config.getoption("--quick") else SEQLENS
-    names = (*measure.fused_backends(torch.device("cuda" if CUDA else "cpu")), "eager", "sdpa")
+    names = (*measure.fused_backends(DEVICE), "eager", "sdpa")
     cases = []
     # Both directions of a size follow each other: what is right is found out once.
     for seqlen, direction in itertools.product(seqlens, DIRECTIONS):
@@ -65,8 +64,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_scaling(benchmark, device, quick, seqlen, direction, names, contender):
     comparison = compare(seqlen, direction, names, device, quick)
-    facts = {}
-    if contender in comparison.ms:
-        facts = comparison.facts_of_problem(contender, problem(seqlen), direction != "forward", device)
-    group = label(problem(seqlen), direction)
-    comparison.report(benchmark, contender, group, {"kind": "scaling", "direction": direction, **facts})
+    comparison.report_problem(benchmark, "scaling", contender, problem(seqlen), direction, device)
