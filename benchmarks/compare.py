@@ -110,7 +110,7 @@ class Comparison:
 
     def facts_of_problem(self, name: str, problem: Problem, backward: bool, device: torch.device) -> dict[str, Any]:
         """The same for one call of the operator: also what it takes at least, and how it stands to its peers."""
-        rivals = {other: ms for other, ms in self.ms.items() if other not in (*OURS, *FLOORS, "reference")}
+        rivals = {other: ms for other, ms in self.ms.items() if other not in (*OURS, *FLOORS)}
         best = min(rivals, key=rivals.__getitem__, default=None)
         reached = ceilings(device)
         dtype = str(problem.dtype).removeprefix("torch.")

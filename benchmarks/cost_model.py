@@ -235,7 +235,7 @@ PACK, PACK_BACKWARD, LOAD, STORE, STORE_GRADIENT, REDUCE, UNALIGNED = 0.58, 1.55
 CALL = {"none": (0.35, 1.3), "layer": (0.5, 1.6), "batch-eval": (0.5, 1.7), "batch": (1.4, 3.7)}
 # Cycles of plain attention, forward and with backward: an element of its maps, more for each of head_dim in whole
 # sixteens, a call: the yardstick of a core's speed. Fitted to committed results, as the next two are.
-PLAIN = ((3.0, 0.18, 0.2e6), (10.5, 0.52, 0.5e6))
+PLAIN = ((3.0, 0.18, 0.15e6), (10.5, 0.52, 0.5e6))
 # What stays in the L3 cache of a shared host, and bytes a second of what does not, for all threads: read off the growth
 # beyond 1024 tokens.
 CACHE, BEYOND_CACHE = 12e6, 24e9

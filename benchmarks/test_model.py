@@ -80,17 +80,27 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-def check(name: str, model: nn.Module, theirs: nn.Module, images: Tensor) -> None:
-    """The logits in eval mode, by twice the error of ``theirs``, the same model on the reference backend."""
-    exact_model = copy.deepcopy(theirs).double().eval()
-    with torch.no_grad():
-        exact = exact_model(images.double())
-        found, yardstick = (forward(each.eval(), images) for each in (model, theirs))
-    scale = torch.linalg.vector_norm(exact)
-    error, eager = (float(torch.linalg.vector_norm(logits - exact) / scale) for logits in (found, yardstick))
-    allowed = 2 * eager + 8 * torch.finfo(found.dtype).eps
-    if not error <= allowed:
-        raise WrongResult(f"{name}: the error of the logits is {error:.3g}, allowed is {allowed:.3g}")
+class Oracle:
+    """Float64 logits of a model in eval mode; allowed is twice the error of its reference backend, plus rounding."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.images = images
+        with torch.no_grad():
+            self.exact = copy.deepcopy(model).double().eval()(images.double())
+        yardstick = self._logits(model)
+        self.allowed = 2 * self._error(yardstick) + 8 * torch.finfo(yardstick.dtype).eps
+
+    def check(self, name: str, model: nn.Module) -> None:
+        error = self._error(self._logits(model))
+        if not error <= self.allowed:
+            raise WrongResult(f"{name}: the error of the logits is {error:.3g}, allowed is {self.allowed:.3g}")
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> Tensor:
+        return forward(model.eval(), self.images)
+
+    def _error(self, logits: Tensor) -> float:
+        return float(torch.linalg.vector_norm(logits - self.exact) / torch.linalg.vector_norm(self.exact))
 
 
 def make_call(model: nn.Module, images: Tensor, labels: Tensor, direction: str) -> Call:
@@ -116,12 +126,13 @@ def compare(
     DEADLINE.check()
     calls, faults = {}, {}
     reference = build("reference", model, device, quick)
+    images = torch.randn(batch, 3, *([64, 64] if quick else [224, 224]), device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+    oracle = Oracle(reference, images[:2])
     for name in names:
         built = build(name, model, device, quick)
-        images = torch.randn(batch, 3, *([64, 64] if quick else [224, 224]), device=device)
-        labels = torch.randint(1000, (batch,), device=device)
         if name not in FLOORS:
-            _, status = measure.attempt(functools.partial(check, name, built, reference, images[:2]))
+            _, status = measure.attempt(functools.partial(oracle.check, name, built))
             if status != "ok":
                 faults[name] = status
                 continue

@@ -90,16 +90,27 @@ def results(module: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> d
     return {"output": output.detach(), **dict(zip(("input gradient", *named), grads, strict=True))}
 
 
-def check(name: str, module: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
-    """Holds a contender to float64, as :meth:`benchmarks.measure.Oracle.check` does; parameters by ours alone."""
-    exact = results(copy.deepcopy(reference).double(), x.double(), grad.double(), torch.float64)
-    yardstick, found = results(reference, x, grad, dtype), results(module, x, grad, dtype)
-    for what in exact if name in OURS else ("output", "input gradient"):
-        scale = torch.linalg.vector_norm(exact[what])
-        error, eager = (float(torch.linalg.vector_norm(r[what] - exact[what]) / scale) for r in (found, yardstick))
-        allowed = 2 * eager + 8 * torch.finfo(dtype).eps
-        if not error <= allowed:
-            raise WrongResult(f"{name}: the error of the {what} is {error:.3g}, allowed is {allowed:.3g}")
+class Oracle:
+    """Float64 results of a module; allowed is twice the error of the module itself, plus rounding."""
+
+    def __init__(self, module: ReAttention, x: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
+        self.arguments = x, grad, dtype
+        self.exact = results(copy.deepcopy(module).double(), x.double(), grad.double(), torch.float64)
+        rounding = 8 * torch.finfo(dtype).eps
+        eager = results(module, *self.arguments)
+        self.allowed = {what: 2 * self._error(what, tensor) + rounding for what, tensor in eager.items()}
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """The gradients of parameters by ours alone."""
+        found = results(module, *self.arguments)
+        for what in self.exact if name in OURS else ("output", "input gradient"):
+            error, allowed = self._error(what, found[what]), self.allowed[what]
+            if not error <= allowed:
+                raise WrongResult(f"{name}: the error of the {what} is {error:.3g}, allowed is {allowed:.3g}")
+
+    def _error(self, what: str, tensor: Tensor) -> float:
+        exact = self.exact[what]
+        return float(torch.linalg.vector_norm(tensor - exact) / torch.linalg.vector_norm(exact))
 
 
 def make_call(module: nn.Module, x: Tensor, grad: Tensor, direction: str, dtype: torch.dtype) -> Call:
@@ -123,13 +134,13 @@ def compare(
     x, grad = (torch.randn(problem.batch, problem.seqlen, dim, device=device) for _ in range(2))
     calls, faults = {}, {}
     # The one whose weights the others get comes first.
-    for name in sorted(names, key=lambda name: name != "vit-pytorch"):
-        module, status = measure.attempt(functools.partial(build, name, problem, reference))
+    order = sorted(names, key=lambda name: name != "vit-pytorch")
+    built = {name: measure.attempt(functools.partial(build, name, problem, reference)) for name in order}
+    oracle = Oracle(reference, x, grad, problem.dtype)
+    for name, (module, status) in built.items():
         if module is not None and name not in FLOORS:
             with memory_limit(device):
-                _, status = measure.attempt(
-                    functools.partial(check, name, module.to(device), reference, x, grad, problem.dtype)
-                )
+                _, status = measure.attempt(functools.partial(oracle.check, name, module.to(device)))
         if module is None or status != "ok":
             faults[name] = status
             continue

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import compare, machine, measure, peers, test_scaling, tune
+from benchmarks import compare, machine, measure, peers, test_model, test_module, test_scaling, tune
 from benchmarks.measure import Oracle, Problem
+from reattn import ReAttention
 from reattn.kernels import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,6 +84,27 @@ def test_a_batch_of_repeated_samples_is_held_to_those_samples(norm, dtype):
     assert errors.keys() == oracle.exact.keys()
     assert ("bias gradient" in errors) == (norm in ("none", "batch-eval"))
     oracle.check("a peer", peers.by_name("one-sample-at-a-time", norm))
+
+
+def test_wrong_modules_and_models_are_refused():
+    torch.manual_seed(0)
+    case = test_module.QUICK
+    reference = ReAttention(32, 4, norm="layer", pre_norm=True, theta_init="normal", backend="reference")
+    x, grad = torch.randn(2, 50, 32), torch.randn(2, 50, 32)
+    oracle = test_module.Oracle(reference, x, grad, case.dtype)
+    module = test_module.build("eager", case, reference)
+    oracle.check("eager", module)
+    module.theta.data = module.theta.data.mT.contiguous()
+    with pytest.raises(measure.WrongResult, match="^eager: the error of the output is"):
+        oracle.check("eager", module)
+
+    model_oracle = test_model.Oracle(test_model.build("reference", "deepvit_16b", CPU, True), torch.randn(2, 3, 64, 64))
+    model = test_model.build("eager", "deepvit_16b", CPU, True)
+    model_oracle.check("eager", model)
+    theta = model.blocks[0].attn.module.theta
+    theta.data = theta.data.mT.contiguous()
+    with pytest.raises(measure.WrongResult, match="^eager: the error of the logits is"):
+        model_oracle.check("eager", model)
 
 
 def test_large_sums_are_no_fault():
