@@ -44,7 +44,7 @@ X86_FLAGS = {
 }
 
 # Those that take the longest first.
-CUDA_KERNELS = ("backward_key", "backward_query", "forward", "statistics", "grad_dot_out")
+CUDA_KERNELS = ("backward_key", "backward_query", "forward", "sums")
 # The types that each of them is compiled for, in the sources' names.
 CUDA_ELEMENTS = ("Half", "BFloat16", "float")
 # What REATTN_CUDA_ARCHS replaces. Machine code runs on later minor versions too: that of 8.0 on 8.6 and 8.9, of 10.0 on

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reattn import reference
-from reattn.functional import NORMS, re_attention
+from reattn.checks import NORMS
+from reattn.functional import re_attention
 
 # Foreign names of one attention's tensors, by the end of the key: the official code's, then the second form's.
 _RENAMED = {

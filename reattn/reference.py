@@ -35,8 +35,9 @@ def re_attention_maps(
     norm_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     output_scale: float = 1.0,
     scale: float | None = None,
@@ -67,8 +68,20 @@ def re_attention_maps(
     norm_dtype = torch.promote_types(attn.dtype, torch.float32)
     weight, shift = (None if p is None else p.to(norm_dtype) for p in (norm_weight, norm_bias))
     if norm == "batch":
+        factor: float | Tensor = 0.0 if momentum is None else momentum
+        if training and num_batches_tracked is not None:
+            with torch.no_grad():
+                num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = 1.0 / num_batches_tracked.to(norm_dtype)
         mixed = batch_norm(
-            mixed.to(norm_dtype), running_mean, running_var, weight, shift, training, momentum, eps, process_group
+            mixed.to(norm_dtype),
+            (running_mean, running_var),
+            (weight, shift),
+            training=training,
+            momentum=factor,
+            eps=eps,
+            group=process_group,
         )
     elif norm == "layer":
         over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, -1), theta.shape[1:], weight, shift, eps)
@@ -96,25 +109,26 @@ def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) ->
 
 def batch_norm(
     mixed: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    shift: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    affine: tuple[Tensor | None, Tensor | None],
+    *,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """``F.batch_norm`` over ``(batch, heads, seqlen, seqlen_k)``; in training over the batch of all of ``group``, if
-    given."""
-    if group is None or not training:
-        if running_mean is None or running_var is None:
-            return F.batch_norm(mixed, None, None, weight, shift, training, momentum, eps)
-        mean, var = running_mean.to(mixed.dtype), running_var.to(mixed.dtype)
-        normed = F.batch_norm(mixed, mean, var, weight, shift, training, momentum, eps)
-        if training and running_mean.dtype != mixed.dtype:
-            running_mean.copy_(mean)
-            running_var.copy_(var)
+    """Batch norm over ``(batch, heads, seqlen, seqlen_k)``, its heads as channels; in training over the batch of all of
+    ``group``, if given. ``momentum``: the share of this batch in the running statistics."""
+    running_mean, running_var = running
+    if not training:
+        assert running_mean is not None and running_var is not None
+        return F.batch_norm(mixed, running_mean.to(mixed.dtype), running_var.to(mixed.dtype), *affine, eps=eps)
+    if group is None and not isinstance(momentum, Tensor):
+        kept = [None if tensor is None else tensor.to(mixed.dtype) for tensor in running]
+        normed = F.batch_norm(mixed, kept[0], kept[1], *affine, training=True, momentum=momentum, eps=eps)
+        for tensor, updated in zip(running, kept, strict=True):
+            if tensor is not None and updated is not None and tensor is not updated:
+                tensor.copy_(updated)
         return normed
     over = (0, 2, 3)
     count = torch.tensor([mixed.numel() // mixed.shape[1]], dtype=mixed.dtype, device=mixed.device)
@@ -124,9 +138,10 @@ def batch_norm(
     var = _all_reduce(centred.square().sum(over), group) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+            for tensor, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+                tensor.copy_(torch.lerp(tensor.to(mixed.dtype), batch, momentum))
     normed = centred * (var + eps).rsqrt()[:, None, None]
+    weight, shift = affine
     if weight is not None:
         normed = normed * weight[:, None, None]
     if shift is not None:

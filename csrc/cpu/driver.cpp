@@ -142,17 +142,70 @@ class Memory {
   size_t bytes_;
 };
 
-// Work on one wave of samples after the other.
-class Call {
+// The norm as the kernels take it.
+class Folded {
  public:
-  Call(const Kernels& kernels, const Problem& problem, bool backward, int threads)
-      : kernels_(kernels),
-        job_{problem, make_plan(kernels, problem, backward), {}, 0, 0, false},
-        backward_(backward),
-        threads_(threads) {}
+  Folded(const Call& call, bool backward) : fold_{call.parameters, backward}, heads_(call.parameters.heads) {
+    const Parameters& p = call.parameters;
+    memory_.resize(size_t(heads_ * (heads_ + 7)));
+    float *weight = memory_.data(), *shift = weight + heads_ * heads_;
+    for (int h = 0; h < heads_; h++) {
+      const float mean = fold_.row_mean(h);
+      for (int g = 0; g < heads_; g++) weight[h * heads_ + g] = (p.theta[h * heads_ + g] - mean);
+    }
+    for (int g = 0; g < heads_; g++) {
+      const float factor = fold_.column_factor(g);
+      float sum = 0;
+      for (int h = 0; h < heads_; h++) sum += weight[h * heads_ + g] *= factor;
+      shift[g] = fold_.shift(g, sum);
+    }
+    mixing.weight = weight, mixing.shift = shift;
+    mixing.eps = p.eps;
+    mixing.over_heads = p.norm == Norm::kLayer;
+    mixing.sum_maps = fold_.batch_statistics() && !backward;
+    if (!fold_.has_gamma()) return;
+    mixing.gamma = fill(0, [&](int g) { return fold_.gamma(g); });
+    mixing.beta = fill(1, [&](int g) { return fold_.beta(g); });
+    if (p.norm != Norm::kBatch) return;
+    mixing.common = fill(2, [&](int g) { return fold_.common(g); });
+    mixing.along = fill(3, [&](int g) { return fold_.along(g); });
+  }
 
-  // sums: whether units leave any; values: whether they need them.
-  void run(bool sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
+  // With the statistics that are final by now.
+  void set_output() {
+    const double *offset = fold_.p.statistics, *inverse = offset + heads_;
+    mixing.slope = fill(4, [&](int g) { return fold_.slope(g, inverse[g]); });
+    mixing.level = fill(5, [&](int g) { return fold_.level(g, inverse[g], offset[g]); });
+  }
+
+  Mixing mixing{};
+
+ private:
+  template <class Function>
+  const float* fill(int which, Function function) {
+    float* vector = memory_.data() + heads_ * (heads_ + 1 + which);
+    for (int g = 0; g < heads_; g++) vector[g] = function(g);
+    return vector;
+  }
+
+  Fold fold_;
+  int heads_;
+  std::vector<float> memory_;
+};
+
+// Work on one wave of samples after the other.
+class Run {
+ public:
+  Run(const Call& call, const Mixing& mixing, bool backward)
+      : kernels_(*call.kernels),
+        job_{call.problem, mixing, make_plan(kernels_, call.problem, backward), {}, 0, 0, 0},
+        backward_(backward),
+        threads_(call.threads) {}
+
+  const Plan& plan() const { return job_.plan; }
+
+  // sums: numbers that a unit leaves; values: sums of the values are wanted.
+  void run(int64_t sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
     const int64_t packed = plan.wave * p.heads;
@@ -161,48 +214,63 @@ class Call {
     const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t most = plan.wave * units_per_sample, threads = std::min<int64_t>(threads_, most);
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
-    const int64_t sizes[] = {columns, values ? rows : 0, backward_ ? columns : 0, backward_ ? rows : 0, grads,
-                             grads,   scratch * threads};
+    const int64_t stretches_of_keys = ceil_div(plan.keys, kernels_.stretch);
+    const int64_t value_sums = values ? p.batch * stretches_of_keys * p.heads * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t sizes[] = {columns, rows,  backward_ ? columns : 0, backward_ ? rows : 0,
+                             grads,   grads, scratch * threads,       value_sums};
+    constexpr int kParts = sizeof sizes / sizeof *sizes;
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 64);
     Memory memory{size_t(total)};
-    char* parts[7];
+    char* parts[kParts];
     char* at = memory.data();
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < kParts; i++) {
       parts[i] = sizes[i] ? at : nullptr;
       at += round_up(sizes[i], 64);
     }
-    if (sums) partial_.resize(size_t(p.batch * units_per_sample * partial_size(p.heads)));
+    job_.partial_size = sums;
+    partial_.resize(size_t(p.batch * units_per_sample * sums));
     job_.work = {parts[0],
                  parts[3],
                  parts[2],
                  parts[1],
                  reinterpret_cast<float*>(parts[4]),
                  reinterpret_cast<float*>(parts[5]),
+                 reinterpret_cast<float*>(parts[7]),
                  partial_.data()};
     for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
       job_.samples = std::min(plan.wave, p.batch - job_.first);
       const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
-      const int64_t stretches = job_.samples * ceil_div(plan.keys, kernels_.stretch);
+      const int64_t stretches = job_.samples * stretches_of_keys;
       parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
       parallel_for(int(threads), job_.samples * units_per_sample,
                    [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
       if (backward_) parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.reduce(job_, unit); });
-      if (sums) job_.work.partial += job_.samples * units_per_sample * partial_size(p.heads);
+      job_.work.partial += job_.samples * units_per_sample * sums;
     }
+    if (values) add_up_values(stretches_of_keys);
   }
 
   // The units' sums, added in their order.
   std::vector<double> sums() const {
-    const size_t size = size_t(partial_size(job_.problem.heads));
-    std::vector<double> total(size);
-    for (size_t i = 0; i < partial_.size(); i++) total[i % size] += partial_[i];
+    std::vector<double> total(size_t(job_.partial_size));
+    for (size_t i = 0; i < partial_.size(); i++) total[i % total.size()] += partial_[i];
     return total;
   }
 
-  Job& job() { return job_; }
-
  private:
+  void add_up_values(int64_t stretches) const {
+    const Problem& p = job_.problem;
+    const int64_t size = p.heads * p.head_dim;
+    for (int64_t sample = 0; sample < p.batch; sample++) {
+      const float* from = job_.work.value_sums + sample * stretches * size;
+      float* to = p.value_sum + sample * size;
+      std::copy_n(from, size, to);
+      for (int64_t stretch = 1; stretch < stretches; stretch++)
+        for (int64_t i = 0; i < size; i++) to[i] += from[stretch * size + i];
+    }
+  }
+
   const Kernels& kernels_;
   Job job_;
   bool backward_;
@@ -210,43 +278,87 @@ class Call {
   std::vector<double> partial_;
 };
 
+// Sums by head over work on parts of the batch: sums[which * heads + head].
+void sum_by_head(const Call& call, int64_t numbers, void (*work)(const Job&, int64_t), double* sums) {
+  const Problem& p = call.problem;
+  Job job{p, {}, {}, {}, 0, 0, numbers};
+  std::vector<double> partial(size_t(p.batch * p.heads * numbers));
+  job.work.partial = partial.data();
+  parallel_for(call.threads, p.batch * p.heads, [&](int, int64_t unit) { work(job, unit); });
+  std::fill_n(sums, numbers * p.heads, 0.0);
+  for (int64_t unit = 0; unit < p.batch * p.heads; unit++)
+    for (int64_t i = 0; i < numbers; i++) sums[i * p.heads + unit % p.heads] += partial[size_t(unit * numbers + i)];
+}
+
 }  // namespace
 
-void run_statistics(const Kernels& kernels, const Problem& p, int threads) {
-  Call call(kernels, p, false, threads);
-  call.run(true, false, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.statistics);
-  const std::vector<double> sums = call.sums();
-  // Symmetric, and computed above the diagonal.
-  for (int64_t h = 0; h < p.heads; h++)
-    for (int64_t g = 0; g < p.heads; g++)
-      p.products[h * p.heads + g] = sums[size_t(std::min(g, h) * p.heads + std::max(g, h))];
-  std::copy_n(sums.begin() + p.heads * p.heads, p.heads, p.sums);
-}
-
-void run_forward(const Kernels& kernels, const Problem& p, bool lse_known, int threads) {
-  Call call(kernels, p, false, threads);
-  call.job().lse_known = lse_known;
-  call.run(false, true, ceil_div(p.seqlen, call.job().plan.block_rows), kernels.forward);
-}
-
-void run_backward(const Kernels& kernels, const Problem& p, int threads) {
-  Call call(kernels, p, true, threads);
-  call.run(true, true, call.job().plan.groups, kernels.backward);
-  const std::vector<double> sums = call.sums();
-  auto from = sums.begin();
-  from = std::copy_n(from, p.heads * p.heads, p.grad_weight) - p.grad_weight + sums.begin();
-  for (double* target : {p.grad_shift, p.grad_gamma, p.grad_beta}) {
-    std::copy_n(from, p.heads, target);
-    from += p.heads;
+void run_forward(const Call& call) {
+  const Problem& p = call.problem;
+  const Parameters& parameters = call.parameters;
+  const Folded folded(call, false);
+  const bool sums = folded.mixing.sum_maps;
+  std::vector<double> found(size_t(2 * p.heads));
+  if (p.batch * p.seqlen > 0) {
+    Run run(call, folded.mixing, false);
+    run.run(sums ? 2 * p.heads : 0, sums, ceil_div(p.seqlen, run.plan().block_rows), call.kernels->forward);
+    if (sums) found = run.sums();
+  } else if (sums) {
+    std::fill_n(p.value_sum, p.batch * p.heads * p.head_dim, 0.0f);
   }
+  if (!sums) return;
+  const double positions = double(p.batch * p.seqlen * p.seqlen_k);
+  for (int g = 0; g < p.heads; g++) {
+    const RawSums raw(parameters, g, found[size_t(g)], found[size_t(p.heads + g)], positions);
+    parameters.statistics[g] = raw.sum;
+    parameters.statistics[p.heads + g] = raw.squares;
+  }
+  parameters.statistics[2 * p.heads] = positions;
+  if (!call.synchronised) run_finish(call);
 }
 
-void run_grad_dot_out(const Kernels& kernels, const Problem& p, int threads) {
-  Job job{p, {}, {}, 0, 0, false};
-  std::vector<double> partial(size_t(p.batch * p.heads));
-  job.work.partial = partial.data();
-  parallel_for(threads, p.batch * p.heads, [&](int, int64_t unit) { kernels.grad_dot_out(job, unit); });
-  for (int64_t i = 0; i < p.batch * p.heads; i++) p.sums[i % p.heads] += partial[size_t(i)];
+void run_finish(const Call& call) {
+  const Problem& p = call.problem;
+  const Parameters& parameters = call.parameters;
+  const double positions = parameters.statistics[2 * p.heads];
+  for (int g = 0; g < p.heads; g++) {
+    const Moments moments(parameters.statistics[g], parameters.statistics[p.heads + g], positions, parameters.eps);
+    update_running(parameters, moments, positions, g);
+    parameters.statistics[g] = moments.mean - mixed_centre(parameters, g);
+    parameters.statistics[p.heads + g] = moments.inverse_deviation;
+  }
+  if (parameters.num_batches_tracked) ++*parameters.num_batches_tracked;
+  Folded folded(call, false);
+  folded.set_output();
+  const Job job{p, folded.mixing, {}, {}, 0, 0, 0};
+  parallel_for(call.threads, p.batch * ceil_div(p.seqlen, call.kernels->stretch),
+               [&](int, int64_t unit) { call.kernels->finish(job, unit); });
+}
+
+void run_grad_sums(const Call& call) { sum_by_head(call, 2, call.kernels->grad_sums, call.parameters.grad_sums); }
+
+void run_backward(const Call& call) {
+  const Problem& p = call.problem;
+  const Parameters& parameters = call.parameters;
+  Call given = call;
+  std::vector<double> grad_sums(size_t(2 * p.heads));
+  if (parameters.norm == Norm::kBatch && parameters.training && !parameters.grad_sums) {
+    given.parameters.grad_sums = grad_sums.data();
+    run_grad_sums(given);
+  }
+  const Folded folded(given, true);
+  Run run(given, folded.mixing, true);
+  run.run(gradient_sums(p.heads), false, run.plan().groups, call.kernels->backward);
+  const std::vector<double> sums = run.sums();
+  const Fold fold{given.parameters, true};
+  const double *of_theta = sums.data(), *of_shift = of_theta + p.heads * p.heads, *of_gamma = of_shift + p.heads,
+               *of_beta = of_gamma + p.heads;
+  for (int g = 0; g < p.heads; g++) {
+    for (int h = 0; h < p.heads; h++)
+      call.grad_theta[h * p.heads + g] = float(fold.grad_theta(of_theta + h * p.heads, g));
+    if (call.grad_bias) call.grad_bias[g] = float(fold.grad_bias(of_shift, g));
+    if (call.grad_norm_weight) call.grad_norm_weight[g] = float(fold.grad_norm(of_gamma[g]));
+    if (call.grad_norm_bias) call.grad_norm_bias[g] = float(fold.grad_norm(of_beta[g]));
+  }
 }
 
 void empty_cache() { Memory::free_kept(); }

@@ -1,15 +1,28 @@
-// Whole calls: cuts the problem, hands out the units of work, sums what they leave.
+// Whole calls: folds the norm, cuts the problem, hands out the units of work, sums what they leave.
 #pragma once
 
+#include "../fold.h"
 #include "kernels.h"
 
 namespace reattn {
 
-void run_statistics(const Kernels& kernels, const Problem& problem, int threads);
-void run_forward(const Kernels& kernels, const Problem& problem, bool lse_known, int threads);
-void run_backward(const Kernels& kernels, const Problem& problem, int threads);
-// sums[heads] = sum grad * out.
-void run_grad_dot_out(const Kernels& kernels, const Problem& problem, int threads);
+// A call as it comes from Python: see reattn.backends.contract.
+struct Call {
+  const Kernels* kernels;
+  int threads;
+  Problem problem;
+  Parameters parameters;
+  bool synchronised;
+  float *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
+};
+
+// The output; with batch statistics over several ranks, what finish needs of this one.
+void run_forward(const Call& call);
+// The output from the sums of all ranks, in place, and the final statistics.
+void run_finish(const Call& call);
+// What the backward pass has to know of the whole batch.
+void run_grad_sums(const Call& call);
+void run_backward(const Call& call);
 // Frees the memory that calls leave for each other.
 void empty_cache();
 

@@ -5,9 +5,11 @@
 // is used that the linker could share with code for another instruction set.
 
 #include "kernels.h"
+
 #include "bfloat16.h"
 #include "products.h"
 #include "rows.h"
+#include "scores.h"
 
 namespace reattn {
 namespace REATTN_ISA {
@@ -15,7 +17,6 @@ namespace REATTN_ISA {
 // Keys that are packed and reduced as a unit: whole panels of any instruction set.
 constexpr int64_t kStretch = 48;
 static_assert(kStretch % kPanel == 0 && kStretch % 16 == 0);
-constexpr float kLog2e = 1.44269504088896340736f;
 
 // Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
 class Layout {
@@ -50,7 +51,7 @@ struct Scratch {
   float* weight;                 // of this row, [heads, heads]
   float* outs;                   // [block_rows, ld_dim]
   float *largest, *sums;         // [heads, block_rows]; in the backward pass, delta
-  float *products, *norm_sums;   // a vector each: [heads + 1, heads], [2, heads]
+  float *products, *norm_sums;   // a vector each: [heads + 1, heads]; [2, heads], in the forward pass of A and A^2
   Operand* paired;               // a head's maps, rows in the order that products need
   size_t size;
 
@@ -66,15 +67,15 @@ struct Scratch {
     outs = layout.take<float>(heads * rows * plan.ld_dim);
     largest = layout.take<float>(heads * rows);
     sums = layout.take<float>(heads * rows);
-    products = layout.take<float>((heads + 1) * heads * kLanes);
+    norm_sums = layout.take<float>(2 * heads * kLanes);
     grads = queries_t = grads_t = paired = nullptr;
-    grad_maps = grad_mixed = grad_probs = norm_sums = nullptr;
+    grad_maps = grad_mixed = grad_probs = products = nullptr;
     if (backward) {
+      products = layout.take<float>((heads + 1) * heads * kLanes);
       grads = layout.take<Operand>(heads * rows * plan.depth);
       grad_maps = layout.take<float>(heads * rows * plan.ld_block);
       grad_mixed = layout.take<float>(heads * plan.tile_keys);
       grad_probs = layout.take<float>(heads * plan.ld_block);
-      norm_sums = layout.take<float>(2 * heads * kLanes);
       if (E::kGroup > 1) {
         queries_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
         grads_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
@@ -99,12 +100,14 @@ class Block {
   Block(const Job& job, Scratch<E>& scratch, int64_t sample, int64_t first_row, int64_t rows)
       : job_(job),
         p_(job.problem),
+        m_(job.mixing),
         plan_(job.plan),
         s_(scratch),
         sample_(sample),
         first_row_(first_row),
         rows_(rows),
         heads_(p_.heads),
+        scores_(p_),
         dropout_(p_),
         kept_(float(1.0 / (1.0 - p_.dropout_p))) {}
 
@@ -129,17 +132,16 @@ class Block {
 
   // Continues each row's maximum and sum over this stretch of keys.
   void continue_lse(bool first) {
-    const float scale = p_.scale * kLog2e;
     for (int64_t h = 0; h < heads_; h++)
       for (int64_t r = 0; r < rows_; r++) {
         float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
         const float* scores = row(s_.maps, h, r);
-        const float most = largest_score(scores, span_, scale);
+        const float most = scores_.largest(scores, span_);
         const float next = first || most > largest ? most : largest;
         // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are
         // NaN.
         const float shift = next == -kInfinity ? 0.0f : next;
-        exponentials(scores, s_.probs, span_, scale, shift);
+        scores_.exponentiate(scores, s_.probs, span_, shift);
         sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
         largest = next;
       }
@@ -152,15 +154,14 @@ class Block {
 
   // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
-    const float scale = p_.scale * kLog2e;
     for (int64_t h = 0; h < heads_; h++) {
       const float* scores = row(s_.maps, h, r);
       float* probs = s_.probs + h * plan_.ld_block;
       if (lse_known) {
-        exponentials(scores, probs, span_, scale, lse(h, r));
+        scores_.exponentiate(scores, probs, span_, lse(h, r));
       } else {
-        const float shift = largest_score(scores, span_, scale);
-        exponentials(scores, probs, span_, scale, shift);
+        const float shift = scores_.largest(scores, span_);
+        scores_.exponentiate(scores, probs, span_, shift);
         s_.sums[h] = sum_row(probs, span_.vecs);
         lse(h, r) = shift + __builtin_log2f(s_.sums[h]);
       }
@@ -174,9 +175,9 @@ class Block {
 
   // The weights for maps as softmax left them.
   const float* weights(bool lse_known) {
-    if (lse_known && p_.dropout_p == 0) return p_.weight;
+    if (lse_known && p_.dropout_p == 0) return m_.weight;
     const int64_t heads = heads_;
-    const float *weight = p_.weight, kept = kept_;
+    const float *weight = m_.weight, kept = kept_;
     float* scaled = s_.weight;
     for (int64_t h = 0; h < heads; h++) {
       const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
@@ -189,7 +190,7 @@ class Block {
   void mix(int64_t r, const float* weight) {
     for (int64_t vec = 0; vec < span_.vecs; vec += plan_.tile_keys / kLanes) {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - vec), key = vec * kLanes;
-      if (p_.gamma) {
+      if (m_.over_heads) {
         mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
         normalise(vecs, operands(s_.maps, r) + key);
       } else {
@@ -197,6 +198,29 @@ class Block {
       }
     }
     pad_maps(s_.maps, r);
+  }
+
+  // Adds the row's mixed maps, and their squares, to the sums by head; some of its keys, from vec on, ld apart by head.
+  void add_moments(const float* mixed, int64_t ld, int64_t vec, int64_t vecs) {
+    const bool ends = vec + vecs == span_.vecs;
+    for (int64_t g = 0; g < heads_; g++, mixed += ld) {
+      float *sums = s_.norm_sums + g * kLanes, *squares = sums + heads_ * kLanes;
+      Vec even{}, odd{}, even_squares{}, odd_squares{};
+      int64_t i = 0;
+      for (; i + 1 < vecs - ends; i += 2) {
+        const Vec a = this->vec(mixed + i * kLanes), b = this->vec(mixed + (i + 1) * kLanes);
+        even += a, odd += b;
+        even_squares += a * a, odd_squares += b * b;
+      }
+      for (; i < vecs; i++) {
+        Vec a = this->vec(mixed + i * kLanes);
+        if (ends && i == vecs - 1) a = span_.tail ? a : Vec{};
+        even += a;
+        even_squares += a * a;
+      }
+      put(sums, this->vec(sums) + (even + odd));
+      put(squares, this->vec(squares) + (even_squares + odd_squares));
+    }
   }
 
   // The output of these rows, or what these keys add to it.
@@ -211,21 +235,6 @@ class Block {
       for (int64_t h = 0; h < heads_; h++)
         store_row(p_.dtype, row_of(to, p_.dtype, sample_, h, first_row_ + r), to.dim, p_.head_dim,
                   s_.outs + (h * plan_.block_rows + r) * plan_.ld_dim);
-  }
-
-  // Adds the products of centred maps to the unit's sums. The row of ones gives their plain sums.
-  void sum_products(bool lse_known) {
-    const float kept = kept_, mean = 1.0f / float(p_.seqlen_k);
-    const float* ones = s_.probs + heads_ * plan_.ld_block;
-    for (int64_t h = 0; h < heads_; h++) {
-      float* probs = s_.probs + h * plan_.ld_block;
-      const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
-      for (int64_t i = 0, end = span_.vecs * kLanes; i < end; i += kLanes)
-        put(probs + i, vec(probs + i) * factor - mean * vec(ones + i));
-    }
-    const int64_t ld = plan_.ld_block;
-    dot_rows(heads_, heads_, span_.vecs, s_.probs, ld, s_.probs, ld, s_.products, heads_, true);
-    dot_rows(1, heads_, span_.vecs, ones, ld, s_.probs, ld, s_.products + heads_ * heads_ * kLanes, heads_);
   }
 
   // One row of the backward pass: delta and the sums for the parameters' gradients in the first sweep, the mixed maps
@@ -243,8 +252,14 @@ class Block {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes;
       const float* grad_mixed = row(s_.grad_maps, 0, r) + key;
       int64_t ld_mixed = stride;
-      if (p_.gamma) {
-        mix_tile(key, vecs, p_.weight, s_.mixed, plan_.tile_keys);
+      if (m_.common) {
+        mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
+        scale_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr,
+                       v + vecs == span_.vecs);
+        grad_mixed = s_.grad_mixed;
+        ld_mixed = plan_.tile_keys;
+      } else if (m_.gamma) {
+        mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
         if (v + vecs == span_.vecs) {
           // Without eps the norm of padding, all zeros, would be NaN.
           float* last = s_.mixed + (vecs - 1) * kLanes;
@@ -254,21 +269,13 @@ class Block {
         grad_mixed = s_.grad_mixed;
         ld_mixed = plan_.tile_keys;
       } else if (second_sweep) {
-        mix_tile_into_maps(r, key, vecs, p_.weight);
+        mix_tile_into_maps(r, key, vecs, m_.weight);
       }
       if (first_sweep)
         dot_rows(heads_ + 1, heads_, vecs, s_.probs + key, ld, grad_mixed, ld_mixed, s_.products, heads_);
-      // dP = W dA, and the coupling of batch statistics.
-      float* grad_probs = s_.grad_probs + key;
-      if (p_.coupled) {
-        product<Order::kRows, Start::kBias>(heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed,
-                                            grad_probs, ld, p_.constant);
-        product<Order::kRows, Start::kAccumulate>(heads_, vecs * kLanes, heads_, p_.coupled, heads_, s_.probs + key, ld,
-                                                  grad_probs, ld);
-      } else {
-        product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_, p_.weight, heads_, grad_mixed, ld_mixed,
-                                            grad_probs, ld);
-      }
+      // dP = W dA
+      product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_, m_.weight, heads_, grad_mixed, ld_mixed,
+                                          s_.grad_probs + key, ld);
     }
     for (int64_t h = 0; h < heads_; h++) {
       const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld,
@@ -364,14 +371,16 @@ class Block {
   // A = W^T P + c for some keys of the row.
   void mix_tile(int64_t key, int64_t vecs, const float* weight, float* mixed, int64_t ld) {
     product<Order::kColumns, Start::kBias>(heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key,
-                                           plan_.ld_block, mixed, ld, p_.shift);
+                                           plan_.ld_block, mixed, ld, m_.shift);
   }
 
   void mix_tile_into_maps(int64_t r, int64_t key, int64_t vecs, const float* weight) {
-    if constexpr (E::kGroup == 1) {
-      mix_tile(key, vecs, weight, row(s_.maps, 0, r) + key, plan_.block_rows * plan_.ld_block);
-    } else {
-      mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
+    constexpr bool kInPlace = E::kGroup == 1;
+    float* mixed = kInPlace ? row(s_.maps, 0, r) + key : s_.mixed;
+    const int64_t ld = kInPlace ? plan_.block_rows * plan_.ld_block : plan_.tile_keys;
+    mix_tile(key, vecs, weight, mixed, ld);
+    if (m_.sum_maps) add_moments(mixed, ld, key / kLanes, vecs);
+    if constexpr (!kInPlace) {
       for (int64_t g = 0; g < heads_; g++)
         for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
           E::store(operands(s_.maps, r) + g * operand_stride() + key + i, vec(s_.mixed + g * plan_.tile_keys + i));
@@ -409,7 +418,7 @@ class Block {
   // What is stored may lie anywhere, for all the compiler knows: hot loops keep pointers and sizes in locals.
   void normalise(int64_t vecs, Operand* maps) {
     const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_;
-    const float *mixed = s_.mixed, *gamma = p_.gamma, *beta = p_.beta, eps = p_.eps;
+    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, eps = m_.eps;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
       const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
       for (int64_t g = 0; g < heads; g++)
@@ -422,7 +431,7 @@ class Block {
   void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys,
                   heads = heads_;
-    const float *mixed = s_.mixed, *gamma = p_.gamma, *beta = p_.beta, eps = p_.eps, share = 1.0f / float(heads);
+    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, eps = m_.eps, share = 1.0f / float(heads);
     float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads * kLanes, *grad_mixed = s_.grad_mixed;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
       const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
@@ -447,13 +456,44 @@ class Block {
     }
   }
 
+  // The same where batch norm left an affine map of every head: A has unit variance, and the statistics' part in its
+  // gradient is known. last: what stands beyond the keys is not summed.
+  void scale_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps, bool last) {
+    const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys;
+    if (last)
+      for (int64_t g = 0; g < heads_; g++) {
+        float* end = s_.mixed + g * tile + (vecs - 1) * kLanes;
+        put(end, span_.tail ? vec(end) : Vec{});
+      }
+    for (int64_t g = 0; g < heads_; g++) {
+      const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride;
+      float* grad_mixed = s_.grad_mixed + g * tile;
+      const float gamma = m_.gamma[g], beta = m_.beta[g], common = m_.common[g], along = m_.along[g];
+      Vec gamma_sum{}, beta_sum{};
+      for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
+        const Vec unit = vec(mixed + i), grad = vec(grads + i);
+        gamma_sum += grad * unit;
+        beta_sum += grad;
+        put(grad_mixed + i, grad * gamma - common - unit * along);
+        if (maps) E::store(maps + g * maps_stride + i, unit * gamma + beta);
+      }
+      if (sum_parameters) {
+        float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_ * kLanes;
+        put(gamma_sums, vec(gamma_sums) + gamma_sum);
+        put(beta_sums, vec(beta_sums) + beta_sum);
+      }
+    }
+  }
+
   const Job& job_;
   const Problem& p_;
+  const Mixing& m_;
   const Plan& plan_;
   Scratch<E>& s_;
   int64_t sample_, first_row_, rows_, heads_;
   int64_t first_key_ = 0, keys_ = 0;
   Span span_{1};
+  Scores scores_;
   Dropout dropout_;
   float kept_;
 };
@@ -492,30 +532,6 @@ void find_lse(const Job& job, Block<E>& block) {
   block.store_lse();
 }
 
-template <class E>
-void forward(const Job& job, int64_t index, char* memory) {
-  const Session<E> session;
-  const Unit unit(job, index);
-  Scratch<E> scratch(job, false, memory);
-  Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
-  block.load_queries(false);
-  bool lse_known = job.lse_known;
-  if (!lse_known && !whole_rows<E>(job)) {
-    find_lse(job, block);
-    lse_known = true;
-  }
-  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
-    block.set_keys(key);
-    block.compute_scores();
-    for (int64_t r = 0; r < unit.rows; r++) {
-      block.softmax(r, lse_known, false);
-      block.mix(r, block.weights(lse_known));
-    }
-    block.multiply_values();
-  }
-  block.store_outs(job.problem.out);
-}
-
 // Rows whose sums are kept in float32 at most: rounding errors grow with their number.
 constexpr int64_t kFlushRows = 8;
 
@@ -527,27 +543,43 @@ void flush(float* sums, int64_t count, double* to) {
 }
 
 template <class E>
-void statistics(const Job& job, int64_t index, char* memory) {
+void forward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Unit unit(job, index);
-  const int64_t heads = job.problem.heads;
   Scratch<E> scratch(job, false, memory);
   Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
-  std::memset(scratch.products, 0, (heads + 1) * heads * sizeof(Vec));
+  std::memset(scratch.norm_sums, 0, 2 * job.problem.heads * sizeof(Vec));
   block.load_queries(false);
-  bool lse_known = false;
-  if (!whole_rows<E>(job)) {
-    find_lse(job, block);
-    lse_known = true;
-  }
+  const bool lse_known = !whole_rows<E>(job);
+  if (lse_known) find_lse(job, block);
   for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
     block.set_keys(key);
     block.compute_scores();
     for (int64_t r = 0; r < unit.rows; r++) {
       block.softmax(r, lse_known, false);
-      block.sum_products(lse_known);
-      if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1)
-        flush(scratch.products, (heads + 1) * heads, job.work.partial + index * partial_size(heads));
+      block.mix(r, block.weights(lse_known));
+      if (job.mixing.sum_maps && (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1))
+        flush(scratch.norm_sums, 2 * job.problem.heads, job.work.partial + index * job.partial_size);
+    }
+    block.multiply_values();
+  }
+  block.store_outs(job.problem.out);
+}
+
+// out = slope out + level value_sum, for some rows of one sample and all heads.
+void finish(const Job& job, int64_t index) {
+  const Problem& p = job.problem;
+  const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch, sample = index / stretches,
+                first = index % stretches * kStretch, padded = round_up(p.head_dim, kLanes);
+  float level[128 + kLanes] = {}, row[128 + kLanes];
+  for (int64_t g = 0; g < p.heads; g++) {
+    const float *sums = p.value_sum + (sample * p.heads + g) * p.head_dim, slope = job.mixing.slope[g];
+    for (int64_t d = 0; d < p.head_dim; d++) level[d] = job.mixing.level[g] * sums[d];
+    for (int64_t r = first; r < smaller(first + kStretch, p.seqlen); r++) {
+      char* out = row_of(p.out, p.dtype, sample, g, r);
+      load_row(p.dtype, out, p.out.dim, p.head_dim, row, padded);
+      for (int64_t d = 0; d < padded; d += kLanes) store(row + d, load(row + d) * slope + load(level + d));
+      store_row(p.dtype, out, p.out.dim, p.head_dim, row);
     }
   }
 }
@@ -561,7 +593,7 @@ void backward(const Job& job, int64_t index, char* memory) {
   Scratch<E> scratch(job, true, memory);
   std::memset(scratch.products, 0, (p.heads + 1) * p.heads * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, 2 * p.heads * sizeof(Vec));
-  double* partial = job.work.partial + index * partial_size(p.heads);
+  double* partial = job.work.partial + index * job.partial_size;
   const int64_t columns = p.heads * p.head_dim * plan.ld_keys;
   float *grad_key = job.work.grad_key + index * columns, *grad_value = job.work.grad_value + index * columns;
   const int64_t first = group * plan.group_rows, end = smaller(first + plan.group_rows, p.seqlen);
@@ -625,6 +657,19 @@ void pack(const Job& job, int64_t index, bool backward) {
       pack_panel(p.key, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr);
       pack_panel(p.value, h, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows);
     }
+  if (!job.work.value_sums) return;
+  const int64_t padded = round_up(p.head_dim, kLanes), sample = job.first + stretch.sample;
+  float row[128 + kLanes], sums[128 + kLanes];
+  for (int64_t h = 0; h < p.heads; h++) {
+    std::memset(sums, 0, sizeof sums);
+    for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key++) {
+      load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);
+      for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+    }
+    const int64_t stretches = (plan.keys + kStretch - 1) / kStretch;
+    std::memcpy(job.work.value_sums + ((sample * stretches + stretch.first / kStretch) * p.heads + h) * p.head_dim,
+                sums, size_t(p.head_dim) * sizeof(float));
+  }
 }
 
 // Sums the groups' gradients of keys and values, in their order, and stores them.
@@ -657,26 +702,32 @@ void reduce(const Job& job, int64_t index) {
       }
 }
 
-// sum grad * out for one head of one sample.
-void grad_dot_out(const Job& job, int64_t index) {
+// Sums of grad * out and of grad * value_sum, for one head of one sample.
+void grad_sums(const Job& job, int64_t index) {
   const Problem& p = job.problem;
-  const int64_t sample = index / p.heads, head = index % p.heads;
-  float a[128 + kLanes], b[128 + kLanes];
-  const int64_t padded = round_up(p.head_dim, kLanes);
-  double total = 0;
+  const int64_t sample = index / p.heads, head = index % p.heads, padded = round_up(p.head_dim, kLanes);
+  float grad[128 + kLanes], out[128 + kLanes], values[128 + kLanes] = {}, sums[2 * kLanes] = {};
+  std::memcpy(values, p.value_sum + index * p.head_dim, size_t(p.head_dim) * sizeof(float));
+  double* partial = job.work.partial + index * job.partial_size;
   for (int64_t r = 0; r < p.seqlen; r++) {
-    load_row(p.dtype, row_of(p.grad, p.dtype, sample, head, r), p.grad.dim, p.head_dim, a, padded);
-    load_row(p.dtype, row_of(p.out, p.dtype, sample, head, r), p.out.dim, p.head_dim, b, padded);
-    total += double(dot_row(a, b, padded / kLanes));
+    load_row(p.dtype, row_of(p.grad, p.dtype, sample, head, r), p.grad.dim, p.head_dim, grad, padded);
+    load_row(p.dtype, row_of(p.out, p.dtype, sample, head, r), p.out.dim, p.head_dim, out, padded);
+    Vec of_out{}, of_values{};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      of_out += load(grad + d) * load(out + d);
+      of_values += load(grad + d) * load(values + d);
+    }
+    store(sums, load(sums) + of_out);
+    store(sums + kLanes, load(sums + kLanes) + of_values);
+    if (r % kFlushRows == kFlushRows - 1 || r == p.seqlen - 1) flush(sums, 2, partial);
   }
-  job.work.partial[index] = total;
 }
 
 template <class E>
 constexpr Kernels table(int64_t row_tile) {
-  return {kLanes,      row_tile,         kPanel,      kStretch,      sizeof(typename E::Operand),
-          E::kGroup,   scratch_bytes<E>, pack<E>,     statistics<E>, forward<E>,
-          backward<E>, reduce,           grad_dot_out};
+  return {kLanes,    row_tile,         kPanel,  kStretch,   sizeof(typename E::Operand),
+          E::kGroup, scratch_bytes<E>, pack<E>, forward<E>, finish,
+          grad_sums, backward<E>,      reduce};
 }
 
 // constexpr, so that nothing of this instruction set runs when the library is loaded.

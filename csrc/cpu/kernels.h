@@ -14,20 +14,28 @@ struct Tensor {
   int64_t batch, head, row, dim;
 };
 
-// A call in canonical form (reattn/folding.py); names and meaning are those of reattn.backends.FusedBackend. Pointers
-// that a direction has no use for are null.
+// A call: names and meaning are those of reattn.backends.contract. Pointers that a direction has no use for are null.
 struct Problem {
   Dtype dtype;
   int64_t batch, heads, seqlen, seqlen_k, head_dim;
-  float scale, eps;
+  float scale;
   double dropout_p;
   Tensor query, key, value, grad, out;
   Tensor grad_query, grad_key, grad_value;
-  const float *weight, *shift, *gamma, *beta, *coupled, *constant;
-  float* lse;
   const int64_t* seed;
-  double *sums, *products;                                    // statistics
-  double *grad_weight, *grad_shift, *grad_gamma, *grad_beta;  // backward
+  float* lse;
+  float* value_sum;  // (batch, heads, head_dim)
+};
+
+// What the norm comes to for kernels: see csrc/fold.h. Null where there is none; vectors have an element for each head.
+struct Mixing {
+  const float *weight, *shift;  // A = W^T P + c
+  const float *gamma, *beta;    // N = gamma A + beta, of the quotient with layer norm
+  const float *common, *along;  // batch norm in the backward pass: dA = gamma dN - common - along A
+  const float *slope, *level;   // batch norm in the forward pass: out = slope out + level value_sum
+  bool over_heads;              // layer norm
+  bool sum_maps;                // batch statistics are wanted
+  float eps;
 };
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
@@ -56,15 +64,17 @@ struct Workspace {
   char* value_rows;
   float* grad_key;  // by sample of the wave, group and head: head_dim down and keys across
   float* grad_value;
-  double* partial;  // sums over one unit of work
+  float* value_sums;  // by sample, stretch of keys, head: head_dim; null where they are not wanted
+  double* partial;    // sums over one unit of work
 };
 
 struct Job {
   Problem problem;
+  Mixing mixing;
   Plan plan;
   Workspace work;
   int64_t first, samples;  // the wave: samples first .. first + samples - 1
-  bool lse_known;
+  int64_t partial_size;    // of a unit's sums
 };
 
 // The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
@@ -76,15 +86,15 @@ struct Kernels {
   int64_t operand_bytes;   // size of an element of the products' operands
   int64_t depth_multiple;  // what sums over an index are padded to
   size_t (*scratch_bytes)(const Job&, bool backward);
-  void (*pack)(const Job&, int64_t unit, bool backward);        // samples * stretches of keys
-  void (*statistics)(const Job&, int64_t unit, char* scratch);  // samples * row blocks
-  void (*forward)(const Job&, int64_t unit, char* scratch);     // samples * row blocks
-  void (*backward)(const Job&, int64_t unit, char* scratch);    // samples * groups
-  void (*reduce)(const Job&, int64_t unit);                     // samples * stretches of keys
-  void (*grad_dot_out)(const Job&, int64_t unit);               // batch * heads
+  void (*pack)(const Job&, int64_t unit, bool backward);      // samples * stretches of keys
+  void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums of A and A^2 by head
+  void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
+  void (*grad_sums)(const Job&, int64_t unit);                // batch * heads
+  void (*backward)(const Job&, int64_t unit, char* scratch);  // samples * groups
+  void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
 
-// Partial sums of a unit: statistics (heads + 1) x heads; backward the same and two vectors of heads.
-inline constexpr int64_t partial_size(int64_t heads) { return (heads + 3) * heads; }
+// Sums that the backward pass leaves: P dA by pairs of heads; by head dA, dN A and dN.
+inline constexpr int64_t gradient_sums(int64_t heads) { return (heads + 3) * heads; }
 
 }  // namespace reattn

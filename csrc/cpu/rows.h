@@ -1,4 +1,4 @@
-// Rows of tensors in and out: conversion to float32 and back, transposition, and what is done to one row of maps.
+// Rows of tensors in and out: conversion to float32 and back, transposition; sums over a row of maps.
 #pragma once
 
 #include "kernels.h"
@@ -99,50 +99,6 @@ struct Span {
   }
 };
 
-constexpr float kInfinity = __builtin_inff();
-
-// The largest of scores, or with kLargest false the smallest, to which padding does not count.
-template <bool kLargest>
-inline float extreme(const float* scores, Span span) {
-  const Vec none = broadcast(kLargest ? -kInfinity : kInfinity);
-  const auto pick = [](Vec a, Vec b) { return kLargest ? (a > b ? a : b) : (a < b ? a : b); };
-  Vec even = none, odd = none;
-  int64_t i = 0;
-  for (; i + 1 < span.vecs - 1; i += 2) {
-    even = pick(load(scores + i * kLanes), even);
-    odd = pick(load(scores + (i + 1) * kLanes), odd);
-  }
-  if (i < span.vecs - 1) even = pick(load(scores + i * kLanes), even);
-  const Vec last = load(scores + (span.vecs - 1) * kLanes);
-  const Vec all = pick(pick(span.tail ? last : none, even), odd);
-  float result = all[0];
-  for (int lane = 1; lane < kLanes; lane++)
-    result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
-  return result;
-}
-
-// The largest of scores * scale.
-inline float largest_score(const float* scores, Span span, float scale) {
-  return scale >= 0 ? extreme<true>(scores, span) * scale : extreme<false>(scores, span) * scale;
-}
-
-// probs = 2^(scores * scale - shift), zero in the padding. The product is rounded before shift is taken away, as it was
-// when shift was made of it: the largest of scores in the millions shall have the exponent zero.
-inline void exponentials(const float* scores, float* probs, Span span, float scale, float shift) {
-  int64_t i = 0;
-  for (; i + 1 < span.vecs - 1; i += 2) {
-    const Vec a = exp2(rounded(load(scores + i * kLanes) * scale) - shift);
-    const Vec b = exp2(rounded(load(scores + (i + 1) * kLanes) * scale) - shift);
-    store(probs + i * kLanes, a);
-    store(probs + (i + 1) * kLanes, b);
-  }
-  for (; i < span.vecs; i++) {
-    Vec p = exp2(rounded(load(scores + i * kLanes) * scale) - shift);
-    if (i == span.vecs - 1) p = span.tail ? p : Vec{};
-    store(probs + i * kLanes, p);
-  }
-}
-
 inline float sum_row(const float* row, int64_t vecs) {
   Vec even{}, odd{};
   int64_t i = 0;
@@ -164,46 +120,6 @@ inline float dot_row(const float* a, const float* b, int64_t vecs) {
   if (i < vecs) even += load(a + i * kLanes) * load(b + i * kLanes);
   return sum(even + odd);
 }
-
-// Philox4x32-10 (Salmon et al., 2011), a number for each key: which are kept depends on their position alone.
-class Dropout {
- public:
-  Dropout(const Problem& p) : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(p.dropout_p * 4294967295.0)) {}
-
-  // kept = probs where they are kept, zero elsewhere, for keys first_key ..., a multiple of 32.
-  void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row,
-             int64_t first_key) const {
-    for (int64_t j = 0; j < padded; j += 32) {
-      uint32_t words[4][8];
-      for (int lane = 0; lane < 8; lane++) {
-        words[0][lane] = uint32_t((first_key + j) / 4 + lane);
-        words[1][lane] = uint32_t(row);
-        words[2][lane] = uint32_t(head);
-        words[3][lane] = uint32_t(sample);
-      }
-      uint32_t key0 = uint32_t(key_), key1 = uint32_t(key_ >> 32);
-      for (int round = 0; round < 10; round++) {
-        for (int lane = 0; lane < 8; lane++) {
-          const uint64_t a = uint64_t(words[0][lane]) * 0xD2511F53u, b = uint64_t(words[2][lane]) * 0xCD9E8D57u;
-          const uint32_t w1 = words[1][lane], w3 = words[3][lane];
-          words[0][lane] = uint32_t(b >> 32) ^ w1 ^ key0;
-          words[1][lane] = uint32_t(b);
-          words[2][lane] = uint32_t(a >> 32) ^ w3 ^ key1;
-          words[3][lane] = uint32_t(a);
-        }
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-      }
-      const uint32_t* word = &words[0][0];
-      const int64_t count = smaller(32, padded - j);
-      for (int64_t i = 0; i < count; i++) kept[j + i] = word[i] >= threshold_ ? probs[j + i] : 0.0f;
-    }
-  }
-
- private:
-  uint64_t key_;
-  uint32_t threshold_;
-};
 
 }  // namespace REATTN_ISA
 }  // namespace reattn

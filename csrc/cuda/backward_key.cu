@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_key_kernel(const __grid_
     sync_block();
     Mixing<T, kPadded> mixing(p, place);
     typename Mixing<T, kPadded>::Sums unused;
-    mixing.template backward<true, false>(unused);
+    mixing.template backward<true, false>(unused, first);
     sync_block();
     for_each_head<kHeads>(p, place, [&](int i, int head) {
       Stream<T> out_grads(p, p.grad, place, head, first, p.plan.tile, place.first_dim, last_dim);

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
 #pragma unroll 1
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     fill(first);
-    Mixing<T, kPadded>(p, place).template backward<false, true>(sums);
+    Mixing<T, kPadded>(p, place).template backward<false, true>(sums, first);
     sync_block();
     for_each_head<kHeads>(p, place, [&](int i, int head) {
       for_each_gradient<T, false>(p, head, [&](int lower, int streamed, float2 prob, float2 weighed) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!p.plan.resident) {
       fill(first);
-      Mixing<T, kPadded>(p, place).template backward<false, false>(sums);
+      Mixing<T, kPadded>(p, place).template backward<false, false>(sums, first);
       sync_block();
     }
     for_each_head<kHeads>(p, place, [&](int i, int head) {

@@ -1,9 +1,10 @@
-// The extension module reattn._cuda: addresses, sizes and strides in, nothing of torch's.
+// The extension module reattn._cuda: a struct of addresses, sizes and strides in, nothing of torch's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 #include "launch.h"
@@ -17,133 +18,109 @@ namespace {
 using Address = uintptr_t;
 // (address, (stride of batch, head, row))
 using TensorArgument = std::tuple<Address, std::array<int64_t, 3>>;
-// device, stream, dtype (0 float32, 1 bfloat16, 2 float16); batch, heads, seqlen, seqlen_k, head_dim, depth
-struct Call {
-  int device;
-  uint64_t stream;
-  int dtype;
-  int batch, heads, seqlen, seqlen_k, head_dim, depth;
 
-  int element_bytes() const { return dtype == 0 ? 4 : 2; }
+// A call by its parts, of which each launch uses some: see reattn.backends.contract and params.h.
+struct Call {
+  int device, dtype, batch;
+  uint64_t stream;
+  Params p;
+  std::vector<std::pair<const void*, int64_t>> memory;  // that the kernels may touch
 };
 
-template <class T>
-T* pointer(Address address, int64_t count) {
-  declare(reinterpret_cast<void*>(address), address ? count * int64_t(sizeof(T)) : 0);
-  return reinterpret_cast<T*>(address);
+constexpr int kElementBytes[] = {4, 2, 2};  // float32, bfloat16, float16
+
+// sizes: batch, heads, seqlen, seqlen_k, head_dim, and the columns of inputs that may be read.
+Call make_call(int device, uint64_t stream, int dtype, int norm, const std::array<int, 6>& sizes) {
+  Call call{};
+  call.device = device, call.stream = stream, call.dtype = dtype, call.batch = sizes[0];
+  Params& p = call.p;
+  p.heads = sizes[1], p.query.rows = sizes[2], p.key.rows = sizes[3], p.head_dim = sizes[4], p.depth = sizes[5];
+  p.keep_scale = 1;
+  p.splits = 1;
+  p.positions = double(sizes[0]) * sizes[2] * sizes[3];
+  p.fold.p.norm = Norm(norm);
+  p.fold.p.heads = p.heads;
+  p.fold.p.unit_scale = 1;
+  return call;
 }
 
-// A tensor of which the first `columns` of every row may be touched.
-Tensor tensor(const Call& call, const TensorArgument& argument, int rows, int columns) {
-  const auto& [address, strides] = argument;
-  void* data = reinterpret_cast<void*>(address);
-  const int64_t last = (call.batch - 1) * strides[0] + (call.heads - 1) * strides[1] + (rows - 1) * strides[2];
-  declare(data, (last + columns) * call.element_bytes());
-  return {data, strides[0], strides[1], strides[2], rows};
+template <class Class>
+void tensor(Class& type, const char* name, Tensor Params::* field, bool of_queries, bool padded) {
+  type.def_property(name, nullptr, [=](Call& call, const TensorArgument& argument) {
+    const auto& [address, strides] = argument;
+    const int rows = of_queries ? call.p.query.rows : call.p.key.rows;
+    void* data = reinterpret_cast<void*>(address);
+    call.p.*field = {data, strides[0], strides[1], strides[2], rows};
+    const int64_t last = (call.batch - 1) * strides[0] + (call.p.heads - 1) * strides[1] + (rows - 1) * strides[2];
+    call.memory.emplace_back(data, (last + (padded ? call.p.depth : call.p.head_dim)) * kElementBytes[call.dtype]);
+  });
 }
 
-Params params(const Call& call, const Plan& plan, Address seed, float scale, double dropout_p) {
-  Params p{};
-  p.seed = pointer<const int64_t>(seed, 1);
-  p.scale = scale;
-  p.scale_log2 = float(scale * 1.4426950408889634);
-  p.keep_scale = float(1 / (1 - dropout_p));
-  p.drop_below = uint32_t(dropout_p * 4294967295.0);
-  p.heads = call.heads, p.head_dim = call.head_dim, p.depth = call.depth;
-  p.inverse_heads = 1.0f / float(call.heads);
-  p.plan = plan;
-  return p;
+// A field that is set from an address, 0 for none, and how many elements lie there.
+template <class Class, class Get>
+void address(Class& type, const char* name, Get get) {
+  type.def_property(name, nullptr, [get](Call& call, const std::tuple<Address, int64_t>& argument) {
+    auto& field = get(call);
+    field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(std::get<0>(argument));
+    if (field) call.memory.emplace_back(field, std::get<1>(argument) * int64_t(sizeof *field));
+  });
 }
 
-// The kernel for the call's dtype, on its device, for as many blocks as the plan has; or that many.
-void run(void (*const (&kernels)[3])(const Params&, const Launch&), const Call& call, const Params& p,
-         int columns_of_a_block, int64_t blocks = 0) {
+// A kernel for the call's dtype, on its device.
+void run(void (*const (&kernels)[3])(const Params&, const Launch&), const Call& call, const Params& p, int64_t blocks,
+         int chunks = 1) {
   const OnDevice device(call.device);
-  const int chunks = (call.head_dim + columns_of_a_block - 1) / columns_of_a_block;
-  kernels[call.dtype](p, {blocks ? blocks : int64_t(call.batch) * p.plan.blocks, chunks, call.stream});
+  for (const auto& [begin, bytes] : call.memory) declare(begin, bytes);
+  kernels[call.dtype](p, {blocks, chunks, call.stream});
 }
 
 #define REATTN_KERNELS(name) {name<float>, name<BFloat16>, name<Half>}
 
-void set_mixing(Params& p, const std::array<Address, 6>& addresses) {
-  const int64_t heads = p.heads;
-  p.weight = pointer<const float>(addresses[0], heads * heads), p.shift = pointer<const float>(addresses[1], heads);
-  p.gamma = pointer<const float>(addresses[2], heads), p.beta = pointer<const float>(addresses[3], heads);
-  p.coupled = pointer<const float>(addresses[4], heads * heads);
-  p.constant = pointer<const float>(addresses[5], heads);
+// A sweep: a block for each block of rows of the plan, and for each of the output's chunks of columns.
+void run_sweep(void (*const (&kernels)[3])(const Params&, const Launch&), const Call& call, const Plan& plan,
+               bool backward, int columns) {
+  Params p = call.p;
+  p.plan = plan;
+  p.fold.backward = backward;
+  p.blocks = int64_t(call.batch) * plan.blocks;
+  run(kernels, call, p, p.blocks, (p.head_dim + columns - 1) / columns);
 }
 
-void set_sums(Params& p, const Call& call, Address vectors, Address products) {
-  const int64_t padded = padded_heads(p.heads), blocks = int64_t(call.batch) * p.plan.blocks;
-  p.vectors = pointer<float>(vectors, blocks * 3 * padded);
-  p.products = pointer<float>(products, blocks * padded * padded);
+void run_forward(const Call& call, const Plan& plan) {
+  run_sweep(REATTN_KERNELS(forward), call, plan, false, out_dims(padded_heads(call.p.heads)));
+}
+void run_backward_query(const Call& call, const Plan& plan) {
+  run_sweep(REATTN_KERNELS(backward_query), call, plan, true, out_dims(padded_heads(call.p.heads)));
+}
+void run_backward_key(const Call& call, const Plan& plan) {
+  run_sweep(REATTN_KERNELS(backward_key), call, plan, true, key_dims(padded_heads(call.p.heads)));
 }
 
-int64_t rows(const Call& call) { return int64_t(call.batch) * call.heads * call.seqlen; }
-
-void run_statistics(const Plan& plan, const Call& call, const TensorArgument& query, const TensorArgument& key,
-                    Address seed, float scale, double dropout_p, float centre, Address lse, Address vectors,
-                    Address products) {
-  Params p = params(call, plan, seed, scale, dropout_p);
-  p.query = tensor(call, query, call.seqlen, call.depth), p.key = tensor(call, key, call.seqlen_k, call.depth);
-  p.lse = pointer<float>(lse, rows(call)), p.centre = centre;
-  set_sums(p, call, vectors, products);
-  run(REATTN_KERNELS(statistics), call, p, call.head_dim);
-}
-
-void run_forward(const Plan& plan, const Call& call, const TensorArgument& query, const TensorArgument& key,
-                 const TensorArgument& value, const TensorArgument& out, const std::array<Address, 6>& mixing,
-                 Address seed, float scale, float eps, double dropout_p, float centre, Address lse, bool lse_known) {
-  Params p = params(call, plan, seed, scale, dropout_p);
-  p.query = tensor(call, query, call.seqlen, call.depth), p.key = tensor(call, key, call.seqlen_k, call.depth);
-  p.value = tensor(call, value, call.seqlen_k, call.depth), p.out = tensor(call, out, call.seqlen, call.head_dim);
-  p.lse = pointer<float>(lse, rows(call)), p.lse_known = lse_known, p.eps = eps, p.centre = centre;
-  set_mixing(p, mixing);
-  run(REATTN_KERNELS(forward), call, p, out_dims(padded_heads(call.heads)));
-}
-
-Params backward_params(const Plan& plan, const Call& call, const std::array<TensorArgument, 4>& inputs,
-                       const std::array<Address, 6>& mixing, Address seed, float scale, float eps, double dropout_p,
-                       float centre, Address lse, Address delta) {
-  Params p = params(call, plan, seed, scale, dropout_p);
-  p.grad = tensor(call, inputs[0], call.seqlen, call.depth), p.query = tensor(call, inputs[1], call.seqlen, call.depth);
-  p.key = tensor(call, inputs[2], call.seqlen_k, call.depth);
-  p.value = tensor(call, inputs[3], call.seqlen_k, call.depth);
-  p.lse = pointer<float>(lse, rows(call)), p.delta = pointer<float>(delta, rows(call));
-  p.eps = eps, p.centre = centre;
-  set_mixing(p, mixing);
+// Kernels over sums that `blocks` blocks left. splits: blocks that share the rows of a sample and head.
+Params sums_params(const Call& call, bool backward, int64_t blocks, int splits = 1) {
+  Params p = call.p;
+  p.plan.warps = kSumThreads / 32;
+  p.plan.bytes = 2 * kSumThreads * 8;
+  p.fold.backward = backward;
+  p.blocks = blocks;
+  p.splits = splits;
+  p.rescaling_blocks = int64_t(call.batch) * p.heads * splits;
   return p;
 }
 
-void run_backward_query(const Plan& plan, const Call& call, const std::array<TensorArgument, 4>& inputs,
-                        const std::array<Address, 6>& mixing, Address seed, float scale, float eps, double dropout_p,
-                        float centre, Address lse, Address delta, const TensorArgument& grad_query, Address vectors,
-                        Address products) {
-  Params p = backward_params(plan, call, inputs, mixing, seed, scale, eps, dropout_p, centre, lse, delta);
-  p.grad_query = tensor(call, grad_query, call.seqlen, call.head_dim);
-  set_sums(p, call, vectors, products);
-  run(REATTN_KERNELS(backward_query), call, p, out_dims(padded_heads(call.heads)));
+void run_add_up(const Call& call, bool backward, int64_t blocks) {
+  run(REATTN_KERNELS(add_up), call, sums_params(call, backward, blocks), call.p.heads);
 }
-
-void run_backward_key(const Plan& plan, const Call& call, const std::array<TensorArgument, 4>& inputs,
-                      const std::array<Address, 6>& mixing, Address seed, float scale, float eps, double dropout_p,
-                      float centre, Address lse, Address delta, const TensorArgument& grad_key,
-                      const TensorArgument& grad_value) {
-  Params p = backward_params(plan, call, inputs, mixing, seed, scale, eps, dropout_p, centre, lse, delta);
-  p.grad_key = tensor(call, grad_key, call.seqlen_k, call.head_dim);
-  p.grad_value = tensor(call, grad_value, call.seqlen_k, call.head_dim);
-  run(REATTN_KERNELS(backward_key), call, p, key_dims(padded_heads(call.heads)));
+void run_finish(const Call& call, int64_t blocks, int splits) {
+  const Params p = sums_params(call, false, blocks, splits);
+  run(REATTN_KERNELS(finish), call, p, p.rescaling_blocks + 1);
 }
-
-// Partial sums go to (batch, slices, heads).
-void run_grad_dot_out(const Call& call, const TensorArgument& grad, const TensorArgument& out, Address partial) {
-  Plan plan{};
-  plan.warps = 8, plan.bytes = plan.warps * 4;
-  Params p = params(call, plan, 0, 1, 0);
-  p.grad = tensor(call, grad, call.seqlen, call.head_dim), p.out = tensor(call, out, call.seqlen, call.head_dim);
-  const int64_t blocks = int64_t(call.batch) * call.heads * ((call.seqlen + kSlice - 1) / kSlice);
-  p.vectors = pointer<float>(partial, blocks);
-  run(REATTN_KERNELS(grad_dot_out), call, p, call.head_dim, blocks);
+void run_grad_sums(const Call& call, int splits) {
+  const Params p = sums_params(call, true, int64_t(call.batch) * splits, splits);
+  run(REATTN_KERNELS(grad_sums), call, p, p.rescaling_blocks);
+}
+void run_unfold(const Call& call, int64_t blocks) {
+  run(REATTN_KERNELS(unfold), call, sums_params(call, true, blocks), call.p.heads + 1);
 }
 
 }  // namespace
@@ -151,13 +128,12 @@ void run_grad_dot_out(const Call& call, const TensorArgument& grad, const Tensor
 PYBIND11_MODULE(_cuda, m) {
   m.doc() =
       "Re-attention on NVIDIA GPUs. A tensor is (address, strides in elements of batch, head and row), its columns"
-      " contiguous; what is absent has address 0.";
+      " contiguous; other memory is (address, elements); what is absent has address 0.";
 #ifdef REATTN_EMULATED
   m.attr("EMULATED") = true;
 #else
   m.attr("EMULATED") = false;
 #endif
-  m.attr("SLICE") = kSlice;
   py::class_<Plan>(m, "Plan", "How a kernel cuts a problem; see csrc/cuda/params.h.")
       .def_readonly("own", &Plan::own)
       .def_readonly("blocks", &Plan::blocks)
@@ -166,22 +142,74 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("warps", &Plan::warps)
       .def_readonly("stages", &Plan::stages)
       .def_readonly("bytes", &Plan::bytes);
-  py::class_<Call>(m, "Call").def(py::init([](int device, uint64_t stream, int dtype, const std::array<int, 6>& sizes) {
-    return Call{device, stream, dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-  }));
+
+  py::class_<Call> call(m, "Call", "A call by its parts: see reattn.backends.contract and csrc/cuda/params.h.");
+  call.def(py::init(&make_call), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("norm"),
+           py::arg("sizes"));
+  tensor(call, "query", &Params::query, true, true);
+  tensor(call, "key", &Params::key, false, true);
+  tensor(call, "value", &Params::value, false, true);
+  tensor(call, "grad", &Params::grad, true, true);
+  tensor(call, "out", &Params::out, true, false);
+  tensor(call, "grad_query", &Params::grad_query, true, false);
+  tensor(call, "grad_key", &Params::grad_key, false, false);
+  tensor(call, "grad_value", &Params::grad_value, false, false);
+#define REATTN_NUMBER(name, field) \
+  call.def_property(name, nullptr, [](Call& call, decltype(std::declval<Call>().field) value) { call.field = value; })
+  REATTN_NUMBER("training", p.fold.p.training);
+  REATTN_NUMBER("output_scale", p.fold.p.output_scale);
+  REATTN_NUMBER("eps", p.fold.p.eps);
+  REATTN_NUMBER("momentum", p.fold.p.momentum);
+  REATTN_NUMBER("unit_scale", p.fold.p.unit_scale);
+  REATTN_NUMBER("synchronised", p.synchronised);
+#undef REATTN_NUMBER
+  call.def_property("scale", nullptr, [](Call& call, double scale) {
+    call.p.scale = float(scale);
+    call.p.scale_log2 = float(scale * 1.4426950408889634);
+  });
+  call.def_property("dropout_p", nullptr, [](Call& call, double dropout_p) {
+    call.p.keep_scale = float(1 / (1 - dropout_p));
+    call.p.drop_below = uint32_t(dropout_p * 4294967295.0);
+  });
+  call.def_property("centre", nullptr, [](Call& call, float centre) {
+    call.p.centre = call.p.fold.p.centre = call.p.fold.p.taken = centre;
+  });
+#define REATTN_ADDRESS(name, field) address(call, name, [](Call& call) -> auto& { return call.field; })
+  REATTN_ADDRESS("seed", p.seed);
+  REATTN_ADDRESS("lse", p.lse);
+  REATTN_ADDRESS("delta", p.delta);
+  REATTN_ADDRESS("value_sum", p.value_sum);
+  REATTN_ADDRESS("vectors", p.vectors);
+  REATTN_ADDRESS("products", p.products);
+  REATTN_ADDRESS("theta", p.fold.p.theta);
+  REATTN_ADDRESS("bias", p.fold.p.bias);
+  REATTN_ADDRESS("norm_weight", p.fold.p.norm_weight);
+  REATTN_ADDRESS("norm_bias", p.fold.p.norm_bias);
+  REATTN_ADDRESS("running_mean", p.fold.p.running_mean);
+  REATTN_ADDRESS("running_var", p.fold.p.running_var);
+  REATTN_ADDRESS("num_batches_tracked", p.fold.p.num_batches_tracked);
+  REATTN_ADDRESS("statistics", p.fold.p.statistics);
+  REATTN_ADDRESS("final_statistics", p.final_statistics);
+  REATTN_ADDRESS("grad_sums", p.fold.p.grad_sums);
+  REATTN_ADDRESS("grad_theta", p.grad_theta);
+  REATTN_ADDRESS("grad_bias", p.grad_bias);
+  REATTN_ADDRESS("grad_norm_weight", p.grad_norm_weight);
+  REATTN_ADDRESS("grad_norm_bias", p.grad_norm_bias);
+#undef REATTN_ADDRESS
+
   py::enum_<Kernel>(m, "Kernel")
-      .value("statistics", Kernel::kStatistics)
       .value("forward", Kernel::kForward)
       .value("backward_query", Kernel::kBackwardQuery)
       .value("backward_key", Kernel::kBackwardKey);
   m.def(
       "make_plan",
-      [](Kernel kernel, int element_bytes, int heads, int depth, int batch, int seqlen, int seqlen_k, bool dropout,
-         int shared_bytes, int multiprocessors) {
-        const Size size{element_bytes, heads, depth, batch, seqlen, seqlen_k, dropout};
+      [](Kernel kernel, const std::array<int, 6>& sizes, bool dropout, bool statistics, int shared_bytes,
+         int multiprocessors) {
+        const Size size{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], dropout, statistics};
         return make_plan(kernel, size, shared_bytes, multiprocessors);
       },
-      "The plan for a card with that much shared memory for a block; its bytes are 0 if none fits.");
+      "The plan for a card with that much shared memory for a block; its bytes are 0 if none fits. Sizes: bytes of an"
+      " element, heads, columns, batch, seqlen, seqlen_k.");
   m.def(
       "describe",
       [](int device) {
@@ -193,9 +221,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("count_devices", &count_devices);
   m.def("check_device", &check_device<Half>, "Raises where the extension holds nothing that this device can run.");
   const py::call_guard<py::gil_scoped_release> without_gil;
-  m.def("statistics", &run_statistics, without_gil);
   m.def("forward", &run_forward, without_gil);
+  m.def("add_up", &run_add_up, without_gil);
+  m.def("finish", &run_finish, without_gil);
+  m.def("grad_sums", &run_grad_sums, without_gil);
   m.def("backward_query", &run_backward_query, without_gil);
   m.def("backward_key", &run_backward_key, without_gil);
-  m.def("grad_dot_out", &run_grad_dot_out, without_gil);
+  m.def("unfold", &run_unfold, without_gil);
 }

@@ -1,4 +1,4 @@
-// The output, and the LSE where it is not known.
+// The output and the LSE; with batch statistics, what the mixed maps make of the values, and sums over the mixed maps.
 #include "kernels.h"
 #include "launch.h"
 #include "mixing.cuh"
@@ -7,28 +7,27 @@ namespace reattn {
 
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
 // comes first, and the maps again tile by tile.
-template <class T, int kPadded, int kTiles>
+template <class T, int kPadded, int kTiles, bool kSum>
 __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Params p) {
   constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
   const Place place(p, out_dims(kPadded));
-  const bool one_sweep = p.plan.resident && !p.lse_known;
   const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
 
   Mixing<T, kPadded>::prepare(p);
-  if (!p.lse_known)
-    for (int head = place.warp; head < p.heads; head += p.plan.warps) {
-      Softmax<T, kTiles> softmax;
-      softmax.sweep(p, place, head);
-      if (one_sweep) softmax.finish(p, place, head);
-    }
+  for (int head = place.warp; head < p.heads; head += p.plan.warps) {
+    Softmax<T, kTiles> softmax;
+    softmax.sweep(p, place, head);
+    if (p.plan.resident) softmax.finish(p, place, head);
+  }
   float out[kHeads][kTiles][kColumns][4] = {};
+  typename Mixing<T, kPadded>::Moments moments;
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
-    if (!one_sweep)
+    if (!p.plan.resident)
       for (int head = place.warp; head < p.heads; head += p.plan.warps)
-        fill_maps<T, kTiles, false, false>(p, place, head, first);
+        fill_maps<T, kTiles, false, kSum>(p, place, head, first);
     sync_block();
     Mixing<T, kPadded> mixing(p, place);
-    mixing.forward();
+    mixing.template forward<kSum>(moments);
     sync_block();
     for_each_head<kHeads>(p, place, [&](int i, int head) {
       Stream<T> values(p, p.value, place, head, first, p.plan.tile, place.first_dim,
@@ -37,14 +36,20 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
     });
   }
   for_each_head<kHeads>(p, place, [&](int i, int head) { store_rows<T>(p, p.out, place, head, out[i], 1.0f); });
+  if constexpr (kSum) Mixing<T, kPadded>(p, place).store_moments(moments);
+}
+
+template <class T, bool kSum>
+void start_forward(const Params& p, const Launch& how) {
+  if constexpr (sizeof(T) == 2)
+    if (p.plan.own == 32) return start(forward_kernel<T, 16, 2, kSum>, "forward", p, how);
+  if (padded_heads(p.heads) == 16) return start(forward_kernel<T, 16, 1, kSum>, "forward", p, how);
+  start(forward_kernel<T, 32, 1, kSum>, "forward", p, how);
 }
 
 template <class T>
 void forward(const Params& p, const Launch& how) {
-  if constexpr (sizeof(T) == 2)
-    if (p.plan.own == 32) return start(forward_kernel<T, 16, 2>, "forward", p, how);
-  if (padded_heads(p.heads) == 16) return start(forward_kernel<T, 16, 1>, "forward", p, how);
-  start(forward_kernel<T, 32, 1>, "forward", p, how);
+  p.fold.batch_statistics() ? start_forward<T, true>(p, how) : start_forward<T, false>(p, how);
 }
 
 template void forward<REATTN_ELEMENT>(const Params& p, const Launch& how);

@@ -15,15 +15,19 @@ struct Launch {
 };
 
 template <class T>
-void statistics(const Params& p, const Launch& how);
-template <class T>
 void forward(const Params& p, const Launch& how);
+template <class T>
+void add_up(const Params& p, const Launch& how);
+template <class T>
+void finish(const Params& p, const Launch& how);
+template <class T>
+void grad_sums(const Params& p, const Launch& how);
 template <class T>
 void backward_query(const Params& p, const Launch& how);
 template <class T>
 void backward_key(const Params& p, const Launch& how);
 template <class T>
-void grad_dot_out(const Params& p, const Launch& how);
+void unfold(const Params& p, const Launch& how);
 template <class T>
 void check_device(int device);
 

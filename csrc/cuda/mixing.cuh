@@ -42,8 +42,8 @@ REATTN_DEVICE void over_heads(float (&sums)[4], Function function) {
   }
 }
 
-enum Matrix { kMix, kUnmix, kCoupled };  // weight^T, weight, coupled
-enum Vector { kShift, kGamma, kBeta, kConstant };
+enum Matrix { kMix, kUnmix };                            // weight^T, weight
+enum Vector { kShift, kGamma, kBeta, kCommon, kAlong };  // see csrc/fold.h
 
 template <class T, int kPadded>
 class Mixing {
@@ -60,7 +60,11 @@ class Mixing {
  public:
   using Tile = HeadsTile<kPadded>;
 
-  // Sums over positions: of the gradients of shift, gamma, beta by a lane's heads, and of products of every two heads.
+  // Sums over positions. Forward: of A and A^2 by a lane's heads. Backward: of dA, dN A and dN, and of products of P
+  // and dA of every two heads.
+  struct Moments {
+    float sum[kLaneHeads] = {}, squares[kLaneHeads] = {};
+  };
   struct Sums {
     float shift[kLaneHeads] = {}, gamma[kLaneHeads] = {}, beta[kLaneHeads] = {};
     float products[kGroups][kGroups][2][4] = {};
@@ -70,36 +74,41 @@ class Mixing {
   static REATTN_DEVICE void prepare(const Params& p) {
     for (int i = thread(); i < kMatrices * kPadded * kPadded; i += threads()) {
       const int which = i / (kPadded * kPadded), row = i / kPadded % kPadded, column = i % kPadded;
-      const float* matrix = which == kCoupled ? p.coupled : p.weight;
-      const int index = which == kMix ? column * p.heads + row : row * p.heads + column;
-      const bool inside = matrix && row < p.heads && column < p.heads;
-      Operand<T>::set(matrix_rows(p, Matrix(which)).at(row, column), inside ? read<float>(matrix + index) : 0.0f);
+      const bool inside = row < p.heads && column < p.heads;
+      const float weight = !inside ? 0.0f : which == kMix ? p.fold.weight(column, row) : p.fold.weight(row, column);
+      Operand<T>::set(matrix_rows(p, Matrix(which)).at(row, column), weight);
     }
     for (int i = thread(); i < 16 / int(sizeof(T)); i += threads()) Operand<T>::set(zeros(p) + i, 0.0f);
     for (int head = thread(); head < kPadded; head += threads()) {
-      const bool inside = head < p.heads;
-      float shift = 0, centred = 0;
-      if (inside && p.weight) {
-        for (int from = 0; from < p.heads; from++) centred += read<float>(p.weight + from * p.heads + head);
-        shift = read<float>(p.shift + head) + centred * p.centre;
-      }
-      set_vector(p, kShift, head, shift);
-      set_vector(p, kGamma, head, inside && p.gamma ? read<float>(p.gamma + head) : 0.0f);
-      set_vector(p, kBeta, head, inside && p.beta ? read<float>(p.beta + head) : 0.0f);
-      set_vector(p, kConstant, head, inside && p.constant ? read<float>(p.constant + head) : 0.0f);
+      const bool inside = head < p.heads, gamma = inside && p.fold.has_gamma();
+      float column_sum = 0;
+      for (int from = 0; inside && from < p.heads; from++) column_sum += p.fold.weight(from, head);
+      set_vector(p, kShift, head, inside ? p.fold.shift(head, column_sum) : 0.0f);
+      set_vector(p, kGamma, head, gamma ? p.fold.gamma(head) : 0.0f);
+      set_vector(p, kBeta, head, gamma ? p.fold.beta(head) : 0.0f);
+      set_vector(p, kCommon, head, gamma ? p.fold.common(head) : 0.0f);
+      set_vector(p, kAlong, head, gamma ? p.fold.along(head) : 0.0f);
     }
   }
 
-  REATTN_DEVICE Mixing(const Params& p, const Place& place) : p_(p), warp_(place.warp) {}
+  REATTN_DEVICE Mixing(const Params& p, const Place& place)
+      : p_(p), warp_(place.warp), first_row_(place.first_row), over_heads_(p.fold.p.norm == Norm::kLayer), has_gamma_(p.fold.has_gamma()) {}
 
-  // Maps become mixed and normalised maps, in place.
-  REATTN_DEVICE void forward() {
+  // Maps become mixed and normalised maps, in place. kSum: adds to the moments of the mixed ones; maps from outside the
+  // sequences are zero then, and so are these.
+  template <bool kSum>
+  REATTN_DEVICE void forward(Moments& moments) {
     read_parameters();
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group);
       Tile mixed;
       float inverse_rms[4];
       mix(mixed, inverse_rms, maps);
+      if constexpr (kSum) {
+        add_positions(moments.sum, [&](int g, int right, int i) { return mixed[g][right][i]; });
+        add_positions(moments.squares,
+                      [&](int g, int right, int i) { return mixed[g][right][i] * mixed[g][right][i]; });
+      }
       scale_and_shift(mixed);
       sync_warp();
       set(maps, mixed);
@@ -109,13 +118,13 @@ class Mixing {
   // Gradients of the normalised maps become those of the softmax maps after dropout, in place. kMixed: writes the
   // normalised maps as well. kSum: adds to the sums.
   template <bool kMixed, bool kSum>
-  REATTN_DEVICE void backward(Sums& sums) {
+  REATTN_DEVICE void backward(Sums& sums, int first_streamed) {
     read_parameters();
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
       Tile grad;
       get(grads, grad);
-      if (p_.gamma) {
+      if (has_gamma_) {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
@@ -124,6 +133,7 @@ class Mixing {
           add_positions(sums.beta, [&](int g, int right, int i) { return grad[g][right][i]; });
         }
         undo_norm(grad, unit, inverse_rms);
+        if constexpr (kSum) zero_outside(grad, row, first_streamed + group);
         set(grads, grad);
         sync_warp();
         if constexpr (kMixed) {
@@ -142,27 +152,31 @@ class Mixing {
       }
       Tile result = {};
       multiply(result, kUnmix, grads);
-      if (p_.coupled) {
-        // The coupling came divided by seqlen_k: as it is, it may not fit float16.
-        Tile coupled = {};
-        multiply(coupled, kCoupled, maps);
-        for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-          result[tile][right][i] += coupled[tile][right][i] * p_.key.rows;
-          // What is constant along a row vanishes in the softmax, unless some of it is dropped.
-          if (p_.seed) result[tile][right][i] += vector(kConstant, head);
-        });
-      }
       sync_warp();
       set(grads, result);
     });
   }
 
-  // Adds the products of the maps of every two heads.
-  REATTN_DEVICE void add_map_products(Sums& sums) const {
-    for_each_position([&](int row, int group) {
-      const Rows<T> maps = heads_at(p_.plan.maps, row, group);
-      add_products(sums, maps, maps);
-    });
+  // Adds up the moments of all warps, in order, and writes them for this block; all threads have to come here.
+  REATTN_DEVICE void store_moments(const Moments& moments) const {
+    const Shared<float> total = as<float>(at(p_.plan.sums));
+    const Shared<float> own = total + warp_ * 2 * kPadded;
+#pragma unroll
+    for (int i = 0; i < kLaneHeads; i++) {
+      const float both[2] = {quad_sum(moments.sum[i]), quad_sum(moments.squares[i])};
+      if (lane() % 4 == 0)
+#pragma unroll
+        for (int which = 0; which < 2; which++) store(own + (which * kPadded + 8 * i + lane() / 4), both[which]);
+    }
+    sync_block();
+    if (block_y() > 0) return;  // blocks for other columns of an output have the same
+    for (int i = thread(); i < 2 * p_.heads; i += threads()) {
+      const int which = i / p_.heads, head = i % p_.heads;
+      float sum = 0;
+      for (int warp = 0; warp < p_.plan.warps; warp++)
+        sum += load<float>(total + ((warp * 2 + which) * kPadded + head));
+      write(p_.vectors + (i * p_.blocks + block_x()), sum);
+    }
   }
 
   // Adds up the sums of all warps, in order, and writes them for this block; all threads have to come here.
@@ -202,9 +216,8 @@ class Mixing {
   REATTN_DEVICE void read_parameters() {
 #pragma unroll
     for (int i = 0; i < kHeldHeads; i++) {
-      vectors_[i][kShift] = vector(kShift, i);
-      vectors_[i][kGamma] = vector(kGamma, i);
-      vectors_[i][kBeta] = vector(kBeta, i);
+#pragma unroll
+      for (int which = 0; which < kVectors; which++) vectors_[i][which] = vector(which, i);
     }
     if constexpr (kHeld && Operand<T>::kHeld)
 #pragma unroll
@@ -300,14 +313,14 @@ class Mixing {
           [&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
       multiply(mixed, kMix, maps);
     }
-    if (!p_.gamma) return;
+    if (!over_heads_) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
-    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum * p_.inverse_heads + p_.eps); });
+    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum / float(p_.heads) + p_.fold.p.eps); });
     for_each_element<kPadded>(
         [&](int tile, int right, int i, int) { mixed[tile][right][i] *= inverse_rms[2 * right + i % 2]; });
   }
   REATTN_DEVICE void scale_and_shift(Tile& unit) const {
-    if (!p_.gamma) return;
+    if (!has_gamma_) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       unit[tile][right][i] = fmaf(unit[tile][right][i], parameter(kGamma, head), parameter(kBeta, head));
     });
@@ -315,21 +328,37 @@ class Mixing {
 
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
+    if (!over_heads_) {
+      for_each_element<kPadded>([&](int tile, int right, int i, int head) {
+        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head),
+                                    -fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)));
+      });
+      return;
+    }
     float means[4];
     for_each_element<kPadded>(
         [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
     // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
+    over_heads(means, [&](float sum) { return sum / float(p_.heads); });
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       const bool inside = 8 * head + lane() / 4 < p_.heads;
       grad[tile][right][i] = inside ? grad[tile][right][i] - means[2 * right + i % 2] : 0.0f;
     });
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i] * unit[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
+    over_heads(means, [&](float sum) { return sum / float(p_.heads); });
     for_each_element<kPadded>([&](int tile, int right, int i, int) {
       const int position = 2 * right + i % 2;
       grad[tile][right][i] = inverse_rms[position] * (grad[tile][right][i] - unit[tile][right][i] * means[position]);
+    });
+  }
+
+  // Batch statistics give positions outside the sequences a gradient, which must not be summed.
+  REATTN_DEVICE void zero_outside(Tile& grad, int row, int first_key) const {
+    if (over_heads_ || (first_row_ + row < p_.query.rows && first_key + 16 <= p_.key.rows)) return;
+    for_each_element<kPadded>([&](int tile, int right, int i, int) {
+      const int key = first_key + 8 * right + lane() % 4 * 2 + i % 2;
+      if (first_row_ + row >= p_.query.rows || key >= p_.key.rows) grad[tile][right][i] = 0;
     });
   }
 
@@ -373,8 +402,9 @@ class Mixing {
   }
 
   const Params& p_;
-  int warp_;
-  float vectors_[kHeldHeads + !kHeld][kVectors - 1];
+  int warp_, first_row_;
+  bool over_heads_, has_gamma_;
+  float vectors_[kHeldHeads + !kHeld][kVectors];
   A held_[kHeldMatrices + !kHeldMatrices];
 };
 

@@ -86,6 +86,7 @@ struct Operand {
   }
   static REATTN_DEVICE void set(Shared<T> place, float value) { store(place, uint16_t(pack<T>(value, 0))); }
   static REATTN_DEVICE float get(const T* place) { return unpack<T>(read<uint16_t>(place)).x; }
+  static REATTN_DEVICE float2 get_pair(const T* place) { return unpack<T>(read<uint32_t>(place)); }
   static REATTN_DEVICE void put(T* place, float value) { write(place, uint16_t(pack<T>(value, 0))); }
   static REATTN_DEVICE void put_pair(T* place, float first, float second) { write(place, pack<T>(first, second)); }
 };
@@ -144,6 +145,7 @@ struct Operand<float> {
   }
   static REATTN_DEVICE void set(Shared<float> place, float value) { store(place, value); }
   static REATTN_DEVICE float get(const float* place) { return read<float>(place); }
+  static REATTN_DEVICE float2 get_pair(const float* place) { return read<float2>(place); }
   static REATTN_DEVICE void put(float* place, float value) { write(place, value); }
   static REATTN_DEVICE void put_pair(float* place, float first, float second) { write(place, float2{first, second}); }
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../fold.h"
+
 namespace reattn {
 
 // (batch, heads, rows, head_dim), the last contiguous; strides in elements.
@@ -33,17 +35,24 @@ struct Plan {
 
 struct Params {
   Tensor query, key, value, out, grad, grad_query, grad_key, grad_value;
-  // (heads, heads) and (heads,); absent where null
-  const float *weight, *shift, *gamma, *beta, *coupled, *constant;
+  Fold fold;
   const int64_t* seed;
-  float *lse, *delta;         // (batch, heads, seqlen)
-  float *vectors, *products;  // partial sums of a block: (blocks, 3, padded heads), (blocks, padded, padded)
-  float scale, scale_log2, eps, keep_scale;
+  float *lse, *delta;  // (batch, heads, seqlen)
+  float* value_sum;    // (batch, heads, head_dim)
+  // Partial sums of blocks. Forward, and before the backward pass: (2 heads, blocks) in vectors; backward: (blocks, 3,
+  // padded heads) and, in products, (blocks, padded heads, padded heads).
+  float *vectors, *products;
+  int64_t blocks;  // that left them
+  float *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
+  float scale, scale_log2, keep_scale;
   float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
   uint32_t drop_below;
-  bool lse_known;
+  bool synchronised;         // statistics are summed over ranks between the kernels
+  double positions;          // queries times keys, of the batch
+  double* final_statistics;  // where finish writes them
+  int64_t rescaling_blocks;  // of finish, but for the one that writes the statistics
+  int splits;  // blocks that share the rows of a sample and head, where sums are taken or outputs rescaled
   int heads, head_dim;
-  float inverse_heads;
   int depth;  // columns that may be read: head_dim, or more with zeros; a multiple of 16 bytes
   Plan plan;
 };
@@ -51,9 +60,9 @@ struct Params {
 constexpr int kMaxThreads = 384;  // which leaves a thread 168 registers
 constexpr int kPieceBytes = 128;  // of a row, in a stage
 constexpr int kChunk = 64;        // streamed rows whose scores a warp holds at once
-constexpr int kSlice = 256;       // rows that a block of grad_dot_out sums
-constexpr int kMatrices = 3;      // heads x heads, in shared memory
-constexpr int kVectors = 4;
+constexpr int kSumThreads = 256;  // of a block that sums what others left
+constexpr int kMatrices = 2;      // heads x heads, in shared memory
+constexpr int kVectors = 5;
 
 template <class T>
 constexpr int kPieceDims = kPieceBytes / int(sizeof(T));

@@ -39,7 +39,8 @@ Plan lay_out(Kernel kernel, const Size& size, int own, int tile, int stages, boo
   plan.matrices = take(kMatrices * padded * (padded * size.element_bytes + 16) + 16);
   plan.vectors = take(kVectors * padded * 4);
   if (!backward && plan.resident) plan.maxima = take(plan.warps * own * ((tile + kChunk - 1) / kChunk) * 4);
-  if (kernel == Kernel::kStatistics || kernel == Kernel::kBackwardQuery) plan.sums = take((3 + padded) * padded * 4);
+  if (kernel == Kernel::kBackwardQuery) plan.sums = take((3 + padded) * padded * 4);
+  if (!backward && size.statistics) plan.sums = take(plan.warps * 2 * padded * 4);
   plan.bytes = next;
   return plan;
 }
@@ -50,9 +51,8 @@ Plan make_plan(Kernel kernel, const Size& size, int shared_bytes, int multiproce
   const bool query = kernel != Kernel::kBackwardKey;
   const int streamed = round_up(std::max(query ? size.seqlen_k : size.seqlen, 1), 16);
   // Keys and values are read once for every block: taller ones read less, as long as they still occupy the card.
-  const bool tall = (kernel == Kernel::kStatistics || kernel == Kernel::kForward) && size.element_bytes == 2 &&
-                    padded_heads(size.heads) == 16 && size.depth <= 64 &&
-                    int64_t(size.batch) * ((size.seqlen + 31) / 32) >= multiprocessors;
+  const bool tall = kernel == Kernel::kForward && size.element_bytes == 2 && padded_heads(size.heads) == 16 &&
+                    size.depth <= 64 && int64_t(size.batch) * ((size.seqlen + 31) / 32) >= multiprocessors;
   const auto fits = [&](const Plan& plan) { return plan.bytes <= shared_bytes; };
   // Rows that could not possibly fit would not fit into 32 bits either.
   if (query && streamed <= shared_bytes / size.element_bytes)

@@ -5,12 +5,13 @@
 
 namespace reattn {
 
-enum class Kernel { kStatistics, kForward, kBackwardQuery, kBackwardKey };
+enum class Kernel { kForward, kBackwardQuery, kBackwardKey };
 
 struct Size {
   int element_bytes, heads, depth;
   int batch, seqlen, seqlen_k;
   bool dropout;
+  bool statistics;  // forward: of the batch
 };
 
 // The plan that reads least through the L2 cache among those that fit into shared_bytes; bytes is 0 if none does.

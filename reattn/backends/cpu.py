@@ -1,19 +1,19 @@
-"""The native CPU backend: hands canonical tensors to the extension of csrc/cpu, as addresses and strides."""
+"""The native CPU backend: hands a call to the extension of csrc/cpu, tensors as addresses and strides."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reattn.backends.tensors import address, empty_heads_last
-
-if TYPE_CHECKING:
-    from reattn.backends import Request
+from reattn.backends import common
+from reattn.backends.common import address, as_float32
+from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.problem import Problem
 
 try:
     import reattn._cpu as _cpu
@@ -24,15 +24,11 @@ try:
 except ImportError as error:
     _import_error = str(error)
 
-# In the extension's order.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cpu"
-MAX_HEADS = 32
-MAX_HEAD_DIM = 128
 
 
-def not_supported(request: Request) -> list[str]:
-    """Every reason why the extension cannot serve the request; empty when it can."""
+def unavailable(device: torch.device) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
     reasons = []
     if _import_error:
         reasons.append(f"the CPU extension was not built or cannot be imported ({_import_error})")
@@ -41,17 +37,14 @@ def not_supported(request: Request) -> list[str]:
             instruction_set()
         except ValueError as error:
             reasons.append(str(error))
-    if request.device.type != "cpu":
-        reasons.append(f"needs a CPU tensor, got {request.device.type}")
-    if request.dtype is not None and request.dtype not in DTYPES:
-        reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
-    if request.heads is not None and request.heads > MAX_HEADS:
-        reasons.append(f"takes at most {MAX_HEADS} heads, got {request.heads}")
-    if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {request.head_dim}")
-    if request.masked:
-        reasons.append("does not take attn_mask or is_causal")
+    if device.type != "cpu":
+        reasons.append(f"needs a CPU tensor, got {device.type}")
     return reasons
+
+
+def not_supported(problem: Problem) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
 def instruction_set() -> str:
@@ -88,137 +81,95 @@ def _use_torch_threads() -> bool:
     return any(_cpu.use_openmp_of(str(library)) for library in libraries)
 
 
-def statistics(
-    query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    heads = query.shape[1]
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    sums = query.new_zeros(heads, dtype=torch.float64)
-    products = query.new_zeros(heads, heads, dtype=torch.float64)
-    if query.numel():
-        _cpu.statistics(
-            *_call(query, key),
-            _argument(query),
-            _argument(key),
-            address(seed),
-            scale,
-            dropout_p,
-            address(lse),
-            address(sums),
-            address(products),
-        )
-    return sums, products, lse
+def forward(problem: Problem, inputs: Inputs) -> Outputs:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    outputs = common.empty_outputs(problem, inputs.query)
+    call, kept, running = _call(problem, inputs, outputs, update=not problem.synchronised)
+    call.query, call.key, call.value = map(_argument, inputs[:3])
+    _cpu.forward(call)
+    common.store_running(inputs, running)
+    return outputs
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    lse: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    out = empty_heads_last(query)
-    known = lse is not None
-    lse = (
-        query.new_empty(query.shape[:3], dtype=torch.float32)
-        if lse is None
-        else lse.clone(memory_format=torch.contiguous_format)
-    )
-    parameters = [None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta)]
-    if query.numel():
-        _cpu.forward(
-            *_call(query, key),
-            *map(_argument, (query, key, value, out)),
-            [address(tensor) for tensor in parameters],
-            address(seed),
-            scale,
-            eps,
-            dropout_p,
-            address(lse),
-            known,
-        )
-    return out, lse
+def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    outputs = unfinished._replace(statistics=unfinished.statistics.clone())
+    call, kept, running = _call(problem, inputs, outputs, update=True)
+    _cpu.finish(call)
+    common.store_running(inputs, running)
+    return outputs.statistics
+
+
+def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    sums = grad.new_empty(2, grad.shape[1], dtype=torch.float64)
+    call = _sized_call(problem, grad, 1)
+    call.grad, call.out, call.value_sum = _argument(grad), _argument(outputs.out), address(outputs.value_sum)
+    call.grad_sums = address(sums)
+    _cpu.grad_sums(call)
+    return sums
 
 
 def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    coupled: Tensor | None,
-    constant: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    heads = query.shape[1]
-    if coupled is not None and constant is not None:
-        # The kernels add E P + constant.
-        constant = constant - coupled.sum(1) / key.shape[2]
-    grads = [empty_heads_last(tensor) for tensor in (query, key, value)]
-    sums = query.new_zeros(heads + 3, heads, dtype=torch.float64)
-    parameters = [
-        None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta, coupled, constant)
-    ]
-    lse = lse.contiguous()
-    if query.numel():
-        grad_weight, *grad_vectors = sums[:heads], *sums[heads:]
-        _cpu.backward(
-            *_call(query, key),
-            *map(_argument, (grad, query, key, value)),
-            [_argument(tensor) for tensor in grads],
-            [address(tensor) for tensor in parameters],
-            address(seed),
-            scale,
-            eps,
-            dropout_p,
-            address(lse),
-            [address(tensor) for tensor in (grad_weight, *grad_vectors)],
-        )
-    else:
-        for tensor in grads:
-            tensor.zero_()
-    # Copies: of one tensor, an op may not return several views.
-    grad_weight, (grad_shift, grad_gamma, grad_beta) = sums[:heads].float(), sums[heads:].float().unbind()
-    if gamma is None:
-        grad_gamma, grad_beta = shift.new_empty(0), shift.new_empty(0)
-    grad_query, grad_key, grad_value = grads
-    return grad_query, grad_key, grad_value, grad_weight, grad_shift.clone(), grad_gamma.clone(), grad_beta.clone()
+    problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
+) -> Gradients:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    gradients = common.empty_gradients(inputs)
+    if not inputs.query.numel():
+        return common.as_inputs(common.zeroed(gradients), inputs)
+    outputs = outputs._replace(lse=outputs.lse.contiguous())
+    call, kept, _ = _call(problem, inputs, outputs, update=False)
+    call.query, call.key, call.value, call.grad = *map(_argument, inputs[:3]), _argument(grad)
+    call.grad_sums = address(sums)
+    call.grad_query, call.grad_key, call.grad_value = map(_argument, gradients[:3])
+    call.grad_theta = address(gradients.theta)
+    for name in ("bias", "norm_weight", "norm_bias"):
+        if getattr(inputs, name) is not None:
+            setattr(call, f"grad_{name}", address(getattr(gradients, name)))
+    _cpu.backward(call)
+    return common.as_inputs(gradients, inputs)
 
 
-def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
-    """See :class:`reattn.backends.FusedBackend`."""
-    sums = out.new_zeros(out.shape[1], dtype=torch.float64)
-    if out.numel():
-        _cpu.grad_dot_out(*_call(out, out), _argument(grad), _argument(out), address(sums))
-    return sums.float()
-
-
-def _call(query: Tensor, key: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Instruction set, threads and sizes."""
+def _sized_call(problem: Problem, query: Tensor, seqlen_k: int) -> Any:
+    """A call with nothing but instruction set, threads and sizes."""
     _use_torch_threads()
     batch, heads, seqlen, head_dim = query.shape
-    return (
+    return _cpu.Call(
         _choose_isa(),
         torch.get_num_threads(),
-        (DTYPES.index(query.dtype), batch, heads, seqlen, key.shape[2], head_dim),
+        common.DTYPES.index(query.dtype),
+        common.NORMS.index(problem.norm),
+        (batch, heads, seqlen, seqlen_k, head_dim),
     )
+
+
+def _call(
+    problem: Problem, inputs: Inputs, outputs: Outputs, update: bool
+) -> tuple[Any, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """A call with what both directions need; what has to live until it is over; the running statistics that it reads or,
+    with ``update``, changes."""
+    call = _sized_call(problem, inputs.query, inputs.key.shape[2])
+    call.scale, call.eps, call.output_scale = problem.scale, problem.eps, problem.output_scale
+    kept = [as_float32(tensor) for tensor in inputs[3:7]]
+    call.theta, call.bias, call.norm_weight, call.norm_bias = map(address, kept)
+    if inputs.seed is not None:
+        call.dropout_p, call.seed = problem.dropout_p, inputs.seed.data_ptr()
+    call.lse = outputs.lse.data_ptr()
+    if outputs.out.ndim == 4:
+        call.out = _argument(outputs.out)
+    running: tuple[Tensor | None, ...] = ()
+    if problem.norm == "batch":
+        call.training, call.synchronised = problem.training, problem.synchronised
+        if problem.training:
+            call.statistics, call.value_sum = outputs.statistics.data_ptr(), outputs.value_sum.data_ptr()
+            call.unit_scale = common.unit_scale(problem, inputs.key)
+        if update or not problem.training:
+            running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
+            call.running_mean, call.running_var = map(address, running)
+        if update and problem.training:
+            call.momentum = -1.0 if problem.momentum is None else problem.momentum
+            call.num_batches_tracked = address(inputs.num_batches_tracked)
+    return call, (*kept, *running), running
 
 
 def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -1,17 +1,17 @@
-"""The CUDA C++ backend: hands canonical tensors to the extension of csrc/cuda, as addresses and strides."""
+"""The CUDA C++ backend: hands a call to the extension of csrc/cuda, tensors as addresses and strides."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reattn.backends.tensors import address, empty_heads_last
-
-if TYPE_CHECKING:
-    from reattn.backends import Request
+from reattn.backends import common
+from reattn.backends.common import as_float32
+from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.problem import Problem
 
 try:
     import reattn._cuda as _cuda
@@ -23,37 +23,25 @@ except ImportError as error:
     EMULATED = False
     _import_error = str(error)
 
-# In the extension's order.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cuda"
-MAX_HEADS = 32
-MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (7, 5)
 
 
-def not_supported(request: Request) -> list[str]:
-    """Every reason why the kernels cannot serve the request; empty when they can."""
-    reasons = []
-    emulated = EMULATED and request.device.type == "cpu"
-    on_device = request.device.type == "cuda"
+def unavailable(device: torch.device) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
     if _import_error:
-        reasons.append(f"the CUDA extension was not built or cannot be imported ({_import_error})")
-    elif on_device or (request.dtype is None and not emulated):
-        # A call on other tensors leaves the driver alone.
-        reasons += _card_faults(_index(request.device) if on_device else 0)
-    if not (on_device or emulated):
-        reasons.append(f"needs a CUDA tensor, got {request.device.type}")
-    if request.dtype is not None and request.dtype not in DTYPES:
-        reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
-    if request.heads is not None and request.heads > MAX_HEADS:
-        reasons.append(f"takes at most {MAX_HEADS} heads, got {request.heads}")
-    if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {request.head_dim}")
-    if request.masked:
-        reasons.append("does not take attn_mask or is_causal")
-    if not reasons and request.dtype is not None and request.heads is not None and request.head_dim is not None:
-        reasons += _too_large(_index(request.device), request.dtype.itemsize, request.heads, request.head_dim)
-    return reasons
+        return [f"the CUDA extension was not built or cannot be imported ({_import_error})"]
+    if device.type == "cuda":
+        return _card_faults(_index(device))
+    if EMULATED and device.type == "cpu":
+        return []
+    return [f"needs a CUDA tensor, got {device.type}"]
+
+
+def not_supported(problem: Problem) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
+    reasons = unavailable(problem.device) + common.beyond_limits(problem)
+    return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
 def _index(device: torch.device) -> int:
@@ -112,158 +100,109 @@ def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[st
 
 @functools.lru_cache(4096)
 def _all_fit(itemsize: int, heads: int, depth: int, shared_bytes: int, multiprocessors: int) -> bool:
-    sizes = (itemsize, heads, depth, 1, 1 << 20, 1 << 20, True)
+    sizes = (itemsize, heads, depth, 1, 1 << 20, 1 << 20)
     kernels = _cuda.Kernel.__members__.values()
-    return all(_cuda.make_plan(kernel, *sizes, shared_bytes, multiprocessors).bytes for kernel in kernels)
+    return all(_cuda.make_plan(kernel, sizes, True, True, shared_bytes, multiprocessors).bytes for kernel in kernels)
 
 
-def statistics(
-    query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    heads = query.shape[1]
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if not query.numel():
-        return query.new_zeros(heads, dtype=torch.float64), query.new_zeros(heads, heads, dtype=torch.float64), lse
-    query, scale, _ = _positive_scale(query, scale)
-    query, key = _aligned(query), _aligned(key)
-    call, plan = _call(query, key), _plan("statistics", query, key, dropout_p)
-    vectors, products = _partial_sums(query, plan)
-    centre = _centre(key)
-    _cuda.statistics(
-        plan,
-        call,
-        _argument(query),
-        _argument(key),
-        address(seed),
-        scale,
-        dropout_p,
-        centre,
-        address(lse),
-        address(vectors),
-        address(products),
-    )
-    sums, products = vectors[:, 0, :heads].sum(0, dtype=torch.float64), _summed(products, heads)
-    # The kernel took away the centre.
-    offset, count = centre - 1 / key.shape[2], query.shape[0] * query.shape[2] * key.shape[2]
-    products = products + offset * (sums[:, None] + sums) + count * offset**2
-    return sums + count * offset, products, lse
+def forward(problem: Problem, inputs: Inputs) -> Outputs:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    outputs = common.empty_outputs(problem, inputs.query)
+    finishes = problem.batch_statistics and not problem.synchronised
+    if not inputs.query.numel():
+        outputs.statistics.zero_(), outputs.value_sum.zero_()
+        return outputs._replace(statistics=finish(problem, inputs, outputs)) if finishes else outputs
+    query, scale, _ = _positive_scale(inputs.query, problem.scale)
+    inputs = inputs._replace(query=_aligned(query), key=_aligned(inputs.key), value=_aligned(inputs.value))
+    call, kept = _call(problem, inputs, outputs)
+    call.scale, call.out = scale, _strided(outputs.out)
+    plan = _plan("forward", problem, inputs)
+    if not problem.batch_statistics:
+        _cuda.forward(call, plan)
+        return outputs
+    blocks = inputs.query.shape[0] * plan.blocks
+    vectors = query.new_empty(2 * problem.heads, blocks, dtype=torch.float32)
+    call.vectors = _memory(vectors)
+    _cuda.forward(call, plan)
+    if problem.synchronised:
+        call.statistics = _memory(outputs.statistics)
+        _cuda.add_up(call, False, blocks)
+    else:
+        _finish(problem, call, inputs, outputs, outputs.statistics, blocks)
+    return outputs
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    lse: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    out = empty_heads_last(query)
-    known = lse is not None
-    lse = (
-        query.new_empty(query.shape[:3], dtype=torch.float32)
-        if lse is None
-        else lse.clone(memory_format=torch.contiguous_format)
-    )
-    if query.numel():
-        head_dim = query.shape[3]
-        query, scale, _ = _positive_scale(query, scale)
-        query, key, value = _aligned(query), _aligned(key), _aligned(value)
-        parameters = [None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta)]
-        _cuda.forward(
-            _plan("forward", query, key, dropout_p),
-            _call(query, key, head_dim),
-            *map(_argument, (query, key, value, out)),
-            [*map(address, parameters), 0, 0],
-            address(seed),
-            scale,
-            eps,
-            dropout_p,
-            _centre(key),
-            address(lse),
-            known,
-        )
-    return out, lse
+def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    inputs = inputs._replace(value=_aligned(inputs.value))
+    final = torch.empty_like(unfinished.statistics)
+    call, kept = _call(problem, inputs, unfinished, depth=inputs.value.shape[3])
+    call.out, call.synchronised, call.statistics = _strided(unfinished.out), True, _memory(unfinished.statistics)
+    _finish(problem, call, inputs, unfinished, final, 0)
+    return final
+
+
+def _finish(problem: Problem, call: Any, inputs: Inputs, outputs: Outputs, final: Tensor, blocks: int) -> None:
+    """The output from what the sweep left, and the running statistics; ``blocks`` blocks left sums."""
+    running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
+    call.running_mean, call.running_var = map(_memory, running)
+    call.num_batches_tracked = _memory(inputs.num_batches_tracked)
+    call.momentum = -1.0 if problem.momentum is None else problem.momentum
+    call.final_statistics, call.value_sum = _memory(final), _memory(outputs.value_sum)
+    _cuda.finish(call, blocks, _splits(inputs.query))
+    common.store_running(inputs, running)
+
+
+def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    batch, heads, seqlen, head_dim = grad.shape
+    sums = grad.new_zeros(2, heads, dtype=torch.float64)
+    if not grad.numel():
+        return sums
+    grad, splits = _aligned(grad), _splits(grad)
+    sizes = (batch, heads, seqlen, 1, head_dim, grad.shape[3])
+    call = _sized_call(problem, grad, sizes)
+    vectors = grad.new_empty(2 * heads, batch * splits, dtype=torch.float32)
+    call.grad, call.out, call.value_sum = _strided(grad), _strided(outputs.out), _memory(outputs.value_sum)
+    call.vectors, call.grad_sums = _memory(vectors), _memory(sums)
+    _cuda.grad_sums(call, splits)
+    _cuda.add_up(call, True, batch * splits)
+    return sums
 
 
 def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    coupled: Tensor | None,
-    constant: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    heads, head_dim, seqlen_k = query.shape[1], query.shape[3], key.shape[2]
-    grad_query, grad_key, grad_value = (empty_heads_last(tensor) for tensor in (query, key, value))
-    if not query.numel():
-        for tensor in (grad_query, grad_key, grad_value):
-            tensor.zero_()
-        # Of the last two, there are as many elements as gamma has.
-        rows = shift if gamma is not None else shift[:0]
-        parameters = (torch.zeros_like(tensor) for tensor in (weight, shift, rows, rows))
-        grad_weight, grad_shift, grad_gamma, grad_beta = parameters
-        return grad_query, grad_key, grad_value, grad_weight, grad_shift, grad_gamma, grad_beta
-    query, scale, sign = _positive_scale(query, scale)
-    grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    centre = _centre(key)
-    if coupled is not None:
-        # The kernels add coupled (P - centre), and take coupled over seqlen_k: as it is, it may not fit float16.
-        if constant is not None:
-            constant = constant + coupled.sum(1) * (centre - 1 / seqlen_k)
-        coupled = coupled / seqlen_k
-    mixing = [
-        None if tensor is None else tensor.contiguous() for tensor in (weight, shift, gamma, beta, coupled, constant)
-    ]
-    inputs = [_argument(tensor) for tensor in (grad, query, key, value)]
-    rest = (
-        list(map(address, mixing)),
-        *(address(seed), scale, eps, dropout_p, centre),
-        *(address(lse), address(delta)),
-    )
-    call = _call(query, key, head_dim)
-    plan = _plan("backward_query", query, key, dropout_p)
-    vectors, products = _partial_sums(query, plan)
-    _cuda.backward_query(plan, call, inputs, *rest, _argument(grad_query), address(vectors), address(products))
-    plan = _plan("backward_key", query, key, dropout_p)
-    _cuda.backward_key(plan, call, inputs, *rest, _argument(grad_key), _argument(grad_value))
-    grad_shift, grad_gamma, grad_beta = vectors.sum(0, dtype=torch.float64)[:, :heads].unbind()
-    # The kernel sums products of the centred maps.
-    grad_weight = (_summed(products, heads) + grad_shift * centre).float()
-    if gamma is None:
-        grad_gamma, grad_beta = shift.new_empty(0), shift.new_empty(0)
+    problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
+) -> Gradients:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    given, gradients = inputs, common.empty_gradients(inputs)
+    if not inputs.query.numel():
+        return common.as_inputs(common.zeroed(gradients), given)
+    if problem.batch_statistics and sums is None:
+        sums = grad_sums(problem, grad, outputs)
+    query, scale, sign = _positive_scale(inputs.query, problem.scale)
+    inputs = inputs._replace(query=_aligned(query), key=_aligned(inputs.key), value=_aligned(inputs.value))
+    grad, lse = _aligned(grad), outputs.lse.contiguous()
+    delta = torch.empty_like(lse)
+    call, kept = _call(problem, inputs, outputs._replace(lse=lse))
+    call.scale, call.grad, call.delta = scale, _strided(grad), _memory(delta)
+    if problem.batch_statistics:
+        call.statistics, call.grad_sums = _memory(outputs.statistics), _memory(sums)
+    call.grad_query, call.grad_key, call.grad_value = map(_strided, gradients[:3])
+    call.grad_theta = _memory(gradients.theta)
+    for name in ("bias", "norm_weight", "norm_bias"):
+        if getattr(inputs, name) is not None:
+            setattr(call, f"grad_{name}", _memory(getattr(gradients, name)))
+    plan = _plan("backward_query", problem, inputs)
+    blocks, padded = query.shape[0] * plan.blocks, _cuda.padded_heads(problem.heads)
+    vectors = query.new_empty(blocks, 3, padded, dtype=torch.float32)
+    products = query.new_empty(blocks, padded, padded, dtype=torch.float32)
+    call.vectors, call.products = _memory(vectors), _memory(products)
+    _cuda.backward_query(call, plan)
+    _cuda.backward_key(call, _plan("backward_key", problem, inputs))
+    _cuda.unfold(call, blocks)
     if sign != 1:
-        grad_query = grad_query * sign
-    return grad_query, grad_key, grad_value, grad_weight, grad_shift.float(), grad_gamma.float(), grad_beta.float()
-
-
-def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
-    """See :class:`reattn.backends.FusedBackend`."""
-    batch, heads, seqlen, head_dim = out.shape
-    if not out.numel():
-        return out.new_zeros(heads, dtype=torch.float32)
-    grad, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad, out))
-    partial = out.new_empty(batch * -(-seqlen // _cuda.SLICE), heads, dtype=torch.float32)
-    _cuda.grad_dot_out(_call(out, out, head_dim), _argument(grad), _argument(out), address(partial))
-    return partial.sum(0, dtype=torch.float64).float()
+        gradients.query.mul_(sign)
+    return common.as_inputs(gradients, given)
 
 
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -311,37 +250,61 @@ def _aligned(tensor: Tensor) -> Tensor:
     return padded
 
 
-def _plan(kernel: str, query: Tensor, key: Tensor, dropout_p: float) -> Any:
-    batch, heads, seqlen, depth = query.shape
-    sizes = (query.element_size(), heads, depth, batch, seqlen, key.shape[2], dropout_p > 0)
-    return _make_plan(kernel, sizes, *_describe(_index(query.device)))
+def _plan(kernel: str, problem: Problem, inputs: Inputs) -> Any:
+    batch, heads, seqlen, depth = inputs.query.shape
+    sizes = (inputs.query.element_size(), heads, depth, batch, seqlen, inputs.key.shape[2])
+    flags = (problem.dropout_p > 0, problem.batch_statistics)
+    return _make_plan(kernel, sizes, flags, *_describe(_index(inputs.query.device)))
 
 
 @functools.lru_cache(4096)
-def _make_plan(kernel: str, sizes: tuple[Any, ...], shared_bytes: int, multiprocessors: int) -> Any:
-    return _cuda.make_plan(getattr(_cuda.Kernel, kernel), *sizes, shared_bytes, multiprocessors)
+def _make_plan(
+    kernel: str, sizes: tuple[int, ...], flags: tuple[bool, bool], shared_bytes: int, multiprocessors: int
+) -> Any:
+    return _cuda.make_plan(getattr(_cuda.Kernel, kernel), sizes, *flags, shared_bytes, multiprocessors)
 
 
-def _call(query: Tensor, key: Tensor, head_dim: int | None = None) -> Any:
-    """Device, stream, dtype and sizes; query's own columns are those that may be read."""
-    batch, heads, seqlen, depth = query.shape
-    sizes = (batch, heads, seqlen, key.shape[2], head_dim or depth, depth)
+def _splits(query: Tensor) -> int:
+    """Blocks that share the rows of a sample and head, so that all multiprocessors have some."""
+    batch, heads, seqlen, _ = query.shape
+    wanted = 4 * _describe(_index(query.device))[1]
+    return max(1, min(-(-wanted // max(batch * heads, 1)), -(-seqlen // 64)))
+
+
+def _sized_call(problem: Problem, query: Tensor, sizes: tuple[int, ...]) -> Any:
+    """A call with nothing but device, stream, dtype, norm and sizes."""
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    return _cuda.Call(_index(query.device), stream, DTYPES.index(query.dtype), sizes)
+    dtype, norm = common.DTYPES.index(query.dtype), common.NORMS.index(problem.norm)
+    return _cuda.Call(_index(query.device), stream, dtype, norm, sizes)
 
 
-def _partial_sums(query: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
-    """Of each block: vectors (3, padded heads) and products (padded heads, padded heads)."""
-    blocks, padded = query.shape[0] * plan.blocks, _cuda.padded_heads(query.shape[1])
-    return (
-        query.new_empty(blocks, 3, padded, dtype=torch.float32),
-        query.new_empty(blocks, padded, padded, dtype=torch.float32),
-    )
+def _call(
+    problem: Problem, inputs: Inputs, outputs: Outputs, depth: int | None = None
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """A call with what both directions need, and what has to live until it is launched."""
+    batch, heads, seqlen, _ = inputs.query.shape
+    sizes = (batch, heads, seqlen, inputs.key.shape[2], problem.head_dim, depth or inputs.query.shape[3])
+    call = _sized_call(problem, inputs.query, sizes)
+    call.query, call.key, call.value = map(_strided, inputs[:3])
+    call.eps, call.output_scale, call.centre = problem.eps, problem.output_scale, _centre(inputs.key)
+    kept = [as_float32(tensor) for tensor in inputs[3:7]]
+    call.theta, call.bias, call.norm_weight, call.norm_bias = map(_memory, kept)
+    call.lse = _memory(outputs.lse)
+    if inputs.seed is not None:
+        call.dropout_p, call.seed = problem.dropout_p, _memory(inputs.seed)
+    if problem.batch_statistics:
+        call.training, call.unit_scale = True, common.unit_scale(problem, inputs.key)
+    elif problem.norm == "batch":
+        running = [as_float32(inputs.running_mean), as_float32(inputs.running_var)]
+        call.running_mean, call.running_var = map(_memory, running)
+        kept += running
+    return call, tuple(kept)
 
 
-def _summed(products: Tensor, heads: int) -> Tensor:
-    return products.sum(0, dtype=torch.float64)[:heads, :heads].contiguous()
-
-
-def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()[:3]
+
+
+def _memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and elements of a contiguous tensor; 0 for none."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-if TYPE_CHECKING:
-    from reattn.backends import Request
+from reattn.problem import Problem
+
+DEVICE = "any"
 
 
-def not_supported(request: Request) -> list[str]:
+def unavailable(device: torch.device) -> list[str]:
+    """No reason, ever."""
+    return []
+
+
+def not_supported(problem: Problem) -> list[str]:
     """No reason, ever."""
     return []

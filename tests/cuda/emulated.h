@@ -608,7 +608,7 @@ inline constexpr Operation kMultiplyAdd{"multiply_add", multiply_add_all<T>};
 inline int thread() { return emulated::machine->current->index; }
 inline int threads() { return emulated::machine->threads; }
 inline int lane() { return thread() % kWarp; }
-inline int warp() { return thread() / kWarp; }
+
 inline int warps() { return threads() / kWarp; }
 inline int block_x() { return emulated::machine->block_x; }
 inline int block_y() { return emulated::machine->block_y; }
@@ -681,6 +681,8 @@ inline float shuffle(float value, int from_lane) {
   emulated::machine->together(emulated::kShuffle, {&result, &value, nullptr, from_lane});
   return result;
 }
+// A shuffle on the device too: all lanes have to come here.
+inline int warp() { return int(shuffle(float(thread() / kWarp), 0)); }
 
 inline float rounded_product(float a, float b) { return a * b; }
 inline float fast_exp2(float x) {

@@ -1,0 +1,104 @@
+// The only place where a product of query and key becomes a probability: scale, maximum, exponential, dropout.
+#pragma once
+
+#include "rows.h"
+
+namespace reattn {
+namespace REATTN_ISA {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// The largest of scores, or with kLargest false the smallest, to which padding does not count.
+template <bool kLargest>
+inline float extreme(const float* scores, Span span) {
+  const Vec none = broadcast(kLargest ? -kInfinity : kInfinity);
+  const auto pick = [](Vec a, Vec b) { return kLargest ? (a > b ? a : b) : (a < b ? a : b); };
+  Vec even = none, odd = none;
+  int64_t i = 0;
+  for (; i + 1 < span.vecs - 1; i += 2) {
+    even = pick(load(scores + i * kLanes), even);
+    odd = pick(load(scores + (i + 1) * kLanes), odd);
+  }
+  if (i < span.vecs - 1) even = pick(load(scores + i * kLanes), even);
+  const Vec last = load(scores + (span.vecs - 1) * kLanes);
+  const Vec all = pick(pick(span.tail ? last : none, even), odd);
+  float result = all[0];
+  for (int lane = 1; lane < kLanes; lane++)
+    result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
+  return result;
+}
+
+// What becomes of a row of products of one query with some keys. Exponents are to base 2.
+class Scores {
+ public:
+  explicit Scores(const Problem& p) : scale_(p.scale * kLog2e) {}
+
+  // The largest exponent of the row.
+  float largest(const float* products, Span span) const {
+    return scale_ >= 0 ? extreme<true>(products, span) * scale_ : extreme<false>(products, span) * scale_;
+  }
+
+  // probs = 2^(products * scale - shift), zero in the padding. The product is rounded before shift is taken away, as it
+  // was when shift was made of it: the largest of scores in the millions shall have the exponent zero.
+  void exponentiate(const float* products, float* probs, Span span, float shift) const {
+    const float scale = scale_;
+    const auto at = [=](int64_t i) { return exp2(rounded(load(products + i * kLanes) * scale) - shift); };
+    int64_t i = 0;
+    for (; i + 1 < span.vecs - 1; i += 2) {
+      const Vec a = at(i), b = at(i + 1);
+      store(probs + i * kLanes, a);
+      store(probs + (i + 1) * kLanes, b);
+    }
+    for (; i < span.vecs; i++) {
+      const Vec p = at(i);
+      store(probs + i * kLanes, i < span.vecs - 1 ? p : (span.tail ? p : Vec{}));
+    }
+  }
+
+ private:
+  float scale_;
+};
+
+// Philox4x32-10 (Salmon et al., 2011), a number for each key: which are kept depends on their position alone.
+class Dropout {
+ public:
+  Dropout(const Problem& p) : key_(p.seed ? uint64_t(*p.seed) : 0), threshold_(uint32_t(p.dropout_p * 4294967295.0)) {}
+
+  // kept = probs where they are kept, zero elsewhere, for keys first_key ..., a multiple of 32.
+  void apply(const float* probs, float* kept, int64_t padded, int64_t sample, int64_t head, int64_t row,
+             int64_t first_key) const {
+    for (int64_t j = 0; j < padded; j += 32) {
+      uint32_t words[4][8];
+      for (int lane = 0; lane < 8; lane++) {
+        words[0][lane] = uint32_t((first_key + j) / 4 + lane);
+        words[1][lane] = uint32_t(row);
+        words[2][lane] = uint32_t(head);
+        words[3][lane] = uint32_t(sample);
+      }
+      uint32_t key0 = uint32_t(key_), key1 = uint32_t(key_ >> 32);
+      for (int round = 0; round < 10; round++) {
+        for (int lane = 0; lane < 8; lane++) {
+          const uint64_t a = uint64_t(words[0][lane]) * 0xD2511F53u, b = uint64_t(words[2][lane]) * 0xCD9E8D57u;
+          const uint32_t w1 = words[1][lane], w3 = words[3][lane];
+          words[0][lane] = uint32_t(b >> 32) ^ w1 ^ key0;
+          words[1][lane] = uint32_t(b);
+          words[2][lane] = uint32_t(a >> 32) ^ w3 ^ key1;
+          words[3][lane] = uint32_t(a);
+        }
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+      }
+      const uint32_t* word = &words[0][0];
+      const int64_t count = smaller(32, padded - j);
+      for (int64_t i = 0; i < count; i++) kept[j + i] = word[i] >= threshold_ ? probs[j + i] : 0.0f;
+    }
+  }
+
+ private:
+  uint64_t key_;
+  uint32_t threshold_;
+};
+
+}  // namespace REATTN_ISA
+}  // namespace reattn

@@ -1,0 +1,95 @@
+"""What the fused backends share: limits, and what they do to tensors alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.problem import Problem
+
+# In the order of the extensions.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NORMS = (None, "layer", "batch")
+MAX_HEADS = 32
+MAX_HEAD_DIM = 128
+
+
+def beyond_limits(problem: Problem) -> list[str]:
+    """Every reason why no fused backend can serve a call, on whatever device."""
+    reasons = []
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype must be float32, float16 or bfloat16, got {problem.dtype}")
+    if problem.heads > MAX_HEADS:
+        reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
+    if problem.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
+    if problem.masked:
+        reasons.append("does not take attn_mask or is_causal")
+    return reasons
+
+
+def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
+    dtype of ``like`` unless another is given."""
+    batch, heads, seqlen, head_dim = like.shape
+    return like.new_empty(batch, seqlen, heads, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def empty_outputs(problem: Problem, query: Tensor, dtype: torch.dtype | None = None) -> Outputs:
+    """Uninitialised, for these queries; ``dtype``: of the output, where it is not the query's."""
+    batch, heads, seqlen, head_dim = query.shape
+    return Outputs(
+        empty_heads_last(query, dtype),
+        query.new_empty(batch, heads, seqlen, dtype=torch.float32),
+        query.new_empty(2 * heads + 1 if problem.batch_statistics else 0, dtype=torch.float64),
+        query.new_empty((batch, heads, head_dim) if problem.batch_statistics else 0, dtype=torch.float32),
+    )
+
+
+def empty_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Gradients:
+    """Uninitialised: of query, key and value in ``dtype`` or their own, of the parameters in float32."""
+    maps = (empty_heads_last(tensor, dtype) for tensor in (inputs.query, inputs.key, inputs.value))
+    parameters = (
+        inputs.theta.new_empty(0 if tensor is None else tensor.shape, dtype=torch.float32)
+        for tensor in (inputs.theta, inputs.bias, inputs.norm_weight, inputs.norm_bias)
+    )
+    return Gradients(*maps, *parameters)
+
+
+def zeroed(gradients: Gradients) -> Gradients:
+    """The same tensors, of a call without queries."""
+    return Gradients(*(gradient.zero_() for gradient in gradients))
+
+
+def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
+    """The gradients in the dtypes of the inputs; as a rule they are, and nothing is copied."""
+    return Gradients(
+        *(
+            gradient if tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, inputs, strict=False)
+        )
+    )
+
+
+def as_float32(tensor: Tensor | None) -> Tensor | None:
+    """What the kernels read of a parameter: contiguous float32. As a rule it is, and nothing is copied."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def store_running(inputs: Inputs, running: tuple[Tensor | None, ...]) -> None:
+    """Running statistics that a kernel has updated, into the user's, where :func:`as_float32` made copies of them."""
+    for given, updated in zip((inputs.running_mean, inputs.running_var), running, strict=False):
+        if given is not None and updated is not None and updated is not given:
+            given.copy_(updated)
+
+
+def unit_scale(problem: Problem, key: Tensor) -> float:
+    """A factor of what batch norm in training leaves of maps and values before their statistics are known, so that
+    float16 holds it: maps of N keys are about 1 / N. A power of two, and well below N, since a map may be 1."""
+    return float(2 ** max(0, key.shape[2].bit_length() - 7)) if problem.dtype == torch.float16 else 1.0
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element, as the extensions take it; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,95 @@
+"""What every backend provides, and what the fused ones are given and return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from reattn.problem import Problem
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, as :func:`reattn.re_attention` takes them; ``seed``: one int64 on the device, given exactly
+    when something is dropped."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    theta: Tensor
+    bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """What a forward pass leaves. The last two are empty where there are no batch statistics.
+
+    ``out (batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order; ``lse (batch, heads,
+    seqlen)``: log-sum-exp of the scores, to base 2, float32. ``statistics (2 heads + 1,)``, float64: of the mixed maps
+    less their mean without dropout, the sum and the sum of squares by head, and how many positions were summed; once
+    they are final, mean and 1 / standard deviation by head, and the number again. ``value_sum (batch, heads,
+    head_dim)``, float32: the sum of value over the keys.
+    """
+
+    out: Tensor
+    lse: Tensor
+    statistics: Tensor
+    value_sum: Tensor
+
+
+class Gradients(NamedTuple):
+    """In the dtypes of what they are the gradients of; empty for what is None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    theta: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class Backend(Protocol):
+    """Every backend answers these. ``DEVICE``: the kind of device it is made for."""
+
+    DEVICE: str
+
+    def unavailable(self, device: torch.device) -> list[str]:
+        """Every reason why this backend cannot run on a device, whatever the call; empty when it can."""
+        ...
+
+    def not_supported(self, problem: Problem) -> list[str]:
+        """Every reason why this backend cannot serve a call, those of its device included; empty when it can."""
+        ...
+
+
+class FusedBackend(Backend, Protocol):
+    """A direction is one call, of :meth:`forward` or :meth:`backward`. Batch statistics of several ranks need two: the
+    other two methods stand before and after the all-reduce."""
+
+    def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
+        """The output. Batch norm in training updates the running statistics; where it is synchronised, ``out`` and
+        ``statistics`` are what :meth:`finish` needs, and nothing is updated yet."""
+        ...
+
+    def finish(self, problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
+        """Makes ``unfinished.out`` the output, in place, from statistics that were summed over ranks, and updates the
+        running statistics. Returns the final statistics."""
+        ...
+
+    def grad_sums(self, problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
+        """``(2, heads)``, float64: sums of ``grad * out``, and of ``grad`` times the sum of value over the keys."""
+        ...
+
+    def backward(
+        self, problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
+    ) -> Gradients:
+        """All gradients. ``sums``: as :meth:`grad_sums` returns them, summed over ranks; None: of this batch.
+        ``outputs.out`` is not read where there are no batch statistics."""
+        ...

@@ -1,0 +1,121 @@
+"""What the arguments of the operator may be, and every message that says otherwise."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NORMS = ("batch", "layer", None)
+
+
+def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Query ``(batch, heads, seqlen, head_dim)``; key and value ``(batch, heads, seqlen_k, head_dim)``, alike."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, seqlen, head_dim), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be {query.dtype} on {query.device}, as query is, got {tensor.dtype} on {tensor.device}"
+            )
+    batch, heads, _, head_dim = query.shape
+    if heads < 1 or head_dim < 1:
+        raise ValueError(f"query must have at least one head and head_dim 1, got {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        like_key = (batch, heads, key.shape[2], head_dim)
+        if tuple(tensor.shape) != like_key:
+            raise ValueError(f"{name} must have shape {like_key} to match query and key, got {tuple(tensor.shape)}")
+    if key.shape[2] < 1:
+        raise ValueError(f"key must hold at least one position, got {tuple(key.shape)}")
+
+
+def check_heads(query: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """``theta (heads, heads)``, the others ``(heads,)`` or None, on the query's device. Statistics are no leaves."""
+    heads = query.shape[1]
+    for name, tensor in tensors.items():
+        expected = (heads, heads) if name == "theta" else (heads,)
+        if tensor is None and name != "theta":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} to match query's {heads} heads, got {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device}, as query is, got {tensor.device}")
+        if name.startswith("running_") and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: the operator has none for it")
+
+
+def check_numbers(**options: object) -> None:
+    """Plain numbers: a tensor in their place would never get its gradient."""
+    for name, option in options.items():
+        if not isinstance(option, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number, got {type(option).__name__}")
+
+
+def check_factor(name: str, factor: object) -> None:
+    """A number, or a tensor of one floating element, which is differentiated."""
+    if not isinstance(factor, Tensor):
+        check_numbers(**{name: factor})
+    elif factor.numel() != 1 or not factor.is_floating_point():
+        raise TypeError(
+            f"{name} must be a number or a floating Tensor of one element, got {factor.dtype} {tuple(factor.shape)}"
+        )
+
+
+def check_norm(
+    query: Tensor,
+    key: Tensor,
+    norm: str | None,
+    *,
+    statistics: tuple[Tensor | None, Tensor | None],
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    """The norm's name, and what batch norm needs beside it."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    running_mean, running_var = statistics
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together, got one of them")
+    if num_batches_tracked is not None:
+        if not isinstance(num_batches_tracked, Tensor):
+            raise TypeError(f"num_batches_tracked must be a Tensor, got {type(num_batches_tracked).__name__}")
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
+            raise TypeError(
+                "num_batches_tracked must be one int64, got "
+                f"{num_batches_tracked.dtype} {tuple(num_batches_tracked.shape)}"
+            )
+        if num_batches_tracked.device != query.device:
+            raise ValueError(
+                f"num_batches_tracked must be on {query.device}, as query is, got {num_batches_tracked.device}"
+            )
+    if norm != "batch":
+        return
+    if not training:
+        if running_mean is None:
+            raise ValueError(
+                "running_mean and running_var must be given for norm='batch' with training=False, got None"
+            )
+        return
+    if momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("num_batches_tracked must be given with momentum=None, got None")
+    positions = query.shape[0] * query.shape[2] * key.shape[2]
+    if positions == 1 and process_group is None:
+        raise ValueError(
+            "query and key must span more than one position for norm='batch' with training=True, got "
+            f"batch {query.shape[0]}, seqlen {query.shape[2]}, seqlen_k {key.shape[2]}"
+        )

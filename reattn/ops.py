@@ -1,0 +1,250 @@
+"""The operator as torch ops and an autograd Function.
+
+``forward`` and ``backward`` are one op each: they take what the user gave and return its gradients, and are opaque to
+``torch.compile`` and ``torch.export``. ``finish`` and ``grad_sums`` are for batch statistics of several ranks alone.
+The Function saves query, key, value, the output where batch statistics need it, and the LSE: never a map.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from reattn.backends import FUSED
+from reattn.backends.common import empty_heads_last, empty_outputs
+from reattn.backends.contract import Inputs, Outputs
+from reattn.problem import Problem
+
+_library = torch.library.Library("reattn", "DEF")
+
+_PARAMETERS = "Tensor theta, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+_STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, "
+_UPDATED = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+_MAPS = "Tensor query, Tensor key, Tensor value, "
+_OPTIONS = (
+    "*, str backend, str? norm, bool training, bool synchronised, float scale, float output_scale, float eps, "
+    "float dropout_p, float? momentum"
+)
+_library.define(
+    f"forward({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"finish({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, Tensor(d!) out, Tensor lse, Tensor statistics, "
+    f"Tensor value_sum, {_OPTIONS}) -> Tensor"
+)
+_library.define(f"grad_sums(Tensor grad, Tensor out, Tensor lse, Tensor statistics, Tensor value_sum, {_OPTIONS}) -> Tensor")
+_library.define(
+    f"backward(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, Tensor lse, "
+    f"Tensor statistics, Tensor value_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
+    inputs = Inputs(*tensors)
+    return FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
+
+
+@torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
+def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
+    inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+    return FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
+
+
+@torch.library.impl(_library, "grad_sums", "CompositeExplicitAutograd")
+def _grad_sums(grad: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
+    return FUSED[backend].grad_sums(Problem.of(grad, **options), grad, Outputs(*tensors))
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
+    inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+    return FUSED[backend].backward(Problem.of(inputs.query, **options), grad, inputs, outputs, grad_sums)
+
+
+@torch.library.register_fake("reattn::forward", lib=_library)
+def _(query: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
+    return tuple(empty_outputs(Problem.of(query, **options), query))
+
+
+@torch.library.register_fake("reattn::finish", lib=_library)
+def _(*tensors: Any, backend: str, **options: Any) -> Any:
+    return torch.empty_like(Outputs(*tensors[len(Inputs._fields) :]).statistics)
+
+
+@torch.library.register_fake("reattn::grad_sums", lib=_library)
+def _(grad: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
+    return grad.new_empty(2, grad.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("reattn::backward", lib=_library)
+def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
+    maps, parameters = tensors[:3], tensors[3:7]
+    return (
+        *(empty_heads_last(tensor) for tensor in maps),
+        *(grad.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters),
+    )
+
+
+def _one_by_one(op: Any) -> Any:
+    """``torch.vmap`` of an op: called once for each element of the mapped dimension, so that every norm and every
+    gradient of a parameter is that element's own."""
+
+    def call(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
+        # What an op changes cannot be changed once for each element.
+        names = [argument.name for argument in op._schema.arguments]
+        for name, tensor, dim in zip(names, tensors, in_dims, strict=False):
+            if name in ("running_mean", "running_var") and tensor is not None and dim is None and options["training"]:
+                raise RuntimeError(f"{name} cannot be updated inside torch.vmap: give None, or training=False")
+        results = [
+            op(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), **options)
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return call
+
+
+for _name in ("forward", "backward"):
+    _op = getattr(torch.ops.reattn, _name).default
+    torch.library.register_vmap(f"reattn::{_name}", _one_by_one(_op), lib=_library)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device, which need not know of it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Parameters stay in the dtype they have; a context only where autocast is on."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator, on the device: no synchronisation, and replayed with the RNG state."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def re_attention(backend: str, problem: Problem, inputs: Inputs, group: dist.ProcessGroup | None) -> Tensor:
+    """The operator on a fused backend, differentiable once in query, key, value and the parameters."""
+    if problem.dropout_p > 0.0:
+        inputs = inputs._replace(seed=draw_seed(problem.device))
+    options = _options(backend, problem)
+    if torch.compiler.is_compiling() or any(_differentiated(tensor) for tensor in inputs[:7]):
+        return ReAttentionFunction.apply(*inputs, options, group)[0]
+    # The Function would cost as much as a small problem.
+    return _run_forward(inputs, options, group).out
+
+
+def _options(backend: str, problem: Problem) -> dict[str, Any]:
+    """What the ops take beside tensors."""
+    return {
+        "backend": backend,
+        "norm": problem.norm,
+        "training": problem.batch_statistics,
+        "synchronised": problem.synchronised and problem.batch_statistics,
+        "scale": problem.scale,
+        "output_scale": problem.output_scale,
+        "eps": problem.eps,
+        "dropout_p": problem.dropout_p,
+        "momentum": problem.momentum,
+    }
+
+
+def _differentiated(tensor: Tensor | None) -> bool:
+    """Whether a gradient or, in forward mode, a tangent is asked of what this tensor enters."""
+    if tensor is None:
+        return False
+    return (torch.is_grad_enabled() and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:
+    outputs = Outputs(*torch.ops.reattn.forward(*inputs, **options))
+    if options["synchronised"]:
+        dist.all_reduce(outputs.statistics, group=group)
+        outputs = outputs._replace(statistics=torch.ops.reattn.finish(*inputs, *outputs, **options))
+    return outputs
+
+
+def _run_backward(
+    grad: Tensor, inputs: Inputs, outputs: Outputs, options: dict[str, Any], group: dist.ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    sums = None
+    if options["synchronised"]:
+        sums = torch.ops.reattn.grad_sums(grad, *outputs, **options)
+        dist.all_reduce(sums, group=group)
+    return torch.ops.reattn.backward(grad, sums, *inputs, *outputs, **options)
+
+
+_ONCE = 'a fused backend of reattn is differentiable once, in reverse mode: use backend="reference"'
+
+
+class ReAttentionFunction(torch.autograd.Function):
+    """The ops as one differentiable function of :class:`Inputs`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, options, group = args
+        return tuple(_run_forward(Inputs(*tensors), options, group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options, ctx.group = inputs
+        outputs = Outputs(*output)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        # The output is needed for batch statistics alone. num_batches_tracked plays no part, and changes.
+        given = Inputs(*tensors)._replace(num_batches_tracked=None)
+        if ctx.options["training"]:
+            # Nor do these, in training.
+            given = given._replace(running_mean=None, running_var=None)
+        else:
+            outputs = outputs._replace(out=outputs.statistics)
+        ctx.save_for_backward(*given, *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * (len(Inputs._fields) + 2)
+        given = ctx.saved_tensors
+        # Through a Function, so that what is differentiated a second time says that it cannot be.
+        run = ReAttentionBackward.apply if torch.is_grad_enabled() else ReAttentionBackward.forward
+        gradients = run(grads[0], *given, ctx.options, ctx.group)
+        found = tuple(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
+        return *found, *(None,) * (len(Inputs._fields) + 2 - len(found))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+
+class ReAttentionBackward(torch.autograd.Function):
+    """The gradients as a function of the output's gradient and what the forward pass saved; not differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, options, group = args
+        inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+        return _run_backward(grad, inputs, outputs, options, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_ONCE)

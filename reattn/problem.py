@@ -1,0 +1,41 @@
+"""What a call asks for, without its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the operator but for its tensors: what backends decide by, and what their plans are kept by.
+
+    ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics from
+    this batch. ``synchronised``: from those of several ranks. ``masked``: some keys are hidden.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    norm: str | None = None
+    training: bool = False
+    synchronised: bool = False
+    masked: bool = False
+    scale: float = 1.0
+    output_scale: float = 1.0
+    eps: float = 1e-5
+    dropout_p: float = 0.0
+    momentum: float | None = 0.1
+
+    @classmethod
+    def of(cls, query: Tensor, **options: object) -> Problem:
+        """The problem of a query ``(batch, heads, seqlen, head_dim)`` and the fields that it does not tell."""
+        return cls(query.device, query.dtype, query.shape[1], query.shape[3], **options)  # type: ignore[arg-type]
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether the norm needs sums over the whole batch."""
+        return self.norm == "batch" and self.training
