@@ -143,12 +143,12 @@ def fused_backends(device: torch.device) -> tuple[str, ...]:
 
     Raises ``RuntimeError`` where none can run, or Triton is set to interpret its kernels on a CUDA machine.
     """
-    from reattn.backends import BACKENDS, Request, triton
+    from reattn.backends import BACKENDS, triton
 
     if device.type == "cuda" and triton.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are for tests, their times mean nothing")
     names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
-    reasons = {name: BACKENDS[name].not_supported(Request(device)) for name in names}
+    reasons = {name: BACKENDS[name].unavailable(device) for name in names}
     able = tuple(name for name, why in reasons.items() if not why)
     if not able:
         why = "; ".join(f"{name}: {', '.join(reasons[name])}" for name in names)

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 import reattn
 from reattn.analysis import block_similarity, similar_blocks
-from reattn.backends import Request, choose
+from reattn.backends import choose
 from reattn.models import DeepViT
+from reattn.problem import Problem
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -179,8 +180,8 @@ def backend_in_use(args: argparse.Namespace) -> str:
     """What every call of re-attention will choose; raises, with the reasons, when the backend asked for cannot run."""
     device = torch.empty(0, device=args.device).device
     head_dim = args.dim // args.heads
-    shapes = f"{args.heads} heads, head_dim {head_dim}, float32 on {device}"
-    return choose(args.backend, Request(device, torch.float32, args.heads, head_dim), shapes)
+    problem = Problem(device, torch.float32, args.heads, head_dim)
+    return choose(args.backend, problem, f"{args.heads} heads, head_dim {head_dim}")
 
 
 def print_run(backend: str, args: argparse.Namespace) -> None:

@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 import reattn
 from reattn import ReAttention, reference
-from reattn.backends import Request, choose
+from reattn.backends import choose
 from reattn.models import DeepViT, create_model, list_models
+from reattn.problem import Problem
 
 # The model of examples/digits.py.
 SMALL = {"embed_dim": 64, "depth": 8, "num_heads": 8, "conv_stem": True}
@@ -183,9 +184,8 @@ def chosen_backend(model: DeepViT, args: argparse.Namespace) -> str | None:
         return None
     # The context of the meta device must not decide where the backend is to run.
     device = torch.device(device_kind(args))
-    dtype = AMP_DTYPES[args.amp]
-    shapes = f"{attention.num_heads} heads, head_dim {attention.head_dim}, {dtype} on {device}"
-    return choose(args.backend, Request(device, dtype, attention.num_heads, attention.head_dim), shapes)
+    problem = Problem(device, AMP_DTYPES[args.amp], attention.num_heads, attention.head_dim)
+    return choose(args.backend, problem, f"{problem.heads} heads, head_dim {problem.head_dim}")
 
 
 def join(args: argparse.Namespace) -> Place:

@@ -1,20 +1,17 @@
-"""The backward kernels: one query-major (delta, query, mixing parameters), one key-major (key, value)."""
+"""The backward kernels: one query-major (delta, query, sums for the parameters), one key-major (key, value)."""
 
 import triton
 import triton.language as tl
 
+from .fold import load_coupling, load_mixing, normalise, normalise_backward
+from .scores import map_tile
 from .tiles import (
     accumulate,
     dot_rows,
+    inside_by_row,
     is_finite,
-    load_matrix,
-    load_mixing,
     load_rows,
-    load_vector,
-    map_tile,
-    mean_over_heads,
     mix_heads,
-    normalise,
     over_heads,
     per_row_pointers,
     poison_rows,
@@ -28,61 +25,19 @@ from .tiles import (
 
 
 @triton.jit
-def grad_dot_out_kernel(grad, out, partial_ptr, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
-    """Sum of grad * out over a block of rows and a chunk of head_dim, by head, into (programs, HEADS_PADDED)."""
-    batch, row_start = which_block(out.seqlen, BLOCK_M)
-    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
-    grad_main, grad_tail = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
-    out_main, out_tail = load_rows(out, batch, row_start, chunk, BLOCK_M, SHAPE)
-    total = tl.sum(tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), axis=2), axis=1)
-    if SHAPE.DIM_TAIL > 0:
-        total += tl.sum(tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=2), axis=1)
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    heads = tl.arange(0, SHAPE.HEADS_PADDED)
-    tl.store(partial_ptr + program * SHAPE.HEADS_PADDED + heads, total)
-
-
-@triton.jit
-def load_coupling(mixing, seed_ptr, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """The weights [h, g] and the coupling of batch statistics, in the dots' dtype; its constant. What is absent is the
-    weights."""
-    weights = load_matrix(mixing.weight, SHAPE.HEADS, 1, SHAPE).to(dtype)
-    coupled, constant = weights, weights
-    if mixing.coupled is not None:
-        coupled = load_matrix(mixing.coupled, SHAPE.HEADS, 1, SHAPE).to(dtype)
-        if seed_ptr is not None:
-            constant = load_vector(mixing.constant, SHAPE)
-    return weights, coupled, constant
-
-
-@triton.jit
 def gradient_tile(
-    grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters, coupling,
-    mixing, seed_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Carries the output's gradient back through norm and mixing.
 
     The gradients of the dropped maps, head-major; of the normalised and of the mixed tile, row-major.
     """
-    _, _, gamma, _ = parameters
-    weights, coupled, constant = coupling
+    weights, _, _ = coupling
     grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
     grad_normed = to_row_major(grad_normed, SHAPE)
-    grad_mixed = grad_normed
-    if mixing.gamma is not None:
-        # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
-        # rounded.
-        scaled = grad_normed * gamma
-        scaled -= mean_over_heads(scaled, SHAPE)
-        if SHAPE.HEADS < SHAPE.HEADS_PADDED:
-            head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
-            scaled = tl.where((head < SHAPE.HEADS)[None, :, None], scaled, 0.0)
-        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
+    grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, coupling, SHAPE)
     grad_kept = mix_heads(weights, grad_mixed.to(weights.dtype), SHAPE)
-    if mixing.coupled is not None:
-        grad_kept += mix_heads(coupled, centred, SHAPE) * v.seqlen
-        if seed_ptr is not None:
-            grad_kept += constant
     return to_head_major(grad_kept, SHAPE), grad_normed, grad_mixed
 
 
@@ -93,7 +48,7 @@ def backward_query_kernel(
     v,
     grad,
     grad_q,
-    mixing,
+    norm,
     lse_ptr,
     delta_ptr,
     seed_ptr,
@@ -103,7 +58,6 @@ def backward_query_kernel(
     grad_weight_ptr,
     scale,
     scale_log2,
-    eps,
     dropout_p,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,8 +80,8 @@ def backward_query_kernel(
     # Rows outside the sequence: P is zero, and the LSE finite.
     lse = tl.load(lse_block, mask=row_mask, other=1e30)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
-    coupling = load_coupling(mixing, seed_ptr, dtype, SHAPE)
+    mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
+    coupling = load_coupling(norm, dtype, SHAPE)
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
@@ -144,15 +98,20 @@ def backward_query_kernel(
             q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
-        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
-            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
         mass += tl.sum(probs, axis=2)
+        if SHAPE.TRAINING:
+            # Batch statistics give positions outside the sequences a gradient, which must not be summed.
+            columns = column_start + tl.arange(0, BLOCK_N)
+            inside = inside_by_row(row_start, q.seqlen, columns, k.seqlen, BLOCK_M, SHAPE)
+            grad_mixed = tl.where(inside, grad_mixed, 0.0)
         grad_shift += tl.sum(grad_mixed, axis=2)
-        if mixing.gamma is not None:
+        if SHAPE.NORM != "none":
             grad_gamma += tl.sum(grad_normed * unit, axis=2)
             grad_beta += tl.sum(grad_normed, axis=2)
         grad_columns = tl.permute(grad_mixed.to(dtype), (0, 2, 1))
@@ -166,20 +125,20 @@ def backward_query_kernel(
     if SHAPE.PACK > 1:
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
         reached = lse
-        if mixing.gamma is not None:
+        if SHAPE.NORM != "none":
             reached = over_heads(lse)
         delta = tl.where(is_finite(reached), delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
         grad_weight = tl.where(clean[:, None], grad_weight, float("nan"))
-        if mixing.gamma is not None:
+        if SHAPE.NORM != "none":
             grad_shift = tl.where(clean, grad_shift, float("nan"))
             grad_gamma = tl.where(clean, grad_gamma, float("nan"))
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     # Every chunk's program stores the same values here.
     tl.store(delta_block, delta, mask=row_mask)
     store_partial_sums(grad_shift_ptr, grad_weight_ptr, grad_shift, grad_weight)
-    if mixing.gamma is not None:
+    if SHAPE.NORM != "none":
         index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
         tl.store(grad_gamma_ptr + index, grad_gamma)
         tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
@@ -192,10 +151,10 @@ def backward_query_kernel(
             q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
-        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
-            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
         k_chunk = k_tile
@@ -213,13 +172,12 @@ def backward_key_kernel(
     grad,
     grad_k,
     grad_v,
-    mixing,
+    norm,
     lse_ptr,
     delta_ptr,
     seed_ptr,
     scale,
     scale_log2,
-    eps,
     dropout_p,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -231,8 +189,8 @@ def backward_key_kernel(
     k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
     v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
-    coupling = load_coupling(mixing, seed_ptr, dtype, SHAPE)
+    mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
+    coupling = load_coupling(norm, dtype, SHAPE)
 
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
@@ -245,10 +203,10 @@ def backward_key_kernel(
             q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
-        normed, unit, inverse_rms = normalise(centred, parameters, mixing, eps, SHAPE)
+        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, centred, unit, inverse_rms, parameters,
-            coupling, mixing, seed_ptr, BLOCK_M, BLOCK_N, SHAPE,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         normed = poison_rows(to_head_major(normed.to(dtype), SHAPE), lse, SHAPE)
         grad_chunk = grad_tile

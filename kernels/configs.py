@@ -50,24 +50,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, 16, 128, Tile(16, 16, dim=16)),
         Row(4, 32, 128, Tile(8, 16, dim=16)),
     ),
-    "statistics": (
-        Row(2, 8, 32, Tile(64, 16, 8, 2)),
-        Row(2, 8, 64, Tile(32, 16, 8, 2)),
-        Row(2, 8, 128, Tile(32, 16, dim=64)),
-        Row(2, 16, 32, Tile(32, 16, 8, 2)),
-        Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
-        Row(2, 16, 64, Tile(32, 16)),
-        Row(2, 16, 128, Tile(16, 16, dim=64)),
-        Row(2, 32, 128, Tile(16, 16, dim=16)),
-        Row(4, 8, 128, Tile(32, 16, dim=16)),
-        Row(4, 16, 128, Tile(16, 16, dim=16)),
-        Row(4, 32, 128, Tile(8, 16, dim=16)),
-    ),
-    "grad_dot_out": (
-        Row(2, 16, 128, Tile(16, 16, 8)),
-        Row(2, 32, 128, Tile(16, 16, 8, dim=64)),
-        Row(4, 32, 128, Tile(16, 16, 8, dim=32)),
-    ),
     "backward_query": (
         Row(2, 4, 32, Tile(32, 32)),
         Row(2, 8, 64, Tile(32, 16)),
@@ -97,6 +79,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, 32, 128, Tile(16, 2, dim=16)),
     ),
 }
+
+# Of the kernels that sum what others left: warps; partial sums that a program of ``unfold_kernel`` adds at once.
+SUMS_TILE = Tile(0, 0, 4)
+UNFOLD_BLOCK = 32
 
 # The interpreter's time goes by the number of tiles, hardly by their size.
 INTERPRETER_TILE = Tile(32, 32)
@@ -131,7 +117,9 @@ def padded(heads: int) -> int:
     return 1 << (heads - 1).bit_length()
 
 
-def shape(heads: int, head_dim: int, dim_loaded: int, dim: int, precision: str, wide: bool) -> Shape:
+def shape(
+    heads: int, head_dim: int, dim_loaded: int, dim: int, precision: str, *, wide: bool, norm: str, training: bool
+) -> Shape:
     """The compile-time constants for a problem of which at most ``dim`` columns of head_dim are held at once.
 
     ``dim_loaded``: columns that may be read, the rest being zero; ``wide``: offsets within a tile need 64 bits.
@@ -146,4 +134,10 @@ def shape(heads: int, head_dim: int, dim_loaded: int, dim: int, precision: str, 
             main, tail = 2 * main, 0
     heads_padded = padded(heads)
     pack = max(1, 16 // heads_padded)
-    return Shape(heads, heads_padded, pack, head_dim, dim_loaded, main, tail, chunks, precision, wide)
+    return Shape(heads, heads_padded, pack, head_dim, dim_loaded, main, tail, chunks, precision, wide, norm, training)
+
+
+def sums_blocks(head_dim: int) -> dict[str, int]:
+    """How the kernels in sums.py cut their work: rows of a head at once, partial sums at once, columns."""
+    dim = max(16, padded(head_dim))
+    return {"ROWS": 2048 // dim, "BLOCK": 512, "DIM": dim}

@@ -1,23 +1,19 @@
-"""The forward kernel, and the sums over all maps from which batch statistics are known."""
+"""The forward kernel."""
 
 import triton
 import triton.language as tl
 
+from .fold import load_mixing, normalise
+from .scores import map_tile, row_lse
 from .tiles import (
     accumulate,
-    dot_rows,
-    dropout,
-    load_mixing,
+    inside_by_row,
+    is_finite,
     load_rows,
-    map_tile,
-    normalise,
     per_row_pointers,
     poison_rows,
-    row_lse,
-    store_partial_sums,
     store_rows,
     to_head_major,
-    to_row_major,
     which_block,
     zero_rows,
 )
@@ -29,31 +25,34 @@ def forward_kernel(
     k,
     v,
     out,
-    mixing,
+    norm,
     lse_ptr,
     seed_ptr,
+    sums_ptr,
     scale_log2,
-    eps,
     dropout_p,
-    LSE_KNOWN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of query rows, all heads: the LSE in one sweep over the keys (unless known), the output in a second."""
+    """One block of query rows, all heads: the LSE in one sweep over the keys, the output in a second.
+
+    Batch norm in training: what the mixed maps make of the values, of which ``finish_kernel`` makes the output; and
+    sums of the mixed maps and of their squares, by head, to (2 * HEADS, programs).
+    """
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
     batch, row_start = which_block(q.seqlen, BLOCK_M)
     chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
     q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
+    lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-    if LSE_KNOWN:
-        lse = tl.load(lse_block, mask=row_mask, other=0.0)
-    else:
-        lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
-        tl.store(lse_block, lse, mask=row_mask)
+    tl.store(lse_block, lse, mask=row_mask)
 
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    parameters = load_mixing(mixing, 1.0 / k.seqlen, dtype, SHAPE)
+    mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, False)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
+    sums = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
+    squares = sums
     for start in range(0, k.seqlen, BLOCK_N):
         k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
         _, _, centred = map_tile(
@@ -61,53 +60,33 @@ def forward_kernel(
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
-        normed, _, _ = normalise(centred, parameters, mixing, eps, SHAPE)
+        normed, _, _ = normalise(centred, mixing, norm, SHAPE, False)
+        if SHAPE.TRAINING:
+            columns = start + tl.arange(0, BLOCK_N)
+            inside = inside_by_row(row_start, q.seqlen, columns, k.seqlen, BLOCK_M, SHAPE)
+            summed = tl.where(inside, normed, 0.0)
+            sums += tl.sum(summed, axis=2)
+            squares += tl.sum(summed * summed, axis=2)
         normed = to_head_major(normed.to(dtype), SHAPE)
         v_tile = load_rows(v, batch, start, chunk, BLOCK_N, SHAPE)
         out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
     out_main = poison_rows(out_main, lse, SHAPE)
     out_tail = poison_rows(out_tail, lse, SHAPE)
     store_rows(out, batch, row_start, chunk, out_main, out_tail, BLOCK_M, SHAPE)
+    if SHAPE.TRAINING:
+        # Every chunk's program stores the same values here.
+        store_head_sums(sums_ptr, 0, sums, lse, SHAPE)
+        store_head_sums(sums_ptr, SHAPE.HEADS, squares, lse, SHAPE)
 
 
 @triton.jit
-def statistics_kernel(
-    q,
-    k,
-    lse_ptr,
-    seed_ptr,
-    sums_ptr,
-    products_ptr,
-    scale_log2,
-    dropout_p,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
-    """One block of query rows: the LSE, and sums over its maps of P - 1/seqlen_k and of the products of every two
-    heads.
-
-    Partial sums, added up afterwards in a fixed order: (programs, PACK * HEADS_PADDED) and its square.
-    """
-    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    batch, row_start = which_block(q.seqlen, BLOCK_M)
-    rows = row_start + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
-    lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-    tl.store(lse_block, lse, mask=row_mask)
-
-    centre = 1.0 / k.seqlen
-    sums = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
-    products = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for start in range(0, k.seqlen, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
-        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
-        probs = dropout(tl.exp2(scores - lse[:, :, None]), seed_ptr, dropout_p, batch, rows, columns, SHAPE)
-        inside = (rows < q.seqlen)[None, :, None] & (columns < k.seqlen)[None, None, :]
-        centred = to_row_major(tl.where(inside, probs - centre, 0.0), SHAPE)
-        sums += tl.sum(centred, axis=2)
-        centred = centred.to(q.ptr.dtype.element_ty)
-        products += tl.dot(centred, tl.permute(centred, (0, 2, 1)), input_precision=SHAPE.PRECISION)
-    store_partial_sums(sums_ptr, products_ptr, tl.sum(sums, axis=0), tl.sum(products, axis=0))
+def store_head_sums(ptr, first, sums, lse, SHAPE: tl.constexpr):
+    """This program's sums by head, [BLOCK_M / PACK, PACK * HEADS_PADDED] by row and head, to column first + head of
+    (.., programs); NaN if the softmax of a row is."""
+    total = tl.sum(tl.reshape(sums, (sums.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
+    if SHAPE.PACK > 1:
+        broken = tl.sum(tl.sum(tl.where(is_finite(lse), 0, 1), axis=1), axis=0)
+        total = tl.where(broken > 0, float("nan"), total)
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)
+    pointers = ptr + (first + heads).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(pointers, total, mask=heads < SHAPE.HEADS)

@@ -30,21 +30,26 @@ class View(NamedTuple):
     seqlen: Any
 
 
-class Mixing(NamedTuple):
-    """Pointers to float32 parameters, None where there is none: weight (heads, heads), shift, gamma, beta (heads,);
-    and what batch statistics add to the maps' gradient, coupled (heads, heads) and constant (heads,)."""
+class Norm(NamedTuple):
+    """What the user gave beside query, key and value: pointers to float32 parameters, None where there is none, and
+    numbers. ``statistics (2 * HEADS + 1,)`` and ``grad_sums (2, HEADS)`` are float64, of batch norm in training."""
 
-    weight: Any
-    shift: Any
-    gamma: Any = None
-    beta: Any = None
-    coupled: Any = None
-    constant: Any = None
+    theta: Any
+    bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    running_mean: Any
+    running_var: Any
+    statistics: Any
+    grad_sums: Any
+    output_scale: Any
+    eps: Any
+    unit_scale: Any
 
 
 class Shape(NamedTuple):
     """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
-    HEAD_DIM written."""
+    HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch."""
 
     HEADS: int
     HEADS_PADDED: int
@@ -56,6 +61,8 @@ class Shape(NamedTuple):
     CHUNKS: int
     PRECISION: str
     WIDE: bool
+    NORM: str
+    TRAINING: bool
 
 
 @triton.jit
@@ -118,33 +125,38 @@ def per_row_pointers(ptr, batch, start, seqlen, ROWS: tl.constexpr, SHAPE: tl.co
 
 
 @triton.jit
-def load_matrix(ptr, row_stride, column_stride, SHAPE: tl.constexpr):
-    """A heads x heads matrix, PACK times down the diagonal: [PACK * HEADS_PADDED, PACK * HEADS_PADDED], float32."""
+def load_matrix(ptr, row_stride, column_stride, SHAPE: tl.constexpr, ONES: tl.constexpr = False):
+    """A heads x heads matrix, or ones in its place, PACK times down the diagonal: [PACK * HEADS_PADDED, PACK *
+    HEADS_PADDED], float32."""
     index = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)
     head = index % SHAPE.HEADS_PADDED
     same_row = (index // SHAPE.HEADS_PADDED)[:, None] == (index // SHAPE.HEADS_PADDED)[None, :]
     mask = same_row & (head < SHAPE.HEADS)[:, None] & (head < SHAPE.HEADS)[None, :]
-    return tl.load(ptr + head[:, None] * row_stride + head[None, :] * column_stride, mask=mask, other=0.0)
+    if ONES:
+        matrix = tl.where(mask, 1.0, 0.0)
+    else:
+        matrix = tl.load(ptr + head[:, None] * row_stride + head[None, :] * column_stride, mask=mask, other=0.0)
+    return matrix
 
 
 @triton.jit
-def load_vector(ptr, SHAPE: tl.constexpr):
-    """A vector over heads, PACK times: [1, PACK * HEADS_PADDED, 1], float32."""
+def load_heads(ptr, default, SHAPE: tl.constexpr):
+    """A vector over heads, PACK times: [PACK * HEADS_PADDED]; ``default`` in the padding, and everywhere for None."""
     head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
-    return tl.load(ptr + head, mask=head < SHAPE.HEADS, other=0.0)[None, :, None]
+    if ptr is None:
+        values = tl.full((SHAPE.PACK * SHAPE.HEADS_PADDED,), default, dtype=tl.float32)
+    else:
+        values = tl.load(ptr + head, mask=head < SHAPE.HEADS, other=default)
+    return values
 
 
 @triton.jit
-def load_mixing(mixing, centre, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """The mixing weights [g, h] in the dots' dtype; the shift, with what centring took from the maps; gamma and beta,
-    or the shift."""
-    weights = load_matrix(mixing.weight, 1, SHAPE.HEADS, SHAPE)
-    shift = load_vector(mixing.shift, SHAPE) + (tl.sum(weights, axis=1) * centre)[None, :, None]
-    gamma, beta = shift, shift
-    if mixing.gamma is not None:
-        gamma = load_vector(mixing.gamma, SHAPE)
-        beta = load_vector(mixing.beta, SHAPE)
-    return weights.to(dtype), shift, gamma, beta
+def inside_by_row(row_start, seqlen, columns, seqlen_k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Which positions of a row-major tile lie inside both sequences: [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    groups = tl.arange(0, BLOCK_M // SHAPE.PACK)[:, None]
+    rows = row_start + groups * SHAPE.PACK + (tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED)[None, :]
+    return (rows < seqlen)[:, :, None] & (columns < seqlen_k)[None, None, :]
 
 
 @triton.jit
@@ -249,19 +261,6 @@ def is_finite(tile):
 
 
 @triton.jit
-def probabilities(scores, lse, columns, seqlen_k, SHAPE: tl.constexpr):
-    """exp2(scores - lse), zero at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
-
-    Rows that share a mixing dot are kept apart by zero weights, which do not stop a NaN: a row whose softmax is NaN is
-    zero here, and ``poison_rows`` makes its results NaN again.
-    """
-    exponents = scores - lse[:, :, None]
-    if SHAPE.PACK > 1:
-        exponents = tl.where(is_finite(lse)[:, :, None], exponents, float("-inf"))
-    return tl.where((columns < seqlen_k)[None, None, :], tl.exp2(exponents), 0.0)
-
-
-@triton.jit
 def poison_rows(tile, lse, SHAPE: tl.constexpr):
     """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: head-major."""
     if SHAPE.PACK > 1:
@@ -274,76 +273,3 @@ def over_heads(lse):
     """The LSE, with infinity in every head of a row where it is not finite in one: [HEADS_PADDED, BLOCK_M]."""
     finite = tl.min(tl.where(is_finite(lse), 1, 0), axis=0, keep_dims=True) > 0
     return tl.where(finite, lse, float("inf"))
-
-
-@triton.jit
-def row_lse(
-    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
-):  # fmt: skip
-    """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
-    running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
-    running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
-    for start in range(0, k.seqlen, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
-        scores = dot_rows(q_tile, q, row_start, k_tile, k, start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
-        scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=2))
-        # A row of -inf so far would give inf - inf.
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        running_sum = running_sum * tl.exp2(running_max - finite_max)
-        running_sum += tl.sum(tl.exp2(scores - finite_max[:, :, None]), axis=2)
-        running_max = new_max
-    return running_max + tl.log2(running_sum)
-
-
-@triton.jit
-def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexpr):
-    """Drops and rescales a head-major tile; what is drawn depends on seed and position alone, not on the tiling."""
-    if seed_ptr is not None:
-        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
-        zero = tl.full(probs.shape, 0, dtype=tl.int32)
-        bits, _, _, _ = tl.philox(
-            tl.load(seed_ptr),
-            zero + columns[None, None, :],
-            zero + rows[None, :, None],
-            zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
-            zero,
-        )
-        probs = tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
-    return probs
-
-
-@triton.jit
-def uint_to_uniform_float(bits):
-    """Uniform in [0, 1) from the upper 24 of 32 random bits."""
-    return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)
-
-
-@triton.jit
-def map_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
-):  # fmt: skip
-    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots'
-    dtype."""
-    rows = row_start + tl.arange(0, BLOCK_M)
-    columns = column_start + tl.arange(0, BLOCK_N)
-    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
-    probs = probabilities(scores, lse, columns, k.seqlen, SHAPE)
-    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
-    return probs, kept, to_row_major((kept - 1.0 / k.seqlen).to(dtype), SHAPE)
-
-
-@triton.jit
-def normalise(centred, parameters, mixing, eps, SHAPE: tl.constexpr):
-    """Mixes a tile and divides it by its root mean square over heads, where there is a norm: the result, the quotient,
-    1 / rms."""
-    weights, shift, gamma, beta = parameters
-    normed = mix_heads(weights, centred, SHAPE) + shift
-    unit, inverse_rms = normed, normed
-    if mixing.gamma is not None:
-        inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + eps)
-        unit = normed * inverse_rms
-        normed = unit * gamma + beta
-    return normed, unit, inverse_rms

@@ -123,7 +123,11 @@ def re_attention(
     with ops.without_autocast(query.device):
         if name == "reference":
             out = reference.re_attention(
-                *(query, key, value, theta, bias),
+                query,
+                key,
+                value,
+                theta,
+                bias,
                 norm=norm,
                 norm_weight=norm_weight,
                 norm_bias=norm_bias,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import reattn
-from reattn.backends import Request, cpu
+from reattn.backends import cpu
 
 _ENVIRONMENT = (
     "REATTN_BACKEND",
@@ -59,7 +59,7 @@ def _triton_version() -> str:
 
 
 def _cpu() -> str:
-    reasons = cpu.not_supported(Request(torch.device("cpu")))
+    reasons = cpu.unavailable(torch.device("cpu"))
     if reasons:
         return "; ".join(reasons)
     return f"{cpu.instruction_set()}, {torch.get_num_threads()} of {cpu.threads_from()}"

@@ -155,7 +155,6 @@ class ReAttention(nn.Module):
             is_causal=is_causal,
             backend=self.backend,
             scale=self.scale,
-            momentum=self._count_batch(),
             **self._norm_arguments(),
         )
         out = self.norm(out.transpose(1, 2).flatten(2))
@@ -175,7 +174,7 @@ class ReAttention(nn.Module):
         query, key, _ = self._project(self.pre_norm(x))
         norm = self._norm_arguments()
         if norm.get("training"):
-            norm.update(running_mean=None, running_var=None)
+            norm.update(running_mean=None, running_var=None, num_batches_tracked=None)
         return reference.re_attention_maps(
             query,
             key,
@@ -213,20 +212,11 @@ class ReAttention(nn.Module):
         return arguments | {
             "running_mean": norm.running_mean,
             "running_var": norm.running_var,
+            "momentum": norm.momentum,
+            "num_batches_tracked": norm.num_batches_tracked if norm.training else None,
             "training": norm.training or norm.running_mean is None,
             "process_group": _process_group(norm) if norm.training else None,
         }
-
-    def _count_batch(self) -> float:
-        """Counts a training batch of batch norm, as BatchNorm2d does, and returns the momentum for it."""
-        norm = self.head_norm
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            return 0.0
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                return 1.0 / float(norm.num_batches_tracked)
-        return 0.0 if norm.momentum is None else norm.momentum
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)

@@ -30,14 +30,14 @@ _OPTIONS = (
     "*, str backend, str? norm, bool training, bool synchronised, float scale, float output_scale, float eps, "
     "float dropout_p, float? momentum"
 )
-_library.define(
-    f"forward({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"forward({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"finish({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, Tensor(d!) out, Tensor lse, Tensor statistics, "
-    f"Tensor value_sum, {_OPTIONS}) -> Tensor"
+    f"Tensor(e!) value_sum, {_OPTIONS}) -> Tensor"
 )
-_library.define(f"grad_sums(Tensor grad, Tensor out, Tensor lse, Tensor statistics, Tensor value_sum, {_OPTIONS}) -> Tensor")
+_library.define(
+    f"grad_sums(Tensor grad, Tensor out, Tensor lse, Tensor statistics, Tensor value_sum, {_OPTIONS}) -> Tensor"
+)
 _library.define(
     f"backward(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, Tensor lse, "
     f"Tensor statistics, Tensor value_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -12,8 +12,8 @@ from torch import Tensor
 class Problem:
     """One call of the operator but for its tensors: what backends decide by, and what their plans are kept by.
 
-    ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics from
-    this batch. ``synchronised``: from those of several ranks. ``masked``: some keys are hidden.
+    ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
+    from this batch. ``synchronised``: from those of several ranks. ``masked``: some keys are hidden.
     """
 
     device: torch.device

@@ -52,9 +52,8 @@ def choose(requested: str, problem: Problem, shapes: str) -> str:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {requested!r}")
     reasons = BACKENDS[requested].not_supported(problem)
     if reasons:
-        raise RuntimeError(
-            f"backend {requested!r} cannot run this: {'; '.join(reasons)} ({shapes}, {problem.dtype} on {problem.device})"
-        )
+        what = f"{shapes}, {problem.dtype} on {problem.device}"
+        raise RuntimeError(f"backend {requested!r} cannot run this: {'; '.join(reasons)} ({what})")
     return requested
 
 

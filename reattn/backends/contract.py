@@ -11,8 +11,8 @@ from reattn.problem import Problem
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, as :func:`reattn.re_attention` takes them; ``seed``: one int64 on the device, given exactly
-    when something is dropped."""
+    """The tensors of a call, as :func:`reattn.re_attention` takes them; ``seed``: one int64 on the device, given
+    exactly when something is dropped."""
 
     query: Tensor
     key: Tensor

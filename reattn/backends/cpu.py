@@ -110,9 +110,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return sums
 
 
-def backward(
-    problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
-) -> Gradients:
+def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     gradients = common.empty_gradients(inputs)
     if not inputs.query.numel():
@@ -146,8 +144,8 @@ def _sized_call(problem: Problem, query: Tensor, seqlen_k: int) -> Any:
 def _call(
     problem: Problem, inputs: Inputs, outputs: Outputs, update: bool
 ) -> tuple[Any, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """A call with what both directions need; what has to live until it is over; the running statistics that it reads or,
-    with ``update``, changes."""
+    """A call with what both directions need; what has to live until it is over; the running statistics that it reads
+    or, with ``update``, changes."""
     call = _sized_call(problem, inputs.query, inputs.key.shape[2])
     call.scale, call.eps, call.output_scale = problem.scale, problem.eps, problem.output_scale
     kept = [as_float32(tensor) for tensor in inputs[3:7]]

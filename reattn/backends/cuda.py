@@ -170,9 +170,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return sums
 
 
-def backward(
-    problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
-) -> Gradients:
+def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     given, gradients = inputs, common.empty_gradients(inputs)
     if not inputs.query.numel():

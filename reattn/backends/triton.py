@@ -1,4 +1,4 @@
-"""The Triton backend: launches the kernels of ``reattn.kernels`` on canonical tensors."""
+"""The Triton backend: launches the kernels of ``reattn.kernels``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reattn.backends.tensors import empty_heads_last
-
-if TYPE_CHECKING:
-    from reattn.backends import Request
+from reattn.backends import common
+from reattn.backends.common import as_float32
+from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.problem import Problem
 
 try:
     import triton
@@ -24,7 +24,8 @@ try:
     from reattn.kernels import backward as backward_kernels
     from reattn.kernels import configs
     from reattn.kernels import forward as forward_kernels
-    from reattn.kernels.tiles import Mixing, View
+    from reattn.kernels import sums as sums_kernels
+    from reattn.kernels.tiles import Norm, View
 
     INTERPRETED = triton.knobs.runtime.interpret
     _import_error = ""
@@ -34,229 +35,222 @@ except ImportError as error:
 
 logger = logging.getLogger("reattn")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cuda"
-MAX_HEADS = 32
-MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
 
 
-def not_supported(request: Request) -> list[str]:
-    """Every reason why the kernels cannot serve the request; empty when they can."""
-    reasons = []
+def unavailable(device: torch.device) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
     if _import_error:
-        reasons.append(f"triton or reattn.kernels cannot be imported ({_import_error})")
-    elif request.device.type == "cuda":
+        return [f"triton or reattn.kernels cannot be imported ({_import_error})"]
+    if device.type == "cuda":
         if torch.version.hip:
-            reasons.append("AMD GPUs are not supported")
-        elif (capability := torch.cuda.get_device_capability(request.device)) < MIN_CAPABILITY:
-            reasons.append(f"needs compute capability 8.0 or higher, got {'.'.join(map(str, capability))}")
-    elif not (INTERPRETED and request.device.type == "cpu"):
-        reasons.append(f"needs a CUDA device, got {request.device.type}")
-    if request.dtype is not None and request.dtype not in DTYPES:
-        reasons.append(f"dtype must be float32, float16 or bfloat16, got {request.dtype}")
-    if request.heads is not None and request.heads > MAX_HEADS:
-        reasons.append(f"takes at most {MAX_HEADS} heads, got {request.heads}")
-    if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {request.head_dim}")
-    if request.masked:
-        reasons.append("does not take attn_mask or is_causal")
-    return reasons
+            return ["AMD GPUs are not supported"]
+        if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+            return [f"needs compute capability 8.0 or higher, got {'.'.join(map(str, capability))}"]
+    elif not (INTERPRETED and device.type == "cpu"):
+        return [f"needs a CUDA device, got {device.type}"]
+    return []
 
 
-def statistics(
-    query: Tensor, key: Tensor, seed: Tensor | None, scale: float, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    batch, heads, seqlen, head_dim = query.shape
-    query, key = _aligned(query), _aligned(key)
-    lse = query.new_empty(batch, heads, seqlen, dtype=torch.float32)
-
-    def launch(tile: configs.Tile) -> tuple[Tensor, Tensor]:
-        shape = _shape(tile, head_dim, query, key)
-        packed = shape.PACK * shape.HEADS_PADDED
-        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
-        sums = query.new_empty(batch * blocks, packed, dtype=torch.float32)
-        products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
-        _run(
-            forward_kernels.statistics_kernel,
-            (blocks * batch,),
-            tile,
-            _view(query),
-            _view(key),
-            lse,
-            seed,
-            sums,
-            products,
-            scale * _LOG2E,
-            dropout_p,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            SHAPE=shape,
-        )
-        return _unpack_vector(sums, shape), _unpack_matrix(products, shape)
-
-    return *_tiled("statistics", query, launch), lse
+def not_supported(problem: Problem) -> list[str]:
+    """See :class:`reattn.backends.contract.Backend`."""
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    lse: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    dtype = query.dtype
-    batch, heads, seqlen, head_dim = query.shape
-    out = _empty_heads_last(query)
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    known = lse is not None
-    lse = (
-        query.new_empty(batch, heads, seqlen, dtype=torch.float32)
-        if lse is None
-        else lse.clone(memory_format=torch.contiguous_format)
-    )
+def forward(problem: Problem, inputs: Inputs) -> Outputs:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    batch, heads, seqlen, _ = inputs.query.shape
+    outputs = common.empty_outputs(problem, inputs.query, _interpretable_dtype(inputs.query))
+    query, key, value = map(_aligned, inputs[:3])
+    norm, kept = _norm(problem, inputs)
 
-    def launch(tile: configs.Tile) -> None:
-        shape = _shape(tile, head_dim, query, key, value, out)
+    def launch(tile: configs.Tile) -> Tensor | None:
+        shape = _shape(problem, tile, query, key, value, outputs.out)
+        programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
+        sums = query.new_empty(2 * heads, programs, dtype=torch.float32) if problem.batch_statistics else None
         _run(
             forward_kernels.forward_kernel,
-            (triton.cdiv(seqlen, tile.BLOCK_M) * batch, shape.CHUNKS),
+            (programs, shape.CHUNKS),
             tile,
-            _view(query),
-            _view(key),
-            _view(value),
-            _view(out),
-            _mixing(weight, shift, gamma, beta),
-            lse,
-            seed,
-            scale * _LOG2E,
-            eps,
-            dropout_p,
-            LSE_KNOWN=known,
+            *map(_view, (query, key, value, outputs.out)),
+            norm,
+            outputs.lse,
+            inputs.seed,
+            sums,
+            problem.scale * _LOG2E,
+            problem.dropout_p,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             SHAPE=shape,
         )
+        return sums
 
-    _tiled("forward", query, launch)
-    return out.to(dtype), lse
+    sums = _tiled("forward", query, launch)
+    if sums is not None and problem.synchronised:
+        _add_up(problem, norm, sums, outputs.statistics, query, key)
+    elif sums is not None:
+        _finish(problem, inputs._replace(value=value), outputs, outputs.statistics, sums)
+    return outputs._replace(out=outputs.out.to(inputs.query.dtype))
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    coupled: Tensor | None,
-    constant: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`reattn.backends.FusedBackend`."""
-    dtype = query.dtype
-    batch, heads, seqlen, head_dim = query.shape
-    seqlen_k = key.shape[2]
-    grad_query, grad_key, grad_value = (_empty_heads_last(tensor) for tensor in (query, key, value))
-    grad, query, key, value = (_aligned(tensor) for tensor in (grad, query, key, value))
+def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    out = _interpretable(unfinished.out)
+    final = torch.empty_like(unfinished.statistics)
+    _finish(problem, inputs._replace(value=_aligned(inputs.value)), unfinished._replace(out=out), final, None)
+    if out is not unfinished.out:
+        unfinished.out.copy_(out)
+    return final
+
+
+def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, sums: Tensor | None) -> None:
+    """The output from what the sweep left, and the running statistics. ``sums``: of its programs; without them
+    ``outputs.statistics`` holds those of all ranks."""
+    running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
+    norm, kept = _norm(problem, inputs, outputs, running=running)
+    batch, heads, seqlen, head_dim = outputs.out.shape
+    splits = _splits(outputs.out)
+    _run(
+        sums_kernels.finish_kernel,
+        (batch * heads * splits + 1,),
+        configs.SUMS_TILE,
+        _view(inputs.value),
+        _view(outputs.out),
+        norm,
+        sums,
+        final,
+        outputs.value_sum,
+        inputs.num_batches_tracked,
+        0 if sums is None else sums.shape[1],
+        float(batch * seqlen * inputs.value.shape[2]),
+        splits,
+        -1.0 if problem.momentum is None else problem.momentum,
+        SYNCHRONISED=sums is None,
+        **configs.sums_blocks(head_dim),
+        SHAPE=_shape(problem, configs.SUMS_TILE, inputs.value, outputs.out),
+    )
+    common.store_running(inputs, running)
+
+
+def _add_up(
+    problem: Problem, norm: Norm, sums: Tensor, totals: Tensor, query: Tensor, key: Tensor, backward: bool = False
+) -> None:
+    """What programs left, (2 heads, programs), in float64."""
+    _run(
+        sums_kernels.add_up_kernel,
+        (problem.heads,),
+        configs.SUMS_TILE,
+        norm,
+        sums,
+        totals,
+        sums.shape[1],
+        float(query.shape[0] * query.shape[2] * key.shape[2]),
+        1.0 / key.shape[2],
+        BACKWARD=backward,
+        BLOCK=configs.sums_blocks(problem.head_dim)["BLOCK"],
+        SHAPE=_shape(problem, configs.SUMS_TILE, query),
+    )
+
+
+def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    batch, heads, _, head_dim = grad.shape
+    grad, out = _with_rows(grad), _with_rows(outputs.out)
+    totals, splits = grad.new_empty(2, heads, dtype=torch.float64), _splits(out)
+    sums = grad.new_empty(2 * heads, batch * splits, dtype=torch.float32)
+    blocks = configs.sums_blocks(head_dim)
+    _run(
+        sums_kernels.grad_sums_kernel,
+        (batch * heads * splits,),
+        configs.SUMS_TILE,
+        _view(grad),
+        _view(out),
+        outputs.value_sum,
+        sums,
+        splits,
+        ROWS=blocks["ROWS"],
+        DIM=blocks["DIM"],
+        SHAPE=_shape(problem, configs.SUMS_TILE, grad, out),
+    )
+    _add_up(problem, _no_norm(problem), sums, totals, grad, grad, backward=True)
+    return totals
+
+
+def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
+    """See :class:`reattn.backends.contract.FusedBackend`."""
+    if problem.batch_statistics and sums is None:
+        sums = grad_sums(problem, grad, outputs)
+    given, gradients = inputs, common.empty_gradients(inputs, _interpretable_dtype(inputs.query))
+    batch, heads, seqlen, _ = inputs.query.shape
+    grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
+    lse = outputs.lse.contiguous()
     delta = torch.empty_like(lse)
-    # The kernels multiply by seqlen_k again, after the dot: as it is, the coupling may not fit float16.
-    mixing = _mixing(weight, shift, gamma, beta, None if coupled is None else coupled / seqlen_k, constant)
+    norm, kept = _norm(problem, inputs, outputs, sums)
     views = tuple(_view(tensor) for tensor in (query, key, value, grad))
-    scalars = (scale, scale * _LOG2E, eps, dropout_p)
+    scalars = (problem.scale, problem.scale * _LOG2E, problem.dropout_p)
 
-    def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shape = _shape(tile, head_dim, query, key, value, grad, grad_query)
+    def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Any]:
+        shape = _shape(problem, tile, query, key, value, grad, gradients.query)
         packed = shape.PACK * shape.HEADS_PADDED
-        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
-        vectors = query.new_empty(3 if gamma is not None else 1, batch * blocks, packed, dtype=torch.float32)
-        products = query.new_empty(batch * blocks, packed, packed, dtype=torch.float32)
+        programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
+        vectors = query.new_empty(3, programs, packed, dtype=torch.float32)
+        products = query.new_empty(programs, packed, packed, dtype=torch.float32)
         _run(
             backward_kernels.backward_query_kernel,
-            (blocks * batch, shape.CHUNKS),
+            (programs, shape.CHUNKS),
             tile,
             *views,
-            _view(grad_query),
-            mixing,
+            _view(gradients.query),
+            norm,
             lse,
             delta,
-            seed,
-            vectors[0],
-            None if gamma is None else vectors[1],
-            None if gamma is None else vectors[2],
+            inputs.seed,
+            *vectors,
             products,
             *scalars,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             SHAPE=shape,
         )
-        grad_shift, *grad_norm = (_unpack_vector(vector, shape).float() for vector in vectors)
-        # The kernel sums products of the centred maps.
-        grad_weight = _unpack_matrix(products, shape).float() + grad_shift / seqlen_k
-        grad_gamma, grad_beta = grad_norm or (shift.new_empty(0), shift.new_empty(0))
-        return grad_weight, grad_shift, grad_gamma, grad_beta
+        return vectors, products, shape
 
     def launch_key(tile: configs.Tile) -> None:
-        shape = _shape(tile, head_dim, query, key, value, grad, grad_key, grad_value)
+        shape = _shape(problem, tile, query, key, value, grad, gradients.key, gradients.value)
         _run(
             backward_kernels.backward_key_kernel,
-            (triton.cdiv(seqlen_k, tile.BLOCK_N) * batch, shape.CHUNKS),
+            (triton.cdiv(key.shape[2], tile.BLOCK_N) * batch, shape.CHUNKS),
             tile,
             *views,
-            _view(grad_key),
-            _view(grad_value),
-            mixing,
+            _view(gradients.key),
+            _view(gradients.value),
+            norm,
             lse,
             delta,
-            seed,
+            inputs.seed,
             *scalars,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             SHAPE=shape,
         )
 
-    grad_parameters = _tiled("backward_query", query, launch_query)
+    vectors, products, shape = _tiled("backward_query", query, launch_query)
     _tiled("backward_key", query, launch_key)
-    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), *grad_parameters
-
-
-def grad_dot_out(grad: Tensor, out: Tensor) -> Tensor:
-    """See :class:`reattn.backends.FusedBackend`."""
-    batch, heads, seqlen, head_dim = out.shape
-    grad, out = _aligned(grad), _aligned(out)
-
-    def launch(tile: configs.Tile) -> Tensor:
-        shape = _shape(tile, head_dim, grad, out)
-        blocks = triton.cdiv(seqlen, tile.BLOCK_M)
-        partial = out.new_empty(shape.CHUNKS * batch * blocks, shape.HEADS_PADDED, dtype=torch.float32)
-        _run(
-            backward_kernels.grad_dot_out_kernel,
-            (blocks * batch, shape.CHUNKS),
-            tile,
-            _view(grad),
-            _view(out),
-            partial,
-            BLOCK_M=tile.BLOCK_M,
-            SHAPE=shape,
-        )
-        return partial.sum(0, dtype=torch.float64)[:heads].float()
-
-    return _tiled("grad_dot_out", out, launch)
+    _run(
+        sums_kernels.unfold_kernel,
+        (heads + 1,),
+        configs.SUMS_TILE,
+        norm,
+        vectors,
+        products,
+        gradients.theta,
+        *(None if tensor is None else gradient for tensor, gradient in zip(inputs[4:7], gradients[4:], strict=True)),
+        products.shape[0],
+        1.0 / key.shape[2],
+        BLOCK=configs.UNFOLD_BLOCK,
+        SHAPE=shape,
+    )
+    return common.as_inputs(gradients, given)
 
 
 _LOG2E = math.log2(math.e)
@@ -279,33 +273,71 @@ def _aligned(tensor: Tensor) -> Tensor:
     return padded
 
 
+def _with_rows(tensor: Tensor) -> Tensor:
+    """The tensor with contiguous rows."""
+    tensor = _interpretable(tensor)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
 def _interpretable(tensor: Tensor) -> Tensor:
     """float32 for bfloat16 under the interpreter, whose bfloat16 arithmetic is wrong; else the tensor as it is."""
-    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+    return tensor.to(_interpretable_dtype(tensor))
 
 
-def _empty_heads_last(like: Tensor) -> Tensor:
-    return empty_heads_last(like, torch.float32 if INTERPRETED and like.dtype == torch.bfloat16 else like.dtype)
+def _interpretable_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
 def _view(tensor: Tensor) -> View:
     return View(tensor, *tensor.stride()[:3], tensor.shape[2])
 
 
-def _mixing(*parameters: Tensor | None) -> Mixing:
-    return Mixing(*(None if tensor is None else tensor.contiguous() for tensor in parameters))
+def _norm(
+    problem: Problem,
+    inputs: Inputs,
+    outputs: Outputs | None = None,
+    sums: Tensor | None = None,
+    running: tuple[Tensor | None, Tensor | None] | None = None,
+) -> tuple[Norm, tuple[Tensor | None, ...]]:
+    """What the kernels take beside query, key and value; and what has to live until they are launched."""
+    parameters = [as_float32(tensor) for tensor in inputs[3:7]]
+    if running is None:
+        used = problem.norm == "batch" and not problem.training
+        running = (as_float32(inputs.running_mean), as_float32(inputs.running_var)) if used else (None, None)
+    statistics = outputs.statistics if outputs is not None and problem.batch_statistics else None
+    tensors = (*parameters, *running, statistics, sums)
+    numbers = problem.output_scale, problem.eps, common.unit_scale(problem, inputs.key)
+    return Norm(*tensors, *numbers), tensors
 
 
-def _shape(tile: configs.Tile, head_dim: int, *tensors: Tensor) -> Any:
+def _no_norm(problem: Problem) -> Norm:
+    return Norm(*(None,) * 8, problem.output_scale, problem.eps, 1.0)
+
+
+def _splits(out: Tensor) -> int:
+    """Programs that share the rows of a sample and head, so that all multiprocessors have some."""
+    batch, heads, seqlen, _ = out.shape
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
+    return max(1, min(-(-4 * processors // max(batch * heads, 1)), -(-seqlen // 64)))
+
+
+def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
     """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
-    heads = tensors[0].shape[1]
+    heads = problem.heads
     tf32 = tensors[0].dtype == torch.float32 and tensors[0].is_cuda and _tf32_allowed()
     # The farthest offset within a tile; rows and heads outside are computed, though not touched.
     extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N))
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
     reach = max(reach, *(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
     return configs.shape(
-        heads, head_dim, tensors[0].shape[3], tile.dim, "tf32" if tf32 else "ieee", wide=reach >= 2**31
+        heads,
+        problem.head_dim,
+        tensors[0].shape[3],
+        tile.dim,
+        "tf32" if tf32 else "ieee",
+        wide=reach >= 2**31,
+        norm=problem.norm or "none",
+        training=problem.batch_statistics,
     )
 
 
@@ -314,19 +346,6 @@ def _tf32_allowed() -> bool:
     raises."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-
-
-def _unpack_vector(partial: Tensor, shape: Any) -> Tensor:
-    """(programs, PACK * HEADS_PADDED) -> (heads,), float64, summed in a fixed order."""
-    total = partial.sum(0, dtype=torch.float64).view(shape.PACK, shape.HEADS_PADDED)
-    return total.sum(0)[: shape.HEADS]
-
-
-def _unpack_matrix(partial: Tensor, shape: Any) -> Tensor:
-    """(programs, PACK * HEADS_PADDED, PACK * HEADS_PADDED) -> (heads, heads): the blocks on the diagonal, float64."""
-    total = partial.sum(0, dtype=torch.float64)
-    total = total.view(shape.PACK, shape.HEADS_PADDED, shape.PACK, shape.HEADS_PADDED)
-    return total.diagonal(dim1=0, dim2=2).sum(-1)[: shape.HEADS, : shape.HEADS].contiguous()
 
 
 @functools.cache

@@ -1,0 +1,158 @@
+"""What a norm makes of theta, bias and its own parameters, and of their gradients: the only place in the Triton kernels
+that knows a norm's name. csrc/fold.h is its like. Derivation: docs/operator.md, sections 2 to 4."""
+
+import triton
+import triton.language as tl
+
+from .tiles import load_heads, load_matrix, mean_over_heads, mix_heads
+
+
+@triton.jit
+def load_gamma(norm, SHAPE: tl.constexpr):
+    """output_scale * norm_weight: [PACK * HEADS_PADDED]."""
+    return load_heads(norm.norm_weight, 1.0, SHAPE) * norm.output_scale
+
+
+@triton.jit
+def load_beta(norm, SHAPE: tl.constexpr):
+    """output_scale * norm_bias: [PACK * HEADS_PADDED]."""
+    return load_heads(norm.norm_bias, 0.0, SHAPE) * norm.output_scale
+
+
+@triton.jit
+def inverse_deviation(norm, SHAPE: tl.constexpr):
+    """1 / standard deviation, of the batch or as it runs: [PACK * HEADS_PADDED]."""
+    if SHAPE.TRAINING:
+        inverse = load_heads(norm.statistics + SHAPE.HEADS, 0.0, SHAPE).to(tl.float32)
+    else:
+        inverse = tl.rsqrt(load_heads(norm.running_var, 1.0, SHAPE) + norm.eps)
+    return inverse
+
+
+@triton.jit
+def column_factor(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
+    """The factor of a column of theta: [PACK * HEADS_PADDED]."""
+    if SHAPE.NORM == "none":
+        factor = load_heads(None, 1.0, SHAPE) * norm.output_scale
+    elif SHAPE.NORM == "layer":
+        factor = load_heads(None, 1.0, SHAPE)
+    elif BACKWARD:
+        factor = inverse_deviation(norm, SHAPE)
+    elif SHAPE.TRAINING:
+        factor = load_heads(None, 1.0, SHAPE) * norm.unit_scale
+    else:
+        factor = inverse_deviation(norm, SHAPE) * load_gamma(norm, SHAPE)
+    return factor
+
+
+@triton.jit
+def load_weights(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr, UNMIX: tl.constexpr):
+    """The mixing weights, heads after mixing down and before it across, or with UNMIX the other way round: float32,
+    PACK times down the diagonal."""
+    factor = column_factor(norm, SHAPE, BACKWARD)
+    if UNMIX:
+        theta = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE)
+        if SHAPE.NORM == "layer":
+            # Centring over the heads is linear.
+            ones = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE, ONES=True)
+            theta -= ones * (tl.sum(theta, axis=1) / SHAPE.HEADS)[:, None]
+        weights = theta * factor[None, :]
+    else:
+        theta = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE)
+        if SHAPE.NORM == "layer":
+            ones = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE, ONES=True)
+            theta -= ones * (tl.sum(theta, axis=0) / SHAPE.HEADS)[None, :]
+        weights = theta * factor[:, None]
+    return weights
+
+
+@triton.jit
+def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
+    """The mixing weights in the dots' dtype; the shift, with what centring took from the maps; gamma and beta. Vectors
+    are [1, PACK * HEADS_PADDED, 1]; where gamma and beta are not needed, they are the shift."""
+    weights = load_weights(norm, SHAPE, BACKWARD, False)
+    bias = load_heads(norm.bias, 0.0, SHAPE)
+    taken = tl.sum(weights, axis=1) * centre
+    if SHAPE.NORM == "none":
+        shift = bias * norm.output_scale + taken
+    elif SHAPE.NORM == "layer":
+        mean = tl.sum(bias, axis=0) / (SHAPE.HEADS * SHAPE.PACK)
+        head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
+        shift = tl.where(head < SHAPE.HEADS, bias - mean + taken, 0.0)
+    elif SHAPE.TRAINING:
+        # The maps stay centred.
+        shift = taken * 0.0
+        if BACKWARD:
+            shift = -load_heads(norm.statistics, 0.0, SHAPE).to(tl.float32) * inverse_deviation(norm, SHAPE)
+    else:
+        factor = column_factor(norm, SHAPE, BACKWARD)
+        shift = (bias - load_heads(norm.running_mean, 0.0, SHAPE)) * factor + taken
+        if not BACKWARD:
+            shift += load_beta(norm, SHAPE)
+    shift = shift[None, :, None]
+    gamma, beta = shift, shift
+    if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
+        gamma = load_gamma(norm, SHAPE)[None, :, None]
+        beta = load_beta(norm, SHAPE)[None, :, None]
+    return weights.to(dtype), shift, gamma, beta
+
+
+@triton.jit
+def load_coupling(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps A, which is
+    gamma dN - common - along A: [1, PACK * HEADS_PADDED, 1]. Absent vectors are replaced by gamma, unused."""
+    weights = load_weights(norm, SHAPE, True, True).to(dtype)
+    common = load_gamma(norm, SHAPE)
+    along = common
+    if SHAPE.NORM == "batch" and SHAPE.TRAINING:
+        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS)
+        of_values = load_heads(norm.grad_sums + SHAPE.HEADS, 0.0, SHAPE)
+        of_out = load_heads(norm.grad_sums, 0.0, SHAPE)
+        along = ((of_out - load_beta(norm, SHAPE).to(tl.float64) * of_values) / positions).to(tl.float32)
+        common = (common.to(tl.float64) * of_values / positions).to(tl.float32)
+    return weights, common[None, :, None], along[None, :, None]
+
+
+@triton.jit
+def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
+    """Mixes a tile and divides it by its root mean square over heads where the norm does: the result, the quotient,
+    1 / rms."""
+    weights, shift, gamma, beta = mixing
+    normed = mix_heads(weights, centred, SHAPE) + shift
+    unit, inverse_rms = normed, normed
+    if SHAPE.NORM == "layer":
+        inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + norm.eps)
+        unit = normed * inverse_rms
+    if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
+        normed = unit * gamma + beta
+    return normed, unit, inverse_rms
+
+
+@triton.jit
+def normalise_backward(grad_normed, unit, inverse_rms, mixing, coupling, SHAPE: tl.constexpr):
+    """The gradient of the mixed tile from that of the normalised one: row-major."""
+    _, _, gamma, _ = mixing
+    _, common, along = coupling
+    grad_mixed = grad_normed
+    if SHAPE.NORM == "layer":
+        # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
+        # rounded.
+        scaled = grad_normed * gamma
+        scaled -= mean_over_heads(scaled, SHAPE)
+        if SHAPE.HEADS < SHAPE.HEADS_PADDED:
+            head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
+            scaled = tl.where((head < SHAPE.HEADS)[None, :, None], scaled, 0.0)
+        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
+    if SHAPE.NORM == "batch":
+        grad_mixed = grad_normed * gamma
+        if SHAPE.TRAINING:
+            grad_mixed -= unit * along + common
+    return grad_mixed
+
+
+@triton.jit
+def mixed_centre(norm, head, centre, SHAPE: tl.constexpr):
+    """What a head's mixed maps are about: the centre of the maps, mixed; float64."""
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)
+    column = tl.load(norm.theta + heads * SHAPE.HEADS + head, mask=heads < SHAPE.HEADS, other=0.0)
+    return tl.sum(column.to(tl.float64), axis=0) * centre

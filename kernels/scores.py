@@ -1,0 +1,87 @@
+"""The only place where a product of query and key becomes a probability: scale, exponential, dropout."""
+
+import triton
+import triton.language as tl
+
+from .tiles import dot_rows, is_finite, load_rows, to_row_major
+
+
+@triton.jit
+def score_tile(
+    q_tile, q, row_start, k_tile, k, column_start, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Scores as exponents to base 2, -inf at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32."""
+    columns = column_start + tl.arange(0, BLOCK_N)
+    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
+    return tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+
+
+@triton.jit
+def probabilities(scores, lse, SHAPE: tl.constexpr):
+    """exp2(scores - lse): [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
+
+    Rows that share a mixing dot are kept apart by zero weights, which do not stop a NaN: a row whose softmax is NaN is
+    zero here, and ``poison_rows`` makes its results NaN again.
+    """
+    exponents = scores - lse[:, :, None]
+    if SHAPE.PACK > 1:
+        exponents = tl.where(is_finite(lse)[:, :, None], exponents, float("-inf"))
+    return tl.exp2(exponents)
+
+
+@triton.jit
+def row_lse(
+    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
+    """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
+    running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
+    running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
+    for start in range(0, k.seqlen, BLOCK_N):
+        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
+        scores = score_tile(q_tile, q, row_start, k_tile, k, start, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
+        new_max = tl.maximum(running_max, tl.max(scores, axis=2))
+        # A row of -inf so far would give inf - inf.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp2(running_max - finite_max)
+        running_sum += tl.sum(tl.exp2(scores - finite_max[:, :, None]), axis=2)
+        running_max = new_max
+    return running_max + tl.log2(running_sum)
+
+
+@triton.jit
+def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexpr):
+    """Drops and rescales a head-major tile; what is drawn depends on seed and position alone, not on the tiling."""
+    if seed_ptr is not None:
+        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        zero = tl.full(probs.shape, 0, dtype=tl.int32)
+        bits, _, _, _ = tl.philox(
+            tl.load(seed_ptr),
+            zero + columns[None, None, :],
+            zero + rows[None, :, None],
+            zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
+            zero,
+        )
+        probs = tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
+    return probs
+
+
+@triton.jit
+def uint_to_uniform_float(bits):
+    """Uniform in [0, 1) from the upper 24 of 32 random bits."""
+    return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit
+def map_tile(
+    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots'
+    dtype."""
+    rows = row_start + tl.arange(0, BLOCK_M)
+    columns = column_start + tl.arange(0, BLOCK_N)
+    scores = score_tile(q_tile, q, row_start, k_tile, k, column_start, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
+    probs = probabilities(scores, lse, SHAPE)
+    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
+    return probs, kept, to_row_major((kept - 1.0 / k.seqlen).to(dtype), SHAPE)

@@ -1,0 +1,231 @@
+"""What stands before and after the sweeps: sums over the batch, in a fixed order, and what is made of them."""
+
+import triton
+import triton.language as tl
+
+from .fold import column_factor, mixed_centre
+
+
+@triton.jit
+def sum_number(ptr, number, programs, BLOCK: tl.constexpr):
+    """The sum of one of the numbers that programs left in (numbers, programs): float64."""
+    total = tl.full((BLOCK,), 0.0, dtype=tl.float64)
+    for start in range(0, programs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        pointers = ptr + tl.cast(number, tl.int64) * programs + index
+        total += tl.load(pointers, mask=index < programs, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
+    """Sum and sum of squares of a head's mixed maps without bias, from what the forward programs left."""
+    mean = mixed_centre(norm, head, centre, SHAPE)
+    scale = tl.cast(norm.unit_scale, tl.float64)
+    centred = sum_number(sums_ptr, head, programs, BLOCK) / scale
+    squares = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK) / (scale * scale)
+    return centred + positions * mean, squares + 2 * mean * centred + positions * mean * mean
+
+
+@triton.jit
+def moments(
+    norm, sums_ptr, head, programs, positions, centre, SYNCHRONISED: tl.constexpr, BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Mean, variance and 1 / deviation of a head's mixed maps without bias, and how many were averaged: float64."""
+    if SYNCHRONISED:
+        total = tl.load(norm.statistics + head)
+        squares = tl.load(norm.statistics + SHAPE.HEADS + head)
+        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS)
+    else:
+        total, squares = raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK, SHAPE)
+    count = tl.maximum(positions, 1.0)
+    mean = total / count
+    variance = squares / count - mean * mean
+    variance = tl.where(variance < 0, 0.0, variance)
+    return mean, variance, 1.0 / tl.sqrt(variance + tl.cast(norm.eps, tl.float64)), positions
+
+
+@triton.jit
+def add_up_kernel(
+    norm, sums_ptr, totals_ptr, programs, positions, centre, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """One head: the sums that programs left, to (2 * HEADS + 1,) after the forward pass or (2, HEADS) before the
+    backward pass, float64, for an all-reduce."""
+    head = tl.program_id(0)
+    positions = tl.cast(positions, tl.float64)
+    if BACKWARD:
+        first = sum_number(sums_ptr, head, programs, BLOCK)
+        second = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK)
+    else:
+        first, second = raw_sums(norm, sums_ptr, head, programs, positions, tl.cast(centre, tl.float64), BLOCK, SHAPE)
+        if head == 0:
+            tl.store(totals_ptr + 2 * SHAPE.HEADS, positions)
+    tl.store(totals_ptr + head, first)
+    tl.store(totals_ptr + SHAPE.HEADS + head, second)
+
+
+@triton.jit
+def which_part(seqlen, splits, SHAPE: tl.constexpr):
+    """This program's sample and head, and its rows: from the first on, up to the last."""
+    part = tl.program_id(0) % splits
+    head = tl.program_id(0) // splits % SHAPE.HEADS
+    rows = tl.cdiv(seqlen, splits)
+    return tl.program_id(0) // splits // SHAPE.HEADS, head, part * rows, tl.minimum(part * rows + rows, seqlen)
+
+
+@triton.jit
+def head_pointers(view, batch, head, start, end, ROWS: tl.constexpr, SHAPE: tl.constexpr, DIM: tl.constexpr):
+    """Pointers to rows of one head, and which lie before end: [ROWS, DIM]."""
+    rows = start + tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, DIM)[None, :]
+    base = view.ptr + tl.cast(batch, tl.int64) * view.batch_stride + tl.cast(head, tl.int64) * view.head_stride
+    return base + rows.to(tl.int64) * view.row_stride + dims, (rows < end) & (dims < SHAPE.HEAD_DIM)
+
+
+@triton.jit
+def finish_kernel(
+    v, out, norm, sums_ptr, statistics_ptr, value_sum_ptr, batches_ptr, programs, positions, splits, momentum,
+    SYNCHRONISED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """out = slope * out + level * sum of the values, for rows of one sample and head; the last program writes the
+    statistics, and takes them into the running ones (momentum < 0: as the mean over all batches)."""
+    centre = 1.0 / tl.cast(v.seqlen, tl.float64)
+    positions = tl.cast(positions, tl.float64)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        share = tl.cast(momentum, tl.float64)
+        if batches_ptr is not None:
+            batches = tl.load(batches_ptr) + 1
+            tl.store(batches_ptr, batches)
+            share = tl.where(share < 0, 1.0 / batches.to(tl.float64), share)
+        for head in range(SHAPE.HEADS):
+            mean, variance, inverse, counted = moments(
+                norm, sums_ptr, head, programs, positions, centre, SYNCHRONISED, BLOCK, SHAPE
+            )
+            tl.store(statistics_ptr + head, mean - mixed_centre(norm, head, centre, SHAPE))
+            tl.store(statistics_ptr + SHAPE.HEADS + head, inverse)
+            tl.store(statistics_ptr + 2 * SHAPE.HEADS, counted)
+            if norm.running_mean is not None:
+                bias = tl.cast(0.0, tl.float64)
+                if norm.bias is not None:
+                    bias += tl.load(norm.bias + head).to(tl.float64)
+                old_mean = tl.load(norm.running_mean + head).to(tl.float64)
+                old_var = tl.load(norm.running_var + head).to(tl.float64)
+                # A batch of no positions leaves them as they are.
+                share = tl.where(counted > 0, share, 0.0)
+                unbiased = tl.where(counted > 0, variance * (counted / (counted - 1.0)), old_var)
+                new_mean = old_mean + share * (mean + bias - old_mean)
+                new_var = old_var + share * (unbiased - old_var)
+                tl.store(norm.running_mean + head, new_mean.to(tl.float32))
+                tl.store(norm.running_var + head, new_var.to(tl.float32))
+    else:
+        batch, head, first, end = which_part(out.seqlen, splits, SHAPE)
+        mean, _, inverse, _ = moments(norm, sums_ptr, head, programs, positions, centre, SYNCHRONISED, BLOCK, SHAPE)
+        offset = mean - mixed_centre(norm, head, centre, SHAPE)
+        gamma = tl.cast(norm.output_scale, tl.float32)
+        if norm.norm_weight is not None:
+            gamma *= tl.load(norm.norm_weight + head)
+        beta = tl.cast(0.0, tl.float32)
+        if norm.norm_bias is not None:
+            beta += tl.load(norm.norm_bias + head) * norm.output_scale
+        gamma *= inverse.to(tl.float32)
+        slope, level = gamma / norm.unit_scale, beta - (gamma.to(tl.float64) * offset).to(tl.float32)
+
+        values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
+        for start in range(0, v.seqlen, ROWS):
+            pointers, mask = head_pointers(v, batch, head, start, v.seqlen, ROWS, SHAPE, DIM)
+            values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        value_sum = tl.sum(values, axis=0)
+        dims = tl.arange(0, DIM)
+        if first == 0:
+            place = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM + dims
+            tl.store(place, value_sum, mask=dims < SHAPE.HEAD_DIM)
+        for start in range(first, end, ROWS):
+            pointers, mask = head_pointers(out, batch, head, start, end, ROWS, SHAPE, DIM)
+            finished = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * slope + level * value_sum[None, :]
+            tl.store(pointers, finished.to(out.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grad_sums_kernel(
+    grad, out, value_sum_ptr, sums_ptr, splits, ROWS: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Sums of grad * out and of grad times the sum of the values, over rows of one sample and head, to (2 * HEADS,
+    samples * splits)."""
+    batch, head, first, end = which_part(out.seqlen, splits, SHAPE)
+    dims = tl.arange(0, DIM)
+    place = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM + dims
+    values = tl.load(place, mask=dims < SHAPE.HEAD_DIM, other=0.0)
+    of_out = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
+    of_values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
+    for start in range(first, end, ROWS):
+        grad_pointers, mask = head_pointers(grad, batch, head, start, end, ROWS, SHAPE, DIM)
+        out_pointers, mask = head_pointers(out, batch, head, start, end, ROWS, SHAPE, DIM)
+        grads = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
+        of_out += grads * tl.load(out_pointers, mask=mask, other=0.0).to(tl.float32)
+        of_values += grads * values[None, :]
+    programs = tl.num_programs(0) // SHAPE.HEADS
+    place = sums_ptr + tl.cast(head, tl.int64) * programs + batch * splits + tl.program_id(0) % splits
+    tl.store(place, tl.sum(tl.sum(of_out, axis=1), axis=0))
+    tl.store(place + tl.cast(programs, tl.int64) * SHAPE.HEADS, tl.sum(tl.sum(of_values, axis=1), axis=0))
+
+
+@triton.jit
+def sum_packed(ptr, stride, programs, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
+    """The sum over programs of PACK * HEADS_PADDED neighbouring numbers: [PACK * HEADS_PADDED], float64."""
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    total = tl.full((BLOCK, HEADS_PACKED), 0.0, dtype=tl.float64)
+    index = tl.arange(0, HEADS_PACKED)[None, :]
+    for start in range(0, programs, BLOCK):
+        program = start + tl.arange(0, BLOCK)[:, None]
+        total += tl.load(ptr + program.to(tl.int64) * stride + index, mask=program < programs, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def sum_packs(sums, SHAPE: tl.constexpr):
+    """[PACK * HEADS_PADDED] -> [HEADS_PADDED]: over the rows that share a dot."""
+    return tl.sum(tl.reshape(sums, (SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
+
+
+@triton.jit
+def unfold_kernel(
+    norm, vectors_ptr, products_ptr, grad_theta_ptr, grad_bias_ptr, grad_weight_ptr, grad_norm_bias_ptr, programs,
+    centre, BLOCK: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of what the user gave from the sums that programs of ``backward_query_kernel`` left: a program for
+    each row of theta, and one for the vectors."""
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    row = tl.program_id(0)
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)
+    inside = heads < SHAPE.HEADS
+    factor = tl.sum(tl.reshape(column_factor(norm, SHAPE, True), (SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
+    factor = factor.to(tl.float64) / SHAPE.PACK
+    shift = sum_packs(sum_packed(vectors_ptr, HEADS_PACKED, programs, BLOCK, SHAPE), SHAPE)
+    if row < SHAPE.HEADS:
+        # The kernels multiply centred maps: what the centre would add is the sum of the gradients of the shift.
+        sums = shift * tl.cast(centre, tl.float64)
+        for pack in tl.static_range(SHAPE.PACK):
+            first = products_ptr + (pack * SHAPE.HEADS_PADDED + row) * HEADS_PACKED
+            packed = sum_packed(first, HEADS_PACKED * HEADS_PACKED, programs, BLOCK, SHAPE)
+            own = tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED == pack
+            sums += sum_packs(tl.where(own, packed, 0.0), SHAPE)
+        if SHAPE.NORM == "layer":
+            sums -= tl.sum(tl.where(inside, sums, 0.0), axis=0) / SHAPE.HEADS
+        tl.store(grad_theta_ptr + row * SHAPE.HEADS + heads, (sums * factor).to(tl.float32), mask=inside)
+    else:
+        if grad_bias_ptr is not None:
+            if SHAPE.NORM == "layer":
+                shift -= tl.sum(tl.where(inside, shift, 0.0), axis=0) / SHAPE.HEADS
+            if SHAPE.TRAINING:
+                # The mean takes the bias away.
+                shift *= 0.0
+            tl.store(grad_bias_ptr + heads, (shift * factor).to(tl.float32), mask=inside)
+        stride = tl.cast(programs, tl.int64) * HEADS_PACKED
+        if grad_weight_ptr is not None:
+            sums = sum_packs(sum_packed(vectors_ptr + stride, HEADS_PACKED, programs, BLOCK, SHAPE), SHAPE)
+            tl.store(grad_weight_ptr + heads, (sums * norm.output_scale).to(tl.float32), mask=inside)
+        if grad_norm_bias_ptr is not None:
+            sums = sum_packs(sum_packed(vectors_ptr + 2 * stride, HEADS_PACKED, programs, BLOCK, SHAPE), SHAPE)
+            tl.store(grad_norm_bias_ptr + heads, (sums * norm.output_scale).to(tl.float32), mask=inside)
