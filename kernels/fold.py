@@ -99,7 +99,7 @@ def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD
 
 @triton.jit
 def load_coupling(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps A, which is
+    """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps, which is
     gamma dN - common - along A: [1, PACK * HEADS_PADDED, 1]. Absent vectors are replaced by gamma, unused."""
     weights = load_weights(norm, SHAPE, True, True).to(dtype)
     common = load_gamma(norm, SHAPE)
