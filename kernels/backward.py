@@ -125,15 +125,18 @@ def backward_query_kernel(
     if SHAPE.PACK > 1:
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
         reached = lse
-        if SHAPE.NORM != "none":
+        if SHAPE.NORM == "layer":
             reached = over_heads(lse)
         delta = tl.where(is_finite(reached), delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
         grad_weight = tl.where(clean[:, None], grad_weight, float("nan"))
-        if SHAPE.NORM != "none":
+        if SHAPE.NORM == "layer":
             grad_shift = tl.where(clean, grad_shift, float("nan"))
-            grad_gamma = tl.where(clean, grad_gamma, float("nan"))
+        if SHAPE.NORM != "none":
+            # Mixing takes it to all heads.
+            broken = tl.sum(tl.sum(tl.where(is_finite(lse), 0, 1), axis=1), axis=0)
+            grad_gamma = tl.where(broken > 0, float("nan"), grad_gamma)
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
     # Every chunk's program stores the same values here.
     tl.store(delta_block, delta, mask=row_mask)

@@ -7,6 +7,7 @@ The Function saves query, key, value, the output where batch statistics need it,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -136,10 +137,12 @@ def re_attention(backend: str, problem: Problem, inputs: Inputs, group: dist.Pro
     if problem.dropout_p > 0.0:
         inputs = inputs._replace(seed=draw_seed(problem.device))
     options = _options(backend, problem)
-    if torch.compiler.is_compiling() or any(_differentiated(tensor) for tensor in inputs[:7]):
-        return ReAttentionFunction.apply(*inputs, options, group)[0]
-    # The Function would cost as much as a small problem.
-    return _run_forward(inputs, options, group).out
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(inputs)
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7])):
+            # The Function would cost as much as a small problem.
+            return _run_forward(inputs, options, group).out
+    return ReAttentionFunction.apply(*inputs, options, group)[0]
 
 
 def _options(backend: str, problem: Problem) -> dict[str, Any]:
@@ -157,11 +160,15 @@ def _options(backend: str, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _differentiated(tensor: Tensor | None) -> bool:
-    """Whether a gradient or, in forward mode, a tangent is asked of what this tensor enters."""
-    if tensor is None:
-        return False
-    return (torch.is_grad_enabled() and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None
+_ONCE = 'a fused backend of reattn is differentiable once, in reverse mode: use backend="reference"'
+
+
+def _refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
+    """Forward-mode differentiation would lose its tangents in silence."""
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(_ONCE)
 
 
 def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:
@@ -180,9 +187,6 @@ def _run_backward(
         sums = torch.ops.reattn.grad_sums(grad, *outputs, **options)
         dist.all_reduce(sums, group=group)
     return torch.ops.reattn.backward(grad, sums, *inputs, *outputs, **options)
-
-
-_ONCE = 'a fused backend of reattn is differentiable once, in reverse mode: use backend="reference"'
 
 
 class ReAttentionFunction(torch.autograd.Function):
@@ -214,16 +218,14 @@ class ReAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * (len(Inputs._fields) + 2)
+        if not torch.compiler.is_compiling():
+            _refuse_tangents(grads[:1])
         given = ctx.saved_tensors
         # Through a Function, so that what is differentiated a second time says that it cannot be.
         run = ReAttentionBackward.apply if torch.is_grad_enabled() else ReAttentionBackward.forward
         gradients = run(grads[0], *given, ctx.options, ctx.group)
         found = tuple(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
         return *found, *(None,) * (len(Inputs._fields) + 2 - len(found))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_ONCE)
 
 
 class ReAttentionBackward(torch.autograd.Function):
@@ -243,8 +245,4 @@ class ReAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(_ONCE)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(_ONCE)

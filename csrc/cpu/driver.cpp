@@ -166,7 +166,7 @@ class Folded {
     if (!fold_.has_gamma()) return;
     mixing.gamma = fill(0, [&](int g) { return fold_.gamma(g); });
     mixing.beta = fill(1, [&](int g) { return fold_.beta(g); });
-    if (p.norm != Norm::kBatch) return;
+    if (!fold_.batch_statistics()) return;
     mixing.common = fill(2, [&](int g) { return fold_.common(g); });
     mixing.along = fill(3, [&](int g) { return fold_.along(g); });
   }

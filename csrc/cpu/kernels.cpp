@@ -252,7 +252,7 @@ class Block {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes;
       const float* grad_mixed = row(s_.grad_maps, 0, r) + key;
       int64_t ld_mixed = stride;
-      if (m_.common) {
+      if (m_.gamma && !m_.over_heads) {
         mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
         scale_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr,
                        v + vecs == span_.vecs);
@@ -468,13 +468,15 @@ class Block {
     for (int64_t g = 0; g < heads_; g++) {
       const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride;
       float* grad_mixed = s_.grad_mixed + g * tile;
-      const float gamma = m_.gamma[g], beta = m_.beta[g], common = m_.common[g], along = m_.along[g];
+      const bool statistics = m_.common;
+      const float gamma = m_.gamma[g], beta = m_.beta[g], common = statistics ? m_.common[g] : 0,
+                  along = statistics ? m_.along[g] : 0;
       Vec gamma_sum{}, beta_sum{};
       for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
         const Vec unit = vec(mixed + i), grad = vec(grads + i);
         gamma_sum += grad * unit;
         beta_sum += grad;
-        put(grad_mixed + i, grad * gamma - common - unit * along);
+        put(grad_mixed + i, statistics ? grad * gamma - common - unit * along : grad * gamma);
         if (maps) E::store(maps + g * maps_stride + i, unit * gamma + beta);
       }
       if (sum_parameters) {

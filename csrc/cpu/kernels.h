@@ -31,7 +31,7 @@ struct Problem {
 struct Mixing {
   const float *weight, *shift;  // A = W^T P + c
   const float *gamma, *beta;    // N = gamma A + beta, of the quotient with layer norm
-  const float *common, *along;  // batch norm in the backward pass: dA = gamma dN - common - along A
+  const float *common, *along;  // batch statistics in the backward pass: dA = gamma dN - common - along A
   const float *slope, *level;   // batch norm in the forward pass: out = slope out + level value_sum
   bool over_heads;              // layer norm
   bool sum_maps;                // batch statistics are wanted

@@ -92,7 +92,11 @@ class Mixing {
   }
 
   REATTN_DEVICE Mixing(const Params& p, const Place& place)
-      : p_(p), warp_(place.warp), first_row_(place.first_row), over_heads_(p.fold.p.norm == Norm::kLayer), has_gamma_(p.fold.has_gamma()) {}
+      : p_(p),
+        warp_(place.warp),
+        first_row_(place.first_row),
+        over_heads_(p.fold.p.norm == Norm::kLayer),
+        has_gamma_(p.fold.has_gamma()) {}
 
   // Maps become mixed and normalised maps, in place. kSum: adds to the moments of the mixed ones; maps from outside the
   // sequences are zero then, and so are these.
@@ -329,9 +333,11 @@ class Mixing {
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
     if (!over_heads_) {
+      const bool statistics = p_.fold.batch_statistics();
       for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head),
-                                    -fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)));
+        const float through =
+            statistics ? fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)) : 0;
+        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head), -through);
       });
       return;
     }

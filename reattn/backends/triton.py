@@ -179,9 +179,11 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
 
 def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
+    given, gradients = inputs, common.empty_gradients(inputs, _interpretable_dtype(inputs.query))
+    if not inputs.query.numel():
+        return common.as_inputs(common.zeroed(gradients), given)
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
-    given, gradients = inputs, common.empty_gradients(inputs, _interpretable_dtype(inputs.query))
     batch, heads, seqlen, _ = inputs.query.shape
     grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
     lse = outputs.lse.contiguous()
