@@ -142,7 +142,8 @@ def re_attention(backend: str, problem: Problem, inputs: Inputs, group: dist.Pro
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7])):
             # The Function would cost as much as a small problem.
             return _run_forward(inputs, options, group).out
-    return ReAttentionFunction.apply(*inputs, options, group)[0]
+    function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction
+    return function.apply(*inputs, options, group)[0]
 
 
 def _options(backend: str, problem: Problem) -> dict[str, Any]:
@@ -222,7 +223,8 @@ class ReAttentionFunction(torch.autograd.Function):
             _refuse_tangents(grads[:1])
         given = ctx.saved_tensors
         # Through a Function, so that what is differentiated a second time says that it cannot be.
-        run = ReAttentionBackward.apply if torch.is_grad_enabled() else ReAttentionBackward.forward
+        function = ReAttentionBackward if torch.compiler.is_compiling() else EagerBackward
+        run = function.apply if torch.is_grad_enabled() else function.forward
         gradients = run(grads[0], *given, ctx.options, ctx.group)
         found = tuple(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
         return *found, *(None,) * (len(Inputs._fields) + 2 - len(found))
@@ -246,3 +248,19 @@ class ReAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(_ONCE)
+
+
+class _NoTangents:
+    """Says what forward-mode differentiation meets; torch.compile takes no Function that has ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+
+class EagerFunction(_NoTangents, ReAttentionFunction):
+    """:class:`ReAttentionFunction` outside the compiler."""
+
+
+class EagerBackward(_NoTangents, ReAttentionBackward):
+    """:class:`ReAttentionBackward` outside the compiler."""

@@ -9,8 +9,10 @@ from parity import assert_parity, compute, make_problem
 
 import reattn
 from reattn import backends, re_attention
-from reattn.backends import BACKENDS, Request, available_backends, choose, cpu, cuda, triton
+from reattn.backends import BACKENDS, available_backends, choose, cpu, cuda, triton
+from reattn.backends.common import MAX_HEAD_DIM, MAX_HEADS
 from reattn.kernels import configs
+from reattn.problem import Problem
 
 CPU = torch.device("cpu")
 SMALL_SHARED, LARGE_SHARED = 86, 80
@@ -45,8 +47,8 @@ def test_available_backends():
 
 def test_triton_gives_every_reason(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETED", False)
-    request = Request(CPU, torch.float64, heads=33, head_dim=129, masked=True)
-    assert triton.not_supported(request) == [
+    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, masked=True)
+    assert triton.not_supported(problem) == [
         "needs a CUDA device, got cpu",
         "dtype must be float32, float16 or bfloat16, got torch.float64",
         "takes at most 32 heads, got 33",
@@ -58,14 +60,14 @@ def test_triton_gives_every_reason(monkeypatch):
 @pytest.mark.parametrize(("capability", "reasons"), [((7, 5), 1), ((8, 0), 0), ((10, 0), 0)])
 def test_triton_needs_ampere(capability, reasons, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = triton.not_supported(Request(torch.device("cuda"), torch.float16, 12, 64))
+    found = triton.not_supported(Problem(torch.device("cuda"), torch.float16, 12, 64))
     assert found == ["needs compute capability 8.0 or higher, got 7.5"] * reasons
 
 
 def test_triton_says_why_it_cannot_be_imported(monkeypatch):
     monkeypatch.setattr(triton, "_import_error", "No module named 'triton'")
     reason = "triton or reattn.kernels cannot be imported (No module named 'triton')"
-    assert triton.not_supported(Request(CPU)) == [reason]
+    assert triton.unavailable(CPU) == [reason]
     assert available_backends()["triton"] == [reason]
 
 
@@ -78,8 +80,8 @@ def extension_cannot_be_imported(monkeypatch):
 @pytest.mark.extension
 def test_cpu_gives_every_reason(monkeypatch):
     monkeypatch.setenv("REATTN_CPU_ISA", "mmx")
-    request = Request(torch.device("cuda"), torch.float64, heads=33, head_dim=129, masked=True)
-    isa, *reasons = cpu.not_supported(request)
+    problem = Problem(torch.device("cuda"), torch.float64, heads=33, head_dim=129, masked=True)
+    isa, *reasons = cpu.not_supported(problem)
     assert re.fullmatch(r"REATTN_CPU_ISA must be one of \['portable'.*\] on this machine, got 'mmx'", isa)
     assert reasons == [
         "needs a CPU tensor, got cuda",
@@ -92,7 +94,7 @@ def test_cpu_gives_every_reason(monkeypatch):
 
 def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
     reason = extension_cannot_be_imported
-    assert cpu.not_supported(Request(CPU)) == [reason]
+    assert cpu.unavailable(CPU) == [reason]
     assert available_backends()["cpu"][0] == reason
     query = torch.zeros(1, 3, 5, 4)
     with pytest.raises(RuntimeError, match=re.escape(f"backend 'cpu' cannot run this: {reason} (query (1, 3, 5, 4)")):
@@ -104,28 +106,28 @@ def test_auto_takes_the_first_that_can(interpreted, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "INTERPRETED", interpreted)
     monkeypatch.setattr(cuda, "EMULATED", False)
-    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == ("triton" if interpreted else "cpu")
-    assert choose("auto", Request(CPU, torch.float64, 12, 64), "") == "reference"
-    assert choose("auto", Request(CPU, torch.float32, 33, 64), "") == "reference"
+    assert choose("auto", Problem(CPU, torch.float32, 12, 64), "") == ("triton" if interpreted else "cpu")
+    assert choose("auto", Problem(CPU, torch.float64, 12, 64), "") == "reference"
+    assert choose("auto", Problem(CPU, torch.float32, 33, 64), "") == "reference"
 
 
 def test_auto_without_the_extension(extension_cannot_be_imported, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(cuda, "EMULATED", False)
-    assert choose("auto", Request(CPU, torch.float32, 12, 64), "") == "reference"
+    assert choose("auto", Problem(CPU, torch.float32, 12, 64), "") == "reference"
 
 
 def test_environment_overrides_auto(monkeypatch, device):
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    request = Request(CPU, torch.float32, 12, 64)
+    problem = Problem(CPU, torch.float32, 12, 64)
     monkeypatch.setenv("REATTN_BACKEND", "reference")
-    assert choose("auto", request, "") == "reference"
-    assert choose("triton", request, "") == "triton"
+    assert choose("auto", problem, "") == "reference"
+    assert choose("triton", problem, "") == "triton"
     monkeypatch.setenv("REATTN_BACKEND", "cudnn")
     names = "['auto', 'triton', 'cuda', 'cpu', 'reference']"
     with pytest.raises(ValueError, match=re.escape(f"backend must be one of {names}, got 'cudnn'")):
-        choose("auto", request, "")
+        choose("auto", problem, "")
     monkeypatch.setenv("REATTN_BACKEND", "triton")
     query = torch.zeros(1, 3, 5, 4, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run this: dtype must be"):
@@ -147,15 +149,15 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
 def test_one_log_line_for_each_fallback(monkeypatch, caplog):
     """With the reasons of the backends made for that device, those of the others being no news."""
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "not_supported", lambda request: ["too old", "too small"])
-    monkeypatch.setattr(cuda, "not_supported", lambda request: ["too many"])
-    monkeypatch.setattr(cpu, "not_supported", lambda request: ["too wide"])
+    monkeypatch.setattr(triton, "not_supported", lambda problem: ["too old", "too small"])
+    monkeypatch.setattr(cuda, "not_supported", lambda problem: ["too many"])
+    monkeypatch.setattr(cpu, "not_supported", lambda problem: ["too wide"])
     backends._log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, logger="reattn"):
         for device in (torch.device("cuda"), CPU):
-            request = Request(device, torch.float16, 12, 64)
-            assert [choose("auto", request, "") for _ in range(3)] == ["reference"] * 3
-            assert choose("reference", request, "") == "reference"
+            problem = Problem(device, torch.float16, 12, 64)
+            assert [choose("auto", problem, "") for _ in range(3)] == ["reference"] * 3
+            assert choose("reference", problem, "") == "reference"
     line = "re_attention runs on the reference backend, which materialises every map: "
     assert [record.getMessage() for record in caplog.records] == [
         line + "triton: too old, too small; cuda: too many",
@@ -166,7 +168,9 @@ def test_one_log_line_for_each_fallback(monkeypatch, caplog):
 
 
 def test_every_backend_answers_the_same_question():
-    assert all(isinstance(backend.not_supported(Request(CPU)), list) for backend in BACKENDS.values())
+    problem = Problem(CPU, torch.float32, 12, 64)
+    for backend in BACKENDS.values():
+        assert isinstance(backend.unavailable(CPU), list) and isinstance(backend.not_supported(problem), list)
 
 
 @pytest.mark.parametrize("kernel", configs.TABLE)
@@ -181,8 +185,8 @@ def test_no_row_hides_another(kernel):
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_problem_has_a_tile(kernel, itemsize):
     for arch in (80, 86, 89, 90, 100, 120):
-        for heads in range(1, triton.MAX_HEADS + 1):
-            for head_dim in (1, 33, triton.MAX_HEAD_DIM):
+        for heads in range(1, MAX_HEADS + 1):
+            for head_dim in (1, 33, MAX_HEAD_DIM):
                 tile = configs.tile(kernel, arch, itemsize, heads, head_dim)
                 assert tile.BLOCK_M * configs.padded(heads) >= 16
     with pytest.raises(LookupError, match=f"{kernel} has no tile for 33 heads of 64, {itemsize} bytes an element"):
@@ -214,13 +218,14 @@ def test_head_dim_in_chunks(head_dim, block_m, block_n, dim, mode, device, use_t
 def test_chunks_cover_head_dim():
     for head_dim in range(1, 129):
         for dim in (16, 32, 64, 128):
-            shape = configs.shape(12, head_dim, head_dim, dim, "ieee", False)
+            shape = configs.shape(12, head_dim, head_dim, dim, "ieee", wide=False, norm="none", training=False)
             covered = shape.CHUNKS * shape.DIM_MAIN + shape.DIM_TAIL
             assert head_dim <= covered
             assert max(shape.DIM_MAIN, shape.DIM_TAIL) <= dim
             assert shape.DIM_TAIL in (0, 16, 32)
             assert covered < head_dim + 16 or shape.DIM_TAIL == 0
-    assert configs.shape(12, 33, 33, 128, "ieee", False)[5:8] == (32, 16, 1)
+    shape = configs.shape(12, 33, 33, 128, "ieee", wide=False, norm="none", training=False)
+    assert (shape.DIM_MAIN, shape.DIM_TAIL, shape.CHUNKS) == (32, 16, 1)
 
 
 @pytest.fixture

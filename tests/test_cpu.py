@@ -17,13 +17,14 @@ from fuzz import FLOATS, random_problem, with_mask
 from parity import MODES, assert_parity, assert_same, compute, drawn_mask, make_problem
 
 from reattn import re_attention
-from reattn.backends import Request, choose, cpu
+from reattn.backends import choose, cpu
+from reattn.problem import Problem
 
 pytestmark = pytest.mark.extension
 modes = pytest.mark.parametrize("mode", MODES)
 dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-REQUEST = Request(torch.device("cpu"), torch.float32, 3, 16)
+REQUEST = Problem(torch.device("cpu"), torch.float32, 3, 16)
 
 
 def usable_instruction_sets():
@@ -244,14 +245,14 @@ def test_gil_is_released(use_threads, monkeypatch):
         while not done.wait(0.001):
             turns.append(time.perf_counter())
 
-    for name in ("statistics", "forward", "backward"):
+    for name in ("forward", "backward"):
         monkeypatch.setattr(cpu._cpu, name, timed(name, getattr(cpu._cpu, name)))
     other = threading.Thread(target=take_turns)
     other.start()
     compute(make_problem("batch-training", heads=12, head_dim=32, seqlen=700), "cpu")
     done.set()
     other.join()
-    for name in ("statistics", "forward", "backward"):
+    for name in ("forward", "backward"):
         start, end = calls[name]
         assert sum(start < turn < end for turn in turns) >= 3, name
 

@@ -16,13 +16,15 @@ from fuzz import FLOATS, mask_of, random_problem
 from parity import MODES, STATISTICS, assert_parity, assert_same, compute, device_of, drawn_mask, make_problem
 
 from reattn import re_attention
-from reattn.backends import Request, choose, cpu, cuda, triton
+from reattn.backends import choose, cpu, cuda, triton
+from reattn.backends.contract import Inputs
+from reattn.problem import Problem
 
 pytestmark = pytest.mark.cuda
 modes = pytest.mark.parametrize("mode", MODES)
 emulated = pytest.mark.skipif(not cuda.EMULATED, reason="needs the kernels compiled for the host")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-KERNELS = ("statistics", "forward", "backward_query", "backward_key")
+KERNELS = ("forward", "backward_query", "backward_key")
 MOST_SHARED = 232448
 
 
@@ -54,15 +56,17 @@ def make_cuda_problem(mode, **options):
 
 
 @functools.cache
-def find_plan(kernel, sizes, cut):
+def find_plan(kernel, sizes, flags, cut):
     """The plan of that kind that make_plan chooses for a card of some size, the largest if not said otherwise."""
     streamed = sizes[4 if kernel == "backward_key" else 5]
     tile = min(cut.tile, -(-streamed // 16) * 16, 64 if kernel == "backward_key" else 1 << 20)
-    rows = cut.rows if kernel in ("statistics", "forward") else 16
+    rows = cut.rows if kernel == "forward" else 16
     for shared_bytes in range(4096, MOST_SHARED + 1, 256)[:: 1 if cut.on_smallest_card else -1]:
         # Few multiprocessors are occupied by taller blocks too.
         for multiprocessors in (1, 1 << 20):
-            plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), *sizes, shared_bytes, multiprocessors)
+            plan = cuda._cuda.make_plan(
+                getattr(cuda._cuda.Kernel, kernel), sizes, *flags, shared_bytes, multiprocessors
+            )
             if plan.bytes and (plan.own, plan.tile, plan.stages) == (rows, tile, cut.stages):
                 assert plan.resident == (tile >= streamed)
                 return plan
@@ -78,9 +82,9 @@ def use_cut(monkeypatch):
     def use(name):
         launched = set()
 
-        def plan_of(kernel, sizes, *card):
+        def plan_of(kernel, sizes, flags, *card):
             launched.add(kernel)
-            return find_plan(kernel, sizes, CUTS[name])
+            return find_plan(kernel, sizes, flags, CUTS[name])
 
         monkeypatch.setattr(cuda, "_make_plan", plan_of)
         return launched
@@ -117,7 +121,7 @@ def test_plans(cut, mode, dtype, dropout_p, use_cut):
     problem = make_cuda_problem(mode, **sizes, head_dim=33, dtype=dtype, dropout_p=dropout_p)
     launched = use_cut(cut)
     assert_parity(replace(problem, keep=keep), "cuda")
-    assert launched == {*KERNELS[mode != "batch-training" :]}
+    assert launched == {*KERNELS}
 
 
 # Heads and head_dim: rows of several pieces, several columns of blocks, three heads to a warp, and hardly anything.
@@ -237,7 +241,7 @@ def forget(monkeypatch):
 
 
 def test_every_reason_that_inputs_give():
-    request = Request(torch.device("meta"), torch.float64, heads=33, head_dim=129, masked=True)
+    problem = Problem(torch.device("meta"), torch.float64, heads=33, head_dim=129, masked=True)
     reasons = [
         "needs a CUDA tensor, got meta",
         "dtype must be float32, float16 or bfloat16, got torch.float64",
@@ -245,8 +249,8 @@ def test_every_reason_that_inputs_give():
         "takes head_dim up to 128, got 129",
         "does not take attn_mask or is_causal",
     ]
-    assert cuda.not_supported(request) == reasons
-    query = torch.zeros(2, 33, 5, 129, dtype=torch.float64, device=request.device)
+    assert cuda.not_supported(problem) == reasons
+    query = torch.zeros(2, 33, 5, 129, dtype=torch.float64, device=problem.device)
     message = f"backend 'cuda' cannot run this: {'; '.join(reasons)} (query (2, 33, 5, 129), key (2, 33, 5, 129)"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         re_attention(query, query, query, torch.eye(33, device="meta"), is_causal=True, backend="cuda")
@@ -276,8 +280,8 @@ MACHINES = {
     "no kernels": (
         getattr(cuda, "_cuda", None),
         "check_device",
-        raising("statistics: cudaErrorNoKernelImageForDevice"),
-        "was built without kernels for compute capability 12.0: statistics: cudaErrorNoKernelImageForDevice",
+        raising("unfold: cudaErrorNoKernelImageForDevice"),
+        "was built without kernels for compute capability 12.0: unfold: cudaErrorNoKernelImageForDevice",
     ),
 }
 
@@ -287,8 +291,8 @@ def test_machines_that_do_not_run_it(machine, forget, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     *attribute, reason = MACHINES[machine]
     monkeypatch.setattr(*attribute)
-    assert cuda.not_supported(Request(GPU)) == [reason]
-    assert cuda.not_supported(Request(GPU, torch.float16, 33, 16)) == [reason, "takes at most 32 heads, got 33"]
+    assert cuda.unavailable(GPU) == [reason]
+    assert cuda.not_supported(Problem(GPU, torch.float16, 33, 16)) == [reason, "takes at most 32 heads, got 33"]
 
 
 def test_machines_that_run_it(forget, monkeypatch):
@@ -296,12 +300,12 @@ def test_machines_that_run_it(forget, monkeypatch):
         cuda._find_card_faults.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(cuda._cuda, "check_device", lambda device: None)
-        assert cuda.not_supported(Request(GPU, torch.bfloat16, 32, 128)) == []
+        assert cuda.not_supported(Problem(GPU, torch.bfloat16, 32, 128)) == []
 
 
 def test_cpu_tensors_are_for_tests_alone(monkeypatch):
     monkeypatch.setattr(cuda, "EMULATED", False)
-    assert "needs a CUDA tensor, got cpu" in cuda.not_supported(Request(CPU))
+    assert "needs a CUDA tensor, got cpu" in cuda.unavailable(CPU)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +323,7 @@ def test_too_little_shared_memory(shared_bytes, heads, head_dim, dtype, use_card
         re_attention(**problem.tensors, **problem.options, backend="cuda")
     # Whether it suffices does not depend on what has more than fits.
     use_card(MOST_SHARED, 1)
-    assert cuda.not_supported(Request(problem["query"].device, dtype, heads, head_dim)) == []
+    assert cuda.not_supported(Problem(problem["query"].device, dtype, heads, head_dim)) == []
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -329,8 +333,8 @@ def test_plans_fit_at_any_length(kernel, itemsize):
     for heads in (1, 12, 13, 32):
         for length in (1, 1 << 12, 1 << 20, 1 << 26):
             for shared_bytes in (65536, MOST_SHARED):
-                sizes = (itemsize, heads, 128, 1, length, length, True)
-                plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), *sizes, shared_bytes, 1)
+                sizes = (itemsize, heads, 128, 1, length, length)
+                plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), sizes, True, True, shared_bytes, 1)
                 assert 0 <= plan.bytes <= shared_bytes, (heads, length)
                 assert plan.blocks == -(-length // plan.own) if plan.bytes else shared_bytes < MOST_SHARED
 
@@ -338,11 +342,11 @@ def test_plans_fit_at_any_length(kernel, itemsize):
 @emulated
 def test_auto_prefers_triton_and_then_cuda(monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
-    request = Request(CPU, torch.float32, 12, 64)
+    problem = Problem(CPU, torch.float32, 12, 64)
     preferred = ["triton", "cuda", *["cpu"] * (not cpu._import_error), "reference"]
     for expected, refusing in zip(preferred, (triton, cuda, cpu), strict=False):
-        assert choose("auto", request, "") == expected
-        monkeypatch.setattr(refusing, "not_supported", lambda request: ["not today"])
+        assert choose("auto", problem, "") == expected
+        monkeypatch.setattr(refusing, "not_supported", lambda problem: ["not today"])
 
 
 def test_failed_launch(use_card, monkeypatch):
@@ -364,13 +368,13 @@ def test_random_problems(seed, use_card, monkeypatch):
     draw = random.Random(seed)
     problem, made_of = random_problem(draw, "cuda", most_queries=40)
     query, largest = problem["query"], cuda._describe(0)[0]
-    request = Request(query.device, query.dtype, *query.shape[1::2])
+    call = Problem.of(query)
     cards = [(shared_bytes, draw.choice([1, 1000])) for shared_bytes, _ in CARDS.values() if shared_bytes < largest]
     draw.shuffle(cards)
     # One that is large enough, of those that are no larger than the real one.
     for card in [*cards, (largest, draw.choice([1, 1000]))]:
         use_card(*card)
-        if not cuda.not_supported(request):
+        if not cuda.not_supported(call):
             break
     monkeypatch.setenv("REATTN_EMULATED_ORDER", order := str(draw.randint(0, 99)))
     print(f"seed {seed}: { {'card': card, 'order': order} | made_of }")
@@ -433,9 +437,9 @@ def test_import_without_a_driver():
     """A fresh interpreter has the extension in reattn/, which finds no device and says so."""
     script = (
         "import torch\n"
-        "from reattn.backends import Request, cuda\n"
+        "from reattn.backends import cuda\n"
         "assert not cuda.EMULATED\n"
-        "print(*cuda.not_supported(Request(torch.device('cuda'))), sep='; ')\n"
+        "print(*cuda.unavailable(torch.device('cuda')), sep='; ')\n"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -535,12 +539,14 @@ def test_more_than_two_to_the_31_elements():
     for index, part in enumerate((everything[:few], everything[-few:])):
         for result, expected in zip(found, results(part), strict=True):
             torch.testing.assert_close(result[index], expected)
-    sums, products, lse = cuda.statistics(everything, everything, None, 0.125, 0.0)
-    *_, expected = cuda.statistics(everything[-few:], everything[-few:], None, 0.125, 0.0)
-    torch.testing.assert_close(lse[-few:], expected)
-    assert sums.isfinite().all() and products.isfinite().all()
+    call = Problem.of(everything, norm="batch", training=True, scale=0.125)
+    outputs = cuda.forward(call, Inputs(everything, everything, everything, theta))
+    assert all(result.isfinite().all() for result in outputs)
+    of_values = everything[-few:].float().sum(2)
+    torch.testing.assert_close(outputs.value_sum[-few:], of_values)
     squares = sum(part.double().square().sum((0, 2, 3)) for part in everything.split(4096))
-    torch.testing.assert_close(cuda.grad_dot_out(everything, everything).double(), squares, rtol=1e-4, atol=0)
+    found = cuda.grad_sums(call, everything, outputs._replace(out=everything))[0]
+    torch.testing.assert_close(found, squares, rtol=1e-4, atol=0)
     del everything, found
     torch.cuda.empty_cache()
 

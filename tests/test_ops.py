@@ -1,0 +1,371 @@
+"""The operator as torch ops: one a direction, few launches, schemas that hold, and no second derivative in silence."""
+
+import importlib
+
+import pytest
+import torch
+from parity import FUSED, MODES, compute, device_of, make_problem
+from torch.autograd import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from reattn import ReAttention, ops, re_attention
+from reattn.backends import FUSED as BACKENDS
+from reattn.backends.common import as_float32
+from reattn.backends.contract import Inputs
+from reattn.problem import Problem
+
+modes = pytest.mark.parametrize("mode", MODES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# Not test_autograd_registration: the ops have no formula of their own, ReAttentionFunction outside them has it.
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def make_call(mode, backend, device, dtype=torch.float32, strided=False, **options):
+    """A problem of three heads, its inputs, and the options of its ops."""
+    made = make_problem(mode, head_dim=33, seqlen=5, seqlen_k=6, dtype=dtype, device=device)
+    tensors = dict(made.tensors)
+    if strided:
+        tensors |= {name: made[name].mT.contiguous().mT for name in ("query", "key", "value", "theta")}
+    inputs = Inputs(**tensors)
+    if mode == "batch-training":
+        inputs = inputs._replace(num_batches_tracked=torch.tensor(4, device=device))
+    if options.get("dropout_p"):
+        inputs = inputs._replace(seed=torch.tensor([7], device=device))
+    norm, training = MODES[mode]
+    problem = Problem.of(inputs.query, norm=norm, training=training, scale=0.25, **options)
+    return made, inputs, ops._options(backend, problem)
+
+
+@dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@modes
+def test_opcheck(mode, dropout_p, dtype, backend, device):
+    """Schemas, what they change among it, and fake implementations; the strides of outputs are compared."""
+    made, inputs, options = make_call(mode, backend, device, dtype, dropout_p=dropout_p)
+    torch.library.opcheck(torch.ops.reattn.forward.default, inputs, options, test_utils=OPCHECKS)
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    arguments = (made.grad, None, *inputs, *outputs)
+    torch.library.opcheck(torch.ops.reattn.backward.default, arguments, options, test_utils=OPCHECKS)
+
+
+@dtypes
+def test_opcheck_of_what_is_synchronised(dtype, backend, device):
+    made, inputs, options = make_call("batch-training", backend, device, dtype, synchronised=True)
+    torch.library.opcheck(torch.ops.reattn.forward.default, inputs, options, test_utils=OPCHECKS)
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    arguments = (*inputs, *(tensor.clone() for tensor in outputs))
+    torch.library.opcheck(torch.ops.reattn.finish.default, arguments, options, test_utils=OPCHECKS)
+    statistics = torch.ops.reattn.finish(*inputs, *outputs, **options)
+    outputs = (*outputs[:2], statistics, outputs[3])
+    torch.library.opcheck(torch.ops.reattn.grad_sums.default, (made.grad, *outputs), options, test_utils=OPCHECKS)
+    sums = torch.ops.reattn.grad_sums(made.grad, *outputs, **options)
+    arguments = (made.grad, sums, *inputs, *outputs)
+    torch.library.opcheck(torch.ops.reattn.backward.default, arguments, options, test_utils=OPCHECKS)
+
+
+@modes
+def test_opcheck_with_strided_inputs(mode, backend, device):
+    """The fake implementation tells the strides of the outputs whatever those of the inputs are."""
+    made, inputs, options = make_call(mode, backend, device, strided=True)
+    torch.library.opcheck(torch.ops.reattn.forward.default, inputs, options, test_utils=OPCHECKS)
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    grad = made.grad.mT.contiguous().mT
+    torch.library.opcheck(
+        torch.ops.reattn.backward.default, (grad, None, *inputs, *outputs), options, test_utils=OPCHECKS
+    )
+
+
+def test_synchronised_steps_are_the_whole(backend, device):
+    """With one rank: forward and finish, grad_sums and backward, against one op a direction."""
+    made, inputs, options = make_call("batch-training", backend, device)
+    running = [tensor.clone() for tensor in inputs[7:10]]
+    whole = torch.ops.reattn.forward(*inputs, **options)
+    expected = torch.ops.reattn.backward(made.grad, None, *inputs, *whole, **options)
+    twin = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+    options["synchronised"] = True
+    parts = torch.ops.reattn.forward(*twin, **options)
+    assert all(torch.equal(a, b) for a, b in zip(twin[7:10], running, strict=True))
+    statistics = torch.ops.reattn.finish(*twin, *parts, **options)
+    parts = (*parts[:2], statistics, parts[3])
+    sums = torch.ops.reattn.grad_sums(made.grad, *parts, **options)
+    found = torch.ops.reattn.backward(made.grad, sums, *twin, *parts, **options)
+    for one, two in zip((*whole, *expected, *inputs[7:10]), (*parts, *found, *twin[7:10]), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are dispatched, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function.overloadpacket not in (torch.ops.aten.detach, torch.ops.aten._unsafe_view):
+            self.names.append(str(function.overloadpacket))
+        return result
+
+
+@modes
+def test_one_op_a_direction(mode, backend, device):
+    """Between the projections of a module there is nothing else."""
+    norm, training = MODES[mode]
+    attention = ReAttention(48, 3, norm=norm, backend=backend, device=device).train(training)
+    attention.qkv, attention.proj = torch.nn.Identity(), torch.nn.Identity()
+    x = torch.randn(2, 7, 3 * 48, device=device, requires_grad=True)
+    with Operations() as forward:
+        output = attention(x)
+    assert forward.names == ["reattn.forward"]
+    grad = torch.ones_like(output)
+    with Operations() as backward:
+        output.backward(grad)
+    # Query, key and value are views of one projection: the rest adds up what they leave in it.
+    own = [name for name in backward.names if name.startswith("reattn.")]
+    small = [name for name in backward.names if name not in ("reattn.backward", "aten.stack", "aten.select_backward")]
+    assert own == ["reattn.backward"] and not small, backward.names
+
+
+LAUNCHES = {
+    "forward": {"batch-training": 2},
+    "backward": {"batch-training": 5, "batch-eval": 3, "layer": 3, "none": 3},
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that the two GPU backends launch."""
+    launched = []
+    triton = BACKENDS["triton"]
+    run = triton._run
+
+    def recorded(kernel, grid, *args, **constants):
+        launched.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        return run(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(triton, "_run", recorded)
+    extension = getattr(BACKENDS["cuda"], "_cuda", None)
+    for name in ("forward", "add_up", "finish", "grad_sums", "backward_query", "backward_key", "unfold"):
+        if extension is not None:
+            original = getattr(extension, name)
+            monkeypatch.setattr(extension, name, lambda *a, n=name, f=original: launched.append(n) or f(*a))
+    return launched
+
+
+@pytest.mark.parametrize("gpu_backend", FUSED[:2])
+@modes
+def test_launches(mode, gpu_backend, launches):
+    device = device_of(gpu_backend)
+    made, inputs, options = make_call(mode, gpu_backend, device)
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    assert len(launches) == LAUNCHES["forward"].get(mode, 1), launches
+    launches.clear()
+    torch.ops.reattn.backward(made.grad, None, *inputs, *outputs, **options)
+    assert len(launches) == LAUNCHES["backward"][mode], launches
+    if mode == "batch-training":
+        options["synchronised"] = True
+        launches.clear()
+        outputs = torch.ops.reattn.forward(*inputs, **options)
+        torch.ops.reattn.finish(*inputs, *outputs, **options)
+        assert len(launches) == 3, launches
+
+
+@pytest.mark.extension
+@modes
+def test_one_call_of_the_extension_a_direction(mode, monkeypatch):
+    extension = importlib.import_module("reattn._cpu")
+    called = []
+    for name in ("forward", "finish", "grad_sums", "backward"):
+        original = getattr(extension, name)
+        monkeypatch.setattr(extension, name, lambda call, n=name, f=original: called.append(n) or f(call))
+    compute(make_problem(mode), "cpu")
+    assert called == ["forward", "backward"]
+
+
+@modes
+def test_saves_no_map(mode, backend, device):
+    """Only query, key, value, the LSE and what heads or batch and head_dim span; under batch statistics the output."""
+    problem = make_problem(mode, seqlen=67, seqlen_k=71, head_dim=16, batch=1, device=device)
+    saved = []
+    arguments = {n: t.detach().requires_grad_(not n.startswith("running")) for n, t in problem.tensors.items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        re_attention(**arguments, **problem.options, backend=backend)
+    assert max(tensor.numel() for tensor in saved) == 3 * 71 * 16
+    large = sum(tensor.numel() for tensor in saved if tensor.numel() > 67)
+    rows = 3 * 16 * (67 + 2 * 71) + 3 * 67
+    assert large == rows + (3 * 16 * 67 if mode == "batch-training" else 0)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "theta", "bias", "norm_weight", "norm_bias"])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_gradient_of_one_tensor_alone(mode, name, backend, device):
+    problem = make_problem(mode, seqlen=5, device=device)
+    arguments = {n: t.detach().requires_grad_(n == name) for n, t in problem.tensors.items()}
+    re_attention(**arguments, **problem.options, backend=backend).backward(problem.grad)
+    expected = compute(problem, backend)[f"{name} gradient"]
+    found = arguments[name].grad
+    torch.testing.assert_close(torch.zeros_like(expected) if found is None else found, expected, rtol=0, atol=0)
+    assert all(tensor.grad is None for other, tensor in arguments.items() if other != name)
+
+
+def test_nothing_is_recorded_without_gradients(backend, device):
+    problem = make_problem(device=device)
+    assert not re_attention(**problem.tensors, **problem.options, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_second_backward_pass_repeats_the_first(mode, dropout_p, backend, device):
+    problem = make_problem(mode, seqlen=5, device=device, dropout_p=dropout_p)
+    query = problem["query"].detach().requires_grad_()
+    output = re_attention(**(problem.tensors | {"query": query}), **problem.options, backend=backend)
+    first, second = (torch.autograd.grad(output, query, problem.grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_checkpointing_draws_the_same_mask(mode, backend, device):
+    problem = make_problem(mode, seqlen=5, device=device, dropout_p=0.4)
+    grads = []
+    for checkpointed in (False, True):
+        query = problem["query"].detach().requires_grad_()
+
+        def operator(query):
+            tensors = {name: tensor.clone() for name, tensor in problem.tensors.items()}
+            return re_attention(**(tensors | {"query": query}), **problem.options, backend=backend)
+
+        torch.manual_seed(3)
+        output = checkpoint(operator, query, use_reentrant=False) if checkpointed else operator(query)
+        output.backward(problem.grad)
+        grads.append(query.grad)
+    assert torch.equal(*grads)
+
+
+def operator_of(name, mode, backend, device):
+    """The sum of the output's squares as a function of one tensor alone, and that tensor."""
+    problem = make_problem(mode, seqlen=5, batch=1, device=device)
+    tensors = {
+        n: None if n.startswith("running") and mode == "batch-training" else t for n, t in problem.tensors.items()
+    }
+    return (
+        lambda tensor: re_attention(**(tensors | {name: tensor}), **problem.options, backend=backend).square().sum(),
+        problem[name],
+    )
+
+
+REFUSED = 'differentiable once, in reverse mode: use backend="reference"'
+TWICE = {
+    "hessian": functional.hessian,
+    "hvp": lambda f, x: functional.hvp(f, x, x),
+    "vhp": lambda f, x: functional.vhp(f, x, x),
+    "jvp": lambda f, x: functional.jvp(f, x, x),
+    "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "func.jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "func.hessian": lambda f, x: torch.func.hessian(f)(x),
+    "func.jacrev of func.grad": lambda f, x: torch.func.jacrev(torch.func.grad(f))(x),
+}
+
+
+@pytest.mark.parametrize("name", ["query", "theta"])
+@pytest.mark.parametrize("how", TWICE)
+@modes
+def test_other_derivatives_are_refused(mode, how, name, backend, device):
+    function, tensor = operator_of(name, mode, backend, device)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        TWICE[how](function, tensor)
+
+
+@pytest.mark.parametrize("how", ["hvp", "func.jvp", "func.hessian"])
+@modes
+def test_the_reference_has_them(mode, how, device):
+    function, tensor = operator_of("theta", mode, "reference", device)
+    first = torch.func.grad(function)(tensor)
+    step = 1e-2
+    change = (
+        (torch.func.grad(function)(tensor * (1 + step)) - torch.func.grad(function)(tensor * (1 - step))) / 2 / step
+    )
+    found = TWICE[how](function, tensor)
+    if how == "hvp":
+        torch.testing.assert_close(found[1], change, rtol=0.05, atol=0.02 * change.abs().max().item())
+    elif how == "func.jvp":
+        torch.testing.assert_close(found[1], (first * tensor).sum(), rtol=1e-3, atol=1e-3)
+    else:
+        product = torch.tensordot(found, tensor, 2)
+        torch.testing.assert_close(product, change, rtol=0.05, atol=0.02 * change.abs().max().item())
+
+
+@modes
+def test_gradient_of_a_gradient_is_refused(mode, backend, device):
+    """By whatever way it is reached: the leaf that was differentiated, another one, or the output's gradient."""
+    problem = make_problem(mode, seqlen=5, device=device)
+    arguments = {n: t.detach().requires_grad_(not n.startswith("running")) for n, t in problem.tensors.items()}
+    output = re_attention(**arguments, **problem.options, backend=backend)
+    grad = problem.grad.detach().requires_grad_()
+    gradients = torch.autograd.grad(output, (arguments["query"], arguments["theta"]), grad, create_graph=True)
+    for gradient in gradients:
+        for leaf in (arguments["query"], arguments["value"], arguments["theta"], grad):
+            with pytest.raises(RuntimeError, match=REFUSED):
+                gradient.sum().backward(inputs=[leaf], retain_graph=True)
+
+
+@modes
+def test_func_transforms(mode, backend, device):
+    """``grad``, ``jacrev``, and a gradient of theta for each sample: those of the reference."""
+    problem = make_problem(mode, seqlen=5, batch=3, device=device)
+    tensors = {
+        n: None if n.startswith("running") and mode == "batch-training" else t for n, t in problem.tensors.items()
+    }
+
+    def loss(theta, query, key, value, backend):
+        maps = {"query": query[None], "key": key[None], "value": value[None], "theta": theta}
+        return re_attention(**(tensors | maps), **problem.options, backend=backend).square().sum()
+
+    samples = problem["query"], problem["key"], problem["value"]
+    for transform in (
+        lambda b: torch.func.grad(loss)(problem["theta"], *(t[0] for t in samples), b),
+        lambda b: torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), (None, 0, 0, 0, None))(
+            problem["theta"], *samples, b
+        ),
+        lambda b: torch.func.jacrev(lambda q: loss(problem["theta"], q, *(t[0] for t in samples[1:]), b))(
+            samples[0][0]
+        ),
+        lambda b: torch.func.vmap(loss, (None, 0, 0, 0, None))(problem["theta"], *samples, b),
+    ):
+        torch.testing.assert_close(transform(backend), transform("reference"), rtol=1e-3, atol=1e-3)
+
+
+def test_running_statistics_are_not_updated_inside_vmap(backend, device):
+    problem = make_problem("batch-training", device=device)
+
+    def operator(query):
+        return re_attention(**(problem.tensors | {"query": query}), **problem.options, backend=backend)
+
+    with pytest.raises(RuntimeError, match="running_mean cannot be updated inside torch.vmap"):
+        torch.func.vmap(operator)(problem["query"][None])
+
+
+@pytest.mark.parametrize("name", ["scale", "output_scale"])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@modes
+def test_learned_factors(mode, shape, name, backend, device):
+    """A tensor in the place of a number has its gradient."""
+    problem = make_problem(mode, device=device)
+    found = {}
+    for which in (backend, "reference"):
+        factor = torch.full(shape, 0.3, device=device, requires_grad=True)
+        query = problem["query"].detach().requires_grad_()
+        output = re_attention(
+            **(problem.tensors | {"query": query}), **problem.options, **{name: factor}, backend=which
+        )
+        output.backward(problem.grad)
+        found[which] = output.detach(), query.grad, factor.grad
+    number = re_attention(**problem.tensors, **problem.options, **{name: 0.3}, backend=backend)
+    torch.testing.assert_close(found[backend][0], number, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[backend], found["reference"], rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_are_not_copied():
+    """As a rule, what the kernels read is what the user has."""
+    parameter = torch.randn(3, 3)
+    assert as_float32(parameter) is parameter
