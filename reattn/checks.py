@@ -12,7 +12,16 @@ from torch import Tensor
 NORMS = ("batch", "layer", None)
 
 
-def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_packed(packed: Tensor) -> None:
+    """Query, key and value packed: ``(batch, seqlen, 3, heads, head_dim)``."""
+    if packed.ndim != 5 or packed.shape[2] != 3:
+        raise ValueError(
+            "query must have shape (batch, seqlen, 3, heads, head_dim) where key and value are None, got "
+            f"{tuple(packed.shape)}"
+        )
+
+
+def check_maps(query: Tensor, key: Tensor | None, value: Tensor | None) -> None:
     """Query ``(batch, heads, seqlen, head_dim)``; key and value ``(batch, heads, seqlen_k, head_dim)``, alike."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -25,6 +34,7 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} must be {query.dtype} on {query.device}, as query is, got {tensor.dtype} on {tensor.device}"
             )
+    assert key is not None and value is not None
     batch, heads, _, head_dim = query.shape
     if heads < 1 or head_dim < 1:
         raise ValueError(f"query must have at least one head and head_dim 1, got {tuple(query.shape)}")

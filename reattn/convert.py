@@ -318,7 +318,7 @@ def _observer(moments: _Moments) -> Any:
         bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
         mask: Tensor | None = bound.get("attn_mask")
         shared = mask is None or mask.ndim < 4 or mask.shape[0] == 1
-        query, key, _ = layer._project(layer.pre_norm(bound["x"]))
+        query, key, _ = layer.project(layer.pre_norm(bound["x"]))
         step = max(1, _MAP_ELEMENTS // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
         for start in range(0, len(query), step):
             images = slice(start, start + step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,8 +16,8 @@ from reattn.problem import Problem
 
 def re_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     theta: Tensor,
     bias: Tensor | None = None,
     *,
@@ -46,7 +48,8 @@ def re_attention(
 
     Args:
         query: ``(batch, heads, seqlen, head_dim)``, floating, any strides. Likewise the others.
-        key, value: ``(batch, heads, seqlen_k, head_dim)``, dtype and device of ``query``.
+        key, value: ``(batch, heads, seqlen_k, head_dim)``, dtype and device of ``query``. Both None where ``query`` is
+            all three packed, ``(batch, seqlen, 3, heads, head_dim)``: their gradients are then written in one piece.
         theta: ``(heads, heads)``; rows are heads before mixing, columns heads after it. Any floating dtype, like all
             below.
         bias: ``(heads,)``, added after mixing.
@@ -81,7 +84,13 @@ def re_attention(
             differentiating twice, or forward, through a fused backend: ``backend="reference"`` does both.
     """
     query, key, value = _autocast(query, key, value)
+    packed = None
+    if key is None and value is None and isinstance(query, Tensor):
+        checks.check_packed(query)
+        packed = query
+        query, key, value = ops.unpack(query)
     checks.check_maps(query, key, value)
+    assert key is not None and value is not None
     per_head = {"theta": theta, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     checks.check_heads(query, per_head | {"running_mean": running_mean, "running_var": running_var})
     checks.check_numbers(eps=eps, dropout_p=dropout_p, momentum=0 if momentum is None else momentum)
@@ -103,7 +112,7 @@ def re_attention(
 
     factor = None
     if isinstance(scale, Tensor):
-        query, scale = query * scale.reshape(()), 1.0
+        query, scale, packed = query * scale.reshape(()), 1.0, None
     if isinstance(output_scale, Tensor):
         factor, output_scale = output_scale.reshape(()), 1.0
     problem = Problem.of(
@@ -144,19 +153,20 @@ def re_attention(
             )
         else:
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
-            out = ops.re_attention(name, problem, inputs, process_group)
+            out = ops.re_attention(name, problem, inputs, process_group, packed)
     return out if factor is None else out * factor
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, query, key and value take its dtype; theta and the norm's parameters stay as they are."""
-    device = getattr(tensors[0], "device", torch.device("cpu"))
+    device = getattr(query, "device", torch.device("cpu"))
     if not ops.autocast_enabled(device):
-        return tensors
+        return query, *others
     dtype = torch.get_autocast_dtype(device.type)
-    return tuple(tensor.to(dtype) if _may_be_cast(tensor) else tensor for tensor in tensors)
-
-
-def _may_be_cast(tensor: Tensor) -> bool:
-    """As torch's own autocast: floating tensors but float64. Non-tensors pass through; the checks report them."""
-    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    # As torch's own autocast: floating tensors but float64. Non-tensors pass through; the checks report them.
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in (query, *others)
+    )

@@ -143,7 +143,14 @@ class ReAttention(nn.Module):
         """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks are computed by the reference backend
         only."""
         x = self.pre_norm(x)
-        query, key, value = self._project(x)
+        query: Tensor
+        key: Tensor | None = None
+        value: Tensor | None = None
+        if _idle(self.q_norm) and _idle(self.k_norm):
+            # In one piece, so that the gradients need not be put together again.
+            query = self._packed(x)
+        else:
+            query, key, value = self.project(x)
         out = re_attention(
             query,
             key,
@@ -171,7 +178,7 @@ class ReAttention(nn.Module):
         For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
         the statistics are those of ``x``).
         """
-        query, key, _ = self._project(self.pre_norm(x))
+        query, key, _ = self.project(self.pre_norm(x))
         norm = self._norm_arguments()
         if norm.get("training"):
             norm.update(running_mean=None, running_var=None, num_batches_tracked=None)
@@ -192,11 +199,15 @@ class ReAttention(nn.Module):
             f"output_scale={self.output_scale:g}, backend={self.backend!r}"
         )
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key, value ``(batch, heads, seqlen, head_dim)``: strided views of the projection, not copies."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
+        projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
+        query, key, value = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(query), self.k_norm(key), value
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """Query, key and value as one view of the projection: ``(batch, seqlen, 3, heads, head_dim)``."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _norm_arguments(self) -> dict[str, Any]:
         """The norm as arguments of :func:`reattn.re_attention`."""
@@ -221,6 +232,11 @@ class ReAttention(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _idle(module: nn.Module) -> bool:
+    """Whether calling a module would do nothing at all."""
+    return isinstance(module, nn.Identity) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:

@@ -1,13 +1,14 @@
 """The operator as torch ops and an autograd Function.
 
 ``forward`` and ``backward`` are one op each: they take what the user gave and return its gradients, and are opaque to
-``torch.compile`` and ``torch.export``. ``finish`` and ``grad_sums`` are for batch statistics of several ranks alone.
-The Function saves query, key, value, the output where batch statistics need it, and the LSE: never a map.
+``torch.compile`` and ``torch.export``. ``backward_into`` writes the gradients of query, key and value where it is told.
+``finish`` and ``grad_sums`` are for batch statistics of several ranks alone. The Function saves query, key, value, the
+output where batch statistics need it, and the LSE: never a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ from reattn.backends.contract import Inputs, Outputs
 from reattn.problem import Problem
 
 _library = torch.library.Library("reattn", "DEF")
+_INPUTS = len(Inputs._fields)
 
 _PARAMETERS = "Tensor theta, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
 _STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, "
@@ -43,6 +45,11 @@ _library.define(
     f"backward(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, Tensor lse, "
     f"Tensor statistics, Tensor value_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"backward_into(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, "
+    f"Tensor lse, Tensor statistics, Tensor value_sum, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+    f"Tensor(c!) grad_value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
@@ -53,7 +60,7 @@ def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
 
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+    inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
     return FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
 
 
@@ -64,8 +71,15 @@ def _grad_sums(grad: Tensor, *tensors: Any, backend: str, **options: Any) -> Any
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
-    inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+    inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
     return FUSED[backend].backward(Problem.of(inputs.query, **options), grad, inputs, outputs, grad_sums)
+
+
+@torch.library.impl(_library, "backward_into", "CompositeExplicitAutograd")
+def _backward_into(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
+    inputs, outputs, into = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:-3]), tensors[-3:]
+    problem = Problem.of(inputs.query, **options)
+    return tuple(FUSED[backend].backward(problem, grad, inputs, outputs, grad_sums, into)[3:])
 
 
 @torch.library.register_fake("reattn::forward", lib=_library)
@@ -75,7 +89,7 @@ def _(query: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
 
 @torch.library.register_fake("reattn::finish", lib=_library)
 def _(*tensors: Any, backend: str, **options: Any) -> Any:
-    return torch.empty_like(Outputs(*tensors[len(Inputs._fields) :]).statistics)
+    return torch.empty_like(Outputs(*tensors[_INPUTS:]).statistics)
 
 
 @torch.library.register_fake("reattn::grad_sums", lib=_library)
@@ -88,8 +102,13 @@ def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **opt
     maps, parameters = tensors[:3], tensors[3:7]
     return (
         *(empty_heads_last(tensor) for tensor in maps),
-        *(grad.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters),
+        *(grad.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters),
     )
+
+
+@torch.library.register_fake("reattn::backward_into", lib=_library)
+def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
+    return tuple(grad.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in tensors[3:7])
 
 
 def _one_by_one(op: Any) -> Any:
@@ -132,8 +151,14 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def re_attention(backend: str, problem: Problem, inputs: Inputs, group: dist.ProcessGroup | None) -> Tensor:
-    """The operator on a fused backend, differentiable once in query, key, value and the parameters."""
+def re_attention(
+    backend: str, problem: Problem, inputs: Inputs, group: dist.ProcessGroup | None, packed: Tensor | None = None
+) -> Tensor:
+    """The operator on a fused backend, differentiable once in query, key, value and the parameters.
+
+    ``packed (batch, seqlen, 3, heads, head_dim)``: of which query, key and value are views; it is what has a gradient
+    then.
+    """
     if problem.dropout_p > 0.0:
         inputs = inputs._replace(seed=draw_seed(problem.device))
     options = _options(backend, problem)
@@ -143,7 +168,14 @@ def re_attention(backend: str, problem: Problem, inputs: Inputs, group: dist.Pro
             # The Function would cost as much as a small problem.
             return _run_forward(inputs, options, group).out
     function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction
-    return function.apply(*inputs, options, group)[0]
+    maps = inputs[:3] if packed is None else (None, None, None)
+    return function.apply(packed, *maps, *inputs[3:], options, group)[0]
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value ``(batch, heads, seqlen, head_dim)``, views of ``(batch, seqlen, 3, heads, head_dim)``."""
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
 
 
 def _options(backend: str, problem: Problem) -> dict[str, Any]:
@@ -172,6 +204,15 @@ def _refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
         raise RuntimeError(_ONCE)
 
 
+def _inputs_of(packed: Tensor | None, tensors: Sequence[Any]) -> Inputs:
+    return Inputs(*tensors) if packed is None else Inputs(*unpack(packed), *tensors[3:])
+
+
+def _present(tensors: Iterable[Tensor | None], gradients: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of what is there."""
+    return tuple(None if tensor is None else grad for tensor, grad in zip(tensors, gradients, strict=True))
+
+
 def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:
     outputs = Outputs(*torch.ops.reattn.forward(*inputs, **options))
     if options["synchronised"]:
@@ -181,53 +222,72 @@ def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGro
 
 
 def _run_backward(
-    grad: Tensor, inputs: Inputs, outputs: Outputs, options: dict[str, Any], group: dist.ProcessGroup | None
+    grad: Tensor,
+    inputs: Inputs,
+    outputs: Outputs,
+    options: dict[str, Any],
+    group: dist.ProcessGroup | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
+    """All gradients; with ``into``, to which those of query, key and value are written, the others."""
     sums = None
     if options["synchronised"]:
         sums = torch.ops.reattn.grad_sums(grad, *outputs, **options)
         dist.all_reduce(sums, group=group)
+    if into is not None:
+        return torch.ops.reattn.backward_into(grad, sums, *inputs, *outputs, *into, **options)
     return torch.ops.reattn.backward(grad, sums, *inputs, *outputs, **options)
 
 
 class ReAttentionFunction(torch.autograd.Function):
-    """The ops as one differentiable function of :class:`Inputs`."""
+    """The ops as one differentiable function: of ``packed`` or, where that is None, of query, key and value, and of the
+    rest of :class:`Inputs`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(packed: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         *tensors, options, group = args
-        return tuple(_run_forward(Inputs(*tensors), options, group))
+        return tuple(_run_forward(_inputs_of(packed, tensors), options, group))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options, ctx.group = inputs
+        packed, *tensors, ctx.options, ctx.group = inputs
         outputs = Outputs(*output)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        # The output is needed for batch statistics alone. num_batches_tracked plays no part, and changes.
+        # num_batches_tracked plays no part in the backward pass, and changes.
         given = Inputs(*tensors)._replace(num_batches_tracked=None)
         if ctx.options["training"]:
-            # Nor do these, in training.
+            # Nor do these.
             given = given._replace(running_mean=None, running_var=None)
         else:
+            # The output is needed for batch statistics alone.
             outputs = outputs._replace(out=outputs.statistics)
-        ctx.save_for_backward(*given, *outputs)
+        ctx.save_for_backward(packed, *given, *outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * (len(Inputs._fields) + 2)
+            return (None,) * (_INPUTS + 3)
         if not torch.compiler.is_compiling():
             _refuse_tangents(grads[:1])
-        given = ctx.saved_tensors
-        # Through a Function, so that what is differentiated a second time says that it cannot be.
-        function = ReAttentionBackward if torch.compiler.is_compiling() else EagerBackward
-        run = function.apply if torch.is_grad_enabled() else function.forward
-        gradients = run(grads[0], *given, ctx.options, ctx.group)
-        found = tuple(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
-        return *found, *(None,) * (len(Inputs._fields) + 2 - len(found))
+        packed, *tensors = ctx.saved_tensors
+        inputs, outputs = _inputs_of(packed, tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
+        gradients: tuple[Tensor, ...]
+        if torch.is_grad_enabled():
+            # Through a Function, so that what is differentiated a second time says that it cannot be.
+            function = ReAttentionBackward if torch.compiler.is_compiling() else EagerBackward
+            gradients = function.apply(grads[0], *inputs, *outputs, ctx.options, ctx.group)
+        elif packed is None or torch.compiler.is_compiling():
+            gradients = _run_backward(grads[0], inputs, outputs, ctx.options, ctx.group)
+        else:
+            whole = torch.empty_like(packed)
+            gradients = _run_backward(grads[0], inputs, outputs, ctx.options, ctx.group, unpack(whole))
+            return whole, *(None,) * 3, *_present(inputs[3:7], gradients), *(None,) * 6
+        of_packed = None if packed is None else torch.stack(gradients[:3]).permute(1, 3, 0, 2, 4)
+        maps = gradients[:3] if packed is None else (None,) * 3
+        return of_packed, *maps, *_present(inputs[3:7], gradients[3:]), *(None,) * 6
 
 
 class ReAttentionBackward(torch.autograd.Function):
@@ -238,7 +298,7 @@ class ReAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *tensors, options, group = args
-        inputs, outputs = Inputs(*tensors[: len(Inputs._fields)]), Outputs(*tensors[len(Inputs._fields) :])
+        inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
         return _run_backward(grad, inputs, outputs, options, group)
 
     @staticmethod

@@ -199,7 +199,7 @@ def test_passes_views_of_the_projection(norm, device, monkeypatch):
     operator = ReAttention.forward.__globals__["re_attention"]
 
     def spy(query, key, value, *args, **options):
-        seen["inputs"] = (query, key, value)
+        seen["inputs"] = query.permute(2, 0, 3, 1, 4).unbind(0) if key is None else (query, key, value)
         seen["output"] = operator(query, key, value, *args, **options)
         return seen["output"]
 

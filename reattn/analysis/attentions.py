@@ -90,7 +90,7 @@ def _method_maps(module: Any, *args: Any, **kwargs: Any) -> Tensor | Maps:
 
 def _own_values(module: nn.Module) -> Callable[..., Tensor] | None:
     if isinstance(module, ReAttention):
-        return lambda attention, x, *args, **kwargs: attention._project(attention.pre_norm(x))[2]
+        return lambda attention, x, *args, **kwargs: attention.project(attention.pre_norm(x))[2]
     if isinstance(module, SelfAttention):
         return lambda attention, x, *args, **kwargs: attention._split_heads(x)[2]
     return None

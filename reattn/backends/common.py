@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
 # In the order of the extensions.
@@ -47,12 +47,16 @@ def empty_outputs(problem: Problem, query: Tensor, dtype: torch.dtype | None = N
     )
 
 
-def empty_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Gradients:
-    """Uninitialised: of query, key and value in ``dtype`` or their own, of the parameters in float32."""
-    maps = (empty_heads_last(tensor, dtype) for tensor in (inputs.query, inputs.key, inputs.value))
+def empty_gradients(inputs: Inputs, into: Maps | None, dtype: torch.dtype | None = None) -> Gradients:
+    """Uninitialised: of query, key and value the tensors given or new ones, in ``dtype`` if that is another; of the
+    parameters in float32."""
+    if into is not None and dtype in (None, inputs.query.dtype):
+        maps = into
+    else:
+        query, key, value = (empty_heads_last(tensor, dtype) for tensor in inputs[:3])
+        maps = query, key, value
     parameters = (
-        inputs.theta.new_empty(0 if tensor is None else tensor.shape, dtype=torch.float32)
-        for tensor in (inputs.theta, inputs.bias, inputs.norm_weight, inputs.norm_bias)
+        inputs.theta.new_empty(0 if tensor is None else tensor.shape, dtype=torch.float32) for tensor in inputs[3:7]
     )
     return Gradients(*maps, *parameters)
 
@@ -62,8 +66,13 @@ def zeroed(gradients: Gradients) -> Gradients:
     return Gradients(*(gradient.zero_() for gradient in gradients))
 
 
-def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
-    """The gradients in the dtypes of the inputs; as a rule they are, and nothing is copied."""
+def as_inputs(gradients: Gradients, inputs: Inputs, into: Maps | None) -> Gradients:
+    """The gradients in the dtypes of the inputs, and where they were to go; as a rule they are, and nothing is
+    copied."""
+    if into is not None and gradients.query is not into[0]:
+        for tensor, gradient in zip(into, gradients, strict=False):
+            tensor.copy_(gradient)
+        gradients = Gradients(*into, *gradients[3:])
     return Gradients(
         *(
             gradient if tensor is None else gradient.to(tensor.dtype)

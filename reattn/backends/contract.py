@@ -9,6 +9,9 @@ from torch import Tensor
 
 from reattn.problem import Problem
 
+# Query, key, value, or their gradients.
+Maps = tuple[Tensor, Tensor, Tensor]
+
 
 class Inputs(NamedTuple):
     """The tensors of a call, as :func:`reattn.re_attention` takes them; ``seed``: one int64 on the device, given
@@ -88,8 +91,15 @@ class FusedBackend(Backend, Protocol):
         ...
 
     def backward(
-        self, problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None
+        self,
+        problem: Problem,
+        grad: Tensor,
+        inputs: Inputs,
+        outputs: Outputs,
+        sums: Tensor | None,
+        into: Maps | None = None,
     ) -> Gradients:
         """All gradients. ``sums``: as :meth:`grad_sums` returns them, summed over ranks; None: of this batch.
-        ``outputs.out`` is not read where there are no batch statistics."""
+        ``outputs.out`` is not read where there are no batch statistics. ``into``: tensors that take the gradients of
+        query, key and value; any strides."""
         ...

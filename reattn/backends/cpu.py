@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reattn.backends import common
 from reattn.backends.common import address, as_float32
-from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
 try:
@@ -110,11 +110,18 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return sums
 
 
-def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
+def backward(
+    problem: Problem,
+    grad: Tensor,
+    inputs: Inputs,
+    outputs: Outputs,
+    sums: Tensor | None,
+    into: Maps | None = None,
+) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    gradients = common.empty_gradients(inputs)
+    gradients = common.empty_gradients(inputs, into)
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), inputs)
+        return common.as_inputs(common.zeroed(gradients), inputs, into)
     outputs = outputs._replace(lse=outputs.lse.contiguous())
     call, kept, _ = _call(problem, inputs, outputs, update=False)
     call.query, call.key, call.value, call.grad = *map(_argument, inputs[:3]), _argument(grad)
@@ -125,7 +132,7 @@ def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, s
         if getattr(inputs, name) is not None:
             setattr(call, f"grad_{name}", address(getattr(gradients, name)))
     _cpu.backward(call)
-    return common.as_inputs(gradients, inputs)
+    return common.as_inputs(gradients, inputs, into)
 
 
 def _sized_call(problem: Problem, query: Tensor, seqlen_k: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reattn.backends import common
 from reattn.backends.common import as_float32
-from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
 try:
@@ -170,11 +170,18 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return sums
 
 
-def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
+def backward(
+    problem: Problem,
+    grad: Tensor,
+    inputs: Inputs,
+    outputs: Outputs,
+    sums: Tensor | None,
+    into: Maps | None = None,
+) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    given, gradients = inputs, common.empty_gradients(inputs)
+    given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), given)
+        return common.as_inputs(common.zeroed(gradients), given, into)
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
     query, scale, sign = _positive_scale(inputs.query, problem.scale)
@@ -200,7 +207,7 @@ def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, s
     _cuda.unfold(call, blocks)
     if sign != 1:
         gradients.query.mul_(sign)
-    return common.as_inputs(gradients, given)
+    return common.as_inputs(gradients, given, into)
 
 
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:

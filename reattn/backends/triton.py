@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reattn.backends import common
 from reattn.backends.common import as_float32
-from reattn.backends.contract import Gradients, Inputs, Outputs
+from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
 try:
@@ -177,11 +177,18 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return totals
 
 
-def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, sums: Tensor | None) -> Gradients:
+def backward(
+    problem: Problem,
+    grad: Tensor,
+    inputs: Inputs,
+    outputs: Outputs,
+    sums: Tensor | None,
+    into: Maps | None = None,
+) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    given, gradients = inputs, common.empty_gradients(inputs, _interpretable_dtype(inputs.query))
+    given, gradients = inputs, common.empty_gradients(inputs, into, _interpretable_dtype(inputs.query))
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), given)
+        return common.as_inputs(common.zeroed(gradients), given, into)
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
     batch, heads, seqlen, _ = inputs.query.shape
@@ -252,7 +259,7 @@ def backward(problem: Problem, grad: Tensor, inputs: Inputs, outputs: Outputs, s
         BLOCK=configs.UNFOLD_BLOCK,
         SHAPE=shape,
     )
-    return common.as_inputs(gradients, given)
+    return common.as_inputs(gradients, given, into)
 
 
 _LOG2E = math.log2(math.e)
