@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Makes a wrong step of a right one and of the named steps before it.
+Fault = Callable[[Tensor, dict[str, Tensor]], Tensor]
 # Simulated computations of an estimate.
 SAMPLES = 8
 
@@ -29,10 +31,12 @@ SAMPLES = 8
 class Rounding:
     """Random errors: of float32 arithmetic, and of operands in the dtype of query, key and value."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int | None):
-        """Without a seed nothing is rounded."""
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int | None, faults: dict[str, Fault]):
+        """Without a seed nothing is rounded; a named step is what its fault makes of it."""
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self.dtype = dtype
+        self.faults = faults
+        self.steps: dict[str, Tensor] = {}
 
     def moved(self, exact: Tensor, distance: Tensor) -> Tensor:
         """Each element by a normal error with the variance of a uniform one up to that distance."""
@@ -41,8 +45,12 @@ class Rounding:
         normal = torch.randn(exact.shape, dtype=torch.float64, device=exact.device, generator=self.generator)
         return exact + normal * distance / 3**0.5
 
-    def __call__(self, exact: Tensor, magnitude: Tensor | None = None) -> Tensor:
+    def __call__(self, exact: Tensor, magnitude: Tensor | None = None, name: str | None = None) -> Tensor:
         """A result of float32 arithmetic; ``magnitude`` is its own absolute value if it is no sum."""
+        if name in self.faults:
+            exact = self.faults[name](exact, self.steps)
+        if name is not None:
+            self.steps[name] = exact
         magnitude = exact.abs() if magnitude is None else magnitude
         return self.moved(exact, torch.finfo(torch.float32).eps / 2 * magnitude)
 
@@ -66,9 +74,12 @@ def mix(weight: Tensor, maps: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", maps, weight)
 
 
-def simulate(problem: Any, seed: int | None = 0) -> dict[str, Tensor]:
-    """``parity.compute``, in float64, with errors drawn from that seed, or exactly without one."""
-    return _simulate(problem, Rounding(problem.grad.dtype, problem.grad.device, seed), **problem.options)
+def simulate(problem: Any, seed: int | None = 0, faults: dict[str, Fault] | None = None) -> dict[str, Tensor]:
+    """``parity.compute``, in float64, with errors drawn from that seed, or exactly without one; with faults at will."""
+    rounding = Rounding(problem.grad.dtype, problem.grad.device, seed, faults or {})
+    results = _simulate(problem, rounding, **problem.options)
+    assert rounding.faults.keys() <= rounding.steps.keys()
+    return results
 
 
 @torch.no_grad()
@@ -97,18 +108,18 @@ def _simulate(
     count, over = query.shape[0] * query.shape[2] * seqlen_k, (0, 2, 3)
 
     # Scores and softmax.
-    scores = rounding(rounding(query @ key.mT, query.abs() @ key.abs().mT) * scale)
+    scores = rounding(rounding(query @ key.mT, query.abs() @ key.abs().mT) * scale, name="scores")
     lse = scores.logsumexp(-1, keepdim=True)
-    lse = rounding(lse, 1 + lse.abs())
+    lse = rounding(lse, 1 + lse.abs(), "lse")
     probs = (scores - lse).exp()
-    probs = rounding(probs, probs * (1 + (scores - lse).abs()))
+    probs = rounding(probs, probs * (1 + (scores - lse).abs()), "probs")
     kept = 1.0 if problem.keep is None else problem.keep.double() / (1 - dropout_p)
-    dropped = rounding.operand(rounding(probs * kept))
+    dropped = rounding.operand(rounding(probs * kept, name="dropped"))
 
     # Mixing; mixed_size is the sum of the absolute values of its terms.
     weight = rounding.operand(theta)
     mixed_size = mix(weight.abs(), dropped)
-    mixed = rounding(mix(weight, dropped), mixed_size)
+    mixed = rounding(mix(weight, dropped), mixed_size, "mixed")
 
     # Norm: normed = slope * hat + shift. What it is made of: normed_size, hat_size.
     shift = per_head(beta)
@@ -129,7 +140,7 @@ def _simulate(
         if "running_mean" in tensors:
             for name, new in (("running_mean", mean), ("running_var", var * count / (count - 1))):
                 old, new = (1 - momentum) * tensors[name], momentum * new
-                results[name] = rounding(old + new, old.abs() + new.abs())
+                results[name] = rounding(old + new, old.abs() + new.abs(), name)
     elif norm == "batch":
         mean, var = tensors["running_mean"], tensors["running_var"]
         rstd = per_head(rounding((var + eps).rsqrt()))
@@ -149,17 +160,19 @@ def _simulate(
         hat_size = mixed_size + per_head(bias.abs())
         hat = rounding(mixed + per_head(bias), hat_size)
         slope = rstd * output_scale
+    rounding.steps["hat"] = hat
     normed_size = slope.abs() * hat.abs() + shift.abs()
-    normed = rounding.operand(rounding(slope * hat + shift, normed_size))
-    output = rounding(normed @ value, normed_size @ value.abs())
+    normed = rounding.operand(rounding(slope * hat + shift, normed_size, "normed"))
+    output = rounding(normed @ value, normed_size @ value.abs(), "output")
     output = results["output"] = rounding.stored(output, problem.grad.dtype)
 
     # Backward: values, then norm.
-    grad_value = rounding(normed.mT @ grad, normed_size.mT @ grad.abs())
+    grad_value = rounding(normed.mT @ grad, normed_size.mT @ grad.abs(), "grad_value")
     size = grad.abs() @ value.abs().mT
-    grad_normed = rounding(grad @ value.mT, size)
-    grad_shift = rounding(grad_normed.sum(over), size.sum(over))
-    grad_slope = rounding((grad_normed * hat).sum(over), (grad_normed * hat_size).abs().sum(over))
+    grad_normed = rounding(grad @ value.mT, size, "grad_normed")
+    grad_shift = rounding(grad_normed.sum(over), size.sum(over), "grad_shift")
+    size = (grad_normed * hat_size).abs().sum(over)
+    grad_slope = rounding((grad_normed * hat).sum(over), size, "grad_slope")
     if norm == "batch" and training:
         # In place of grad_slope, which the sweep over the maps knows only when it has ended.
         kappa = (grad * output).sum(over) - beta * grad_shift
@@ -179,18 +192,19 @@ def _simulate(
     else:
         grad_mixed = rstd * slope * grad_normed
         size = grad_mixed.abs()
-    grad_mixed = rounding.operand(rounding(grad_mixed, size))
+    grad_mixed = rounding.operand(rounding(grad_mixed, size, "grad_mixed"))
 
     # Mixing, dropout, softmax, scores.
     grad_theta = torch.einsum("bhij,bgij->hg", dropped, grad_mixed)
-    grad_theta = rounding(grad_theta, torch.einsum("bhij,bgij->hg", dropped, size))
-    grad_bias = rounding(grad_mixed.sum(over), size.sum(over))
-    grad_probs = rounding(mix(weight.mT, grad_mixed), mix(weight.mT.abs(), size)) * kept
-    delta = rounding((probs * grad_probs).sum(-1, keepdim=True), (probs * grad_probs).abs().sum(-1, keepdim=True))
-    grad_scores = rounding(probs * (grad_probs - delta), probs * (grad_probs.abs() + delta.abs()))
+    grad_theta = rounding(grad_theta, torch.einsum("bhij,bgij->hg", dropped, size), "grad_theta")
+    grad_bias = rounding(grad_mixed.sum(over), size.sum(over), "grad_bias")
+    grad_probs = rounding(mix(weight.mT, grad_mixed) * kept, mix(weight.mT.abs(), size) * kept, "grad_probs")
+    delta = (probs * grad_probs).sum(-1, keepdim=True)
+    delta = rounding(delta, (probs * grad_probs).abs().sum(-1, keepdim=True), "delta")
+    grad_scores = rounding(probs * (grad_probs - delta), probs * (grad_probs.abs() + delta.abs()), "grad_scores")
     grad_scores = rounding.operand(grad_scores)
-    grad_query = rounding(grad_scores @ key, grad_scores.abs() @ key.abs()) * scale
-    grad_key = rounding(grad_scores.mT @ query, grad_scores.abs().mT @ query.abs()) * scale
+    grad_query = scale * rounding(grad_scores @ key, grad_scores.abs() @ key.abs(), "grad_query")
+    grad_key = scale * rounding(grad_scores.mT @ query, grad_scores.abs().mT @ query.abs(), "grad_key")
 
     gradients = {
         "query": grad_query,
