@@ -183,8 +183,13 @@ def test_conversions(dtype, strided, head_dim, isa):
     """One head and one key: theta times the value, and theta times the gradient, of every number that there is.
 
     The products are exact in float32 as long as they are normal. Many lie halfway between two numbers, below the normal
-    ones, or above the largest.
+    ones, or above the largest. Products of bfloat16 take what is below the normal ones for zero, operands and results.
     """
+
+    def flushed(tensor):
+        flushes = dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx")
+        return tensor.masked_fill(tensor.abs() < torch.finfo(dtype).tiny, 0) if flushes else tensor
+
     numbers = torch.arange(2**16).to(torch.uint16).view(dtype)
     value = numbers[: len(numbers) // head_dim * head_dim].view(-1, 1, 1, head_dim)
     grad = value.flip(0)
@@ -192,15 +197,11 @@ def test_conversions(dtype, strided, head_dim, isa):
         value, grad = (tensor.repeat_interleave(2, 3)[..., ::2] for tensor in (value, grad))
     zeros = torch.zeros_like(value)
     for factor in (1.0, 1.5, -0.75, 1.5 * 2**-12, 1.25 * 2**-20):
-        expected, expected_grad = ((tensor.float() * factor).to(dtype) for tensor in (value, grad))
+        expected, expected_grad = (flushed(flushed(tensor.float()) * factor).to(dtype) for tensor in (value, grad))
         leaf = value.detach().requires_grad_()
         found = re_attention(zeros, zeros, leaf, torch.tensor([[factor]]), backend="cpu")
         found.backward(grad)
         for result, right in ((found.detach(), expected), (leaf.grad, expected_grad)):
-            if dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx"):
-                # Products of these take numbers below the normal ones for zero.
-                normal = right.isnan() | (right.abs() >= torch.finfo(dtype).tiny)
-                result, right = result[normal], right[normal]
             torch.testing.assert_close(result, right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -357,7 +358,11 @@ print(json.dumps({"imported": imported, "peak": peak(), "seconds": time.perf_cou
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory():
-    """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB."""
+    """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB.
+
+    Beyond what importing takes, which builds of torch differ in. Inputs, results, what autograd holds of them in between
+    and the packed operands take 540 MB.
+    """
     measured = json.loads(run_script(MEMORY, timeout=400))
     print(measured)
-    assert measured["peak"] < 1000
+    assert measured["peak"] - measured["imported"] < 650
