@@ -360,8 +360,8 @@ print(json.dumps({"imported": imported, "peak": peak(), "seconds": time.perf_cou
 def test_peak_memory():
     """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB.
 
-    Beyond what importing takes, which builds of torch differ in. Inputs, results, what autograd holds of them and packed
-    operands take 540 MB.
+    Beyond what importing takes, which builds of torch differ in. Inputs, results, what autograd holds of them and
+    packed operands take 540 MB.
     """
     measured = json.loads(run_script(MEMORY, timeout=400))
     print(measured)
