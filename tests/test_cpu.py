@@ -121,7 +121,7 @@ def test_threads_change_nothing(mode, dropout_p, batch, use_threads):
 
 # Rows too long for a cache are cut into stretches of keys, in two sweeps: see make_plan in csrc/cpu/driver.cpp. Those
 # of the first are cut in the backward pass alone.
-@pytest.mark.parametrize("seqlen_k", [1500, 4100])
+@pytest.mark.parametrize("seqlen_k", [1500, pytest.param(4100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @modes
 def test_long_rows(mode, dropout_p, seqlen_k, isa):
@@ -130,7 +130,7 @@ def test_long_rows(mode, dropout_p, seqlen_k, isa):
     assert_parity(with_mask(problem, "cpu", **sizes), "cpu")
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 def test_several_waves(mode, dropout_p):
     """Keys and values are packed for a part of the batch at a time: three samples forward, one backward."""
@@ -150,7 +150,13 @@ def test_negative_scale(mode, isa):
     assert_same(found, expected | {"query gradient": -expected["query gradient"]})
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("REATTN_FUZZ", "60"))))
+def seeds(number, quick):
+    """As many, those after the first few slow; REATTN_FUZZ is another number."""
+    number = int(os.environ.get("REATTN_FUZZ", number))
+    return [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= quick)) for seed in range(number)]
+
+
+@pytest.mark.parametrize("seed", seeds(60, quick=20))
 def test_random_problems(seed, monkeypatch):
     """Where so many are compared, a gradient that comes out right by luck in eager arithmetic is no rarity."""
     draw = random.Random(seed)
@@ -357,6 +363,7 @@ print(json.dumps({"imported": imported, "peak": peak(), "seconds": time.perf_cou
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory():
     """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB.
 

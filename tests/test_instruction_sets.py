@@ -58,6 +58,7 @@ def program(tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_emulated_instruction_sets(program):
     """Products of bfloat16 by AVX-512's dot products and by AMX's tiles, and vectors of 16 floats."""
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
