@@ -1,8 +1,8 @@
 """What rounding costs the operator: its steps in float64, each with an error of the size that rounding may have there.
 
 An estimate of the error that owes nothing to the luck of one CPU's order of summation. Every step of the forward and
-the backward pass (docs/operator.md, section 4) is computed in float64 and then moved at random, each element by a
-normal error as large as one of up to ``unit * magnitude`` is on average: ``unit`` is half of float32's eps,
+the backward pass (docs/operator.md, sections 2 and 4) is computed in float64 and then moved at random, each element by
+a normal error as large as one of up to ``unit * magnitude`` is on average: ``unit`` is half of float32's eps,
 ``magnitude`` the sum of the absolute values of the terms that the element is made of. So an error that later steps
 amplify, cancel or share between elements is followed to the results as it would be in a real computation, and the
 differences from the exact results are errors that a right computation may have.
