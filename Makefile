@@ -15,7 +15,7 @@ GPU_OUT := $(or $(OUT),out/gpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated demo test sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
+.PHONY: help extension emulated demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -31,8 +31,14 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 	$(PY) examples/digits.py
 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
-test: extension emulated ## run the tests in WORKERS processes (default 2)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
+test: extension emulated ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
+	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
+	$(PYTEST) -m "not slow"
+
+test-all: extension emulated ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
+	$(PYTEST)
 
 # The library lies beside the one that everything else uses. What malloc hands out is filled with NaN. Reports go past
 # pytest, which captures no more than Python's own output.

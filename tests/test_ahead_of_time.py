@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_default_configurations_compile_without_faults() -> None:
     # A process of its own: here the kernels may be interpreted, which leaves nothing to compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

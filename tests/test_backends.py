@@ -23,7 +23,10 @@ def tiles_of(arch, itemsize, heads, head_dim):
 
 
 def cases_of_the_table():
-    """Architecture, bytes an element, heads, head_dim: together they use every row, in chunks of head_dim if it can."""
+    """Architecture, bytes an element, heads, head_dim: together they use every row, in chunks of head_dim if it can.
+
+    Those of cards with little shared memory are slow.
+    """
     cases = {}
     for position, rows in enumerate(configs.TABLE.values()):
         for row in rows:
@@ -35,7 +38,9 @@ def cases_of_the_table():
             ]
             case = next(case for case in candidates if tiles_of(*case)[position] == row.tile)
             cases.setdefault(tiles_of(*case), case)
-    return sorted(cases.values())
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == SMALL_SHARED)) for case in sorted(cases.values())
+    ]
 
 
 def test_available_backends():
@@ -207,7 +212,13 @@ def test_rows_of_the_table(arch, itemsize, heads, head_dim, device, use_tile):
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 @pytest.mark.parametrize(
-    ("head_dim", "block_m", "block_n", "dim"), [(33, 16, 16, 32), (35, 16, 32, 16), (40, 32, 16, 16), (80, 16, 16, 64)]
+    ("head_dim", "block_m", "block_n", "dim"),
+    [
+        (33, 16, 16, 32),
+        pytest.param(35, 16, 32, 16, marks=pytest.mark.slow),
+        pytest.param(40, 32, 16, 16, marks=pytest.mark.slow),
+        pytest.param(80, 16, 16, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_head_dim_in_chunks(head_dim, block_m, block_n, dim, mode, device, use_tile):
     use_tile(configs.Tile(block_m, block_n, dim=dim))

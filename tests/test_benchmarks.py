@@ -291,6 +291,7 @@ def run_benchmarks(*arguments):
 
 
 @pytest.mark.extension
+@pytest.mark.slow
 def test_results_of_a_quick_run(quick_run):
     told = quick_run["machine_info"]["reattn"]
     assert told.keys() >= {"device", "reattn", "torch", "triton", "commit", "modified", "date", "threads"}
@@ -324,12 +325,14 @@ def test_results_of_a_quick_run(quick_run):
 
 
 @pytest.mark.extension
+@pytest.mark.slow
 def test_nothing_begins_after_the_deadline():
     finished = run_benchmarks("benchmarks/test_scaling.py", "--quick", "--seconds=-1", "-rs")
     assert finished.returncode == 0 and "no time left" in finished.stdout and "passed" not in finished.stdout
 
 
 @pytest.mark.extension
+@pytest.mark.slow
 def test_what_was_measured_is_left_out(tmp_path, quick_run):
     """Whole comparisons: a peer that has no time there is not tried again."""
     kept = [b for b in quick_run["benchmarks"] if b["extra_info"]["contender"] != "eager"]

@@ -293,6 +293,7 @@ def test_the_only_entry_is_taken(official, entry, prefer_ema):
     assert source == entry and state_dict.keys() == official.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_positions_of_224_in_a_model_of_384():
     torch.manual_seed(0)
     source = ours(img_size=224, patch_size=16, depth=1)

@@ -102,6 +102,7 @@ def test_autocast(mode, backend, device):
         torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
 
 
+@pytest.mark.slow
 def test_inductor(backend, device, monkeypatch):
     # setuptools, which inductor imports, refuses to load where something has loaded the standard distutils before.
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")

@@ -122,7 +122,7 @@ def test_threads_change_nothing(mode, dropout_p, batch, use_threads):
 
 # Rows too long for a cache are cut into stretches of keys, in two sweeps: see make_plan in csrc/cpu/driver.cpp. Those
 # of the first are cut in the backward pass alone.
-@pytest.mark.parametrize("seqlen_k", [1500, 4100])
+@pytest.mark.parametrize("seqlen_k", [1500, pytest.param(4100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @modes
 def test_long_rows(mode, dropout_p, seqlen_k, isa):
@@ -131,7 +131,7 @@ def test_long_rows(mode, dropout_p, seqlen_k, isa):
     assert_parity(with_mask(problem, "cpu", **sizes), "cpu")
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 def test_several_waves(mode, dropout_p):
     """Keys and values are packed for a part of the batch at a time: three samples forward, one backward."""
@@ -151,9 +151,14 @@ def test_negative_scale(mode, isa):
     assert_same(found, expected | {"query gradient": -expected["query gradient"]})
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("REATTN_FUZZ", "60"))))
+def seeds(number, quick):
+    """As many, those after the first few slow; REATTN_FUZZ is another number."""
+    number = int(os.environ.get("REATTN_FUZZ", number))
+    return [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= quick)) for seed in range(number)]
+
+
+@pytest.mark.parametrize("seed", seeds(60, quick=20))
 def test_random_problems(seed, monkeypatch):
-    """Where so many are compared, a gradient that comes out right by luck in eager arithmetic is no rarity."""
     draw = random.Random(seed)
     settings = {"isa": draw.choice(usable_instruction_sets()), "threads": draw.randint(1, 3)}
     monkeypatch.setenv("REATTN_CPU_ISA", settings["isa"])
@@ -161,7 +166,7 @@ def test_random_problems(seed, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: settings["threads"])
     problem, made_of = random_problem(draw, "cpu")
     print(f"seed {seed}: {settings | made_of}")
-    assert_parity(problem, "cpu", times=4)
+    assert_parity(problem, "cpu")
 
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
@@ -184,8 +189,13 @@ def test_conversions(dtype, strided, head_dim, isa):
     """One head and one key: theta times the value, and theta times the gradient, of every number that there is.
 
     The products are exact in float32 as long as they are normal. Many lie halfway between two numbers, below the normal
-    ones, or above the largest.
+    ones, or above the largest. Products of bfloat16 take what is below the normal ones for zero, operands and results.
     """
+
+    def flushed(tensor):
+        flushes = dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx")
+        return tensor.masked_fill(tensor.abs() < torch.finfo(dtype).tiny, 0) if flushes else tensor
+
     numbers = torch.arange(2**16).to(torch.uint16).view(dtype)
     value = numbers[: len(numbers) // head_dim * head_dim].view(-1, 1, 1, head_dim)
     grad = value.flip(0)
@@ -193,15 +203,11 @@ def test_conversions(dtype, strided, head_dim, isa):
         value, grad = (tensor.repeat_interleave(2, 3)[..., ::2] for tensor in (value, grad))
     zeros = torch.zeros_like(value)
     for factor in (1.0, 1.5, -0.75, 1.5 * 2**-12, 1.25 * 2**-20):
-        expected, expected_grad = ((tensor.float() * factor).to(dtype) for tensor in (value, grad))
+        expected, expected_grad = (flushed(flushed(tensor.float()) * factor).to(dtype) for tensor in (value, grad))
         leaf = value.detach().requires_grad_()
         found = re_attention(zeros, zeros, leaf, torch.tensor([[factor]]), backend="cpu")
         found.backward(grad)
         for result, right in ((found.detach(), expected), (leaf.grad, expected_grad)):
-            if dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx"):
-                # Products of these take numbers below the normal ones for zero.
-                normal = right.isnan() | (right.abs() >= torch.finfo(dtype).tiny)
-                result, right = result[normal], right[normal]
             torch.testing.assert_close(result, right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -357,8 +363,13 @@ print(json.dumps({"imported": imported, "peak": peak(), "seconds": time.perf_cou
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory():
-    """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB."""
+    """8192 tokens, forward and backward: a single map of one head takes 256 MB, those of all heads 3 GB.
+
+    Beyond what importing takes, which builds of torch differ in. Inputs, results, what autograd holds of them and
+    packed operands take 540 MB.
+    """
     measured = json.loads(run_script(MEMORY, timeout=400))
     print(measured)
-    assert measured["peak"] < 1000
+    assert measured["peak"] - measured["imported"] < 650

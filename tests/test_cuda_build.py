@@ -275,6 +275,7 @@ def test_host_compiler_that_nvcc_rejects(tree, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_build_for_real(tree):
     """It is imported where there is no driver, and holds what was asked for."""
     environment = {"REATTN_BUILD_CUDA": "1", "REATTN_CUDA_ARCHS": "80;9.0+PTX", "CUDA_HOME": Path(NVCC).parents[1]}
@@ -299,6 +300,7 @@ def test_build_for_real(tree):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_kernels_compile_without_faults():
     """Neither local memory nor a kernel without tensor cores, in 16 bits, for every architecture."""
     command = [sys.executable, "-m", "benchmarks.compile_report", "--backend", "cuda"]

@@ -309,7 +309,10 @@ def test_another_image_size():
         model.set_input_size(30)
 
 
-@pytest.mark.parametrize("options", ATTENTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(*each.values, id=each.id, marks=[pytest.mark.slow] * (each.id != "batch")) for each in ATTENTIONS],
+)
 def test_gradient_checkpointing_changes_nothing(options):
     config = {"drop_path_rate": 0.3, "attn_drop_rate": 0.2, "proj_drop_rate": 0.1, "conv_stem": True, **options}
     plain = tiny(**config).train()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def program(tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_emulated_instruction_sets(program):
     """Products of bfloat16 by AVX-512's dot products and by AMX's tiles, and vectors of 16 floats."""
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
@@ -66,3 +68,26 @@ def test_emulated_instruction_sets(program):
     for name in ("emulated bf16", "emulated amx"):
         assert finished.stdout.count(name) == 14
     assert "42 comparisons, 0 wrong" in finished.stdout
+
+
+def has_bfloat16_products():
+    """Whether this CPU has the instructions that are emulated; Linux says so."""
+    flags = pathlib.Path("/proc/cpuinfo")
+    return platform.machine() == "x86_64" and flags.exists() and "avx512_bf16" in flags.read_text()
+
+
+@pytest.mark.skipif(not has_bfloat16_products(), reason="needs a CPU with AVX-512's bfloat16 instructions")
+def test_emulated_instructions_are_the_cpus(tmp_path):
+    """Bit for bit: random numbers of every size, subnormal ones, infinities; where one says NaN, so does the other."""
+    source = str(ROOT / "tests" / "cpu" / "compare_intrinsics.cpp")
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-psabi"]
+    units = [
+        ("emulated.o", [*flags, "-DREATTN_EMULATED"]),
+        ("hardware.o", [*flags, "-mavx512f", "-mavx512bf16"]),
+    ]
+    compile_all([[*unit, source, "-c", "-o", str(tmp_path / name)] for name, unit in units])
+    program = tmp_path / "compare_intrinsics"
+    compile_all([[*(str(tmp_path / name) for name, _ in units), "-o", str(program)]])
+    finished = subprocess.run([program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    assert "4800000 numbers, 0 wrong" in finished.stdout

@@ -251,10 +251,13 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"CXX": "/nonexistent/g++", "PATH": "/nonexistent"}, "no working GCC or Clang (tried /nonexistent/g++; "),
-        ({"REATTN_BUILD_CPU": "0"}, "REATTN_BUILD_CPU=0"),
+        pytest.param(
+            {"CXX": "/nonexistent/g++", "PATH": "/nonexistent"},
+            "no working GCC or Clang (tried /nonexistent/g++; ",
+            id="no compiler",
+        ),
+        pytest.param({"REATTN_BUILD_CPU": "0"}, "REATTN_BUILD_CPU=0", id="switched off", marks=pytest.mark.slow),
     ],
-    ids=["no compiler", "switched off"],
 )
 def test_wheel_without_extensions(settings, reason, sdist, poison, tmp_path):
     """It is for every machine, it works, and `pip --verbose` tells in one line why each is left out."""

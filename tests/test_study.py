@@ -86,6 +86,7 @@ def test_records(study, chosen, finished):
     assert study.select(records, form="ViT", depth=4, seed=0)[0]["loss"] != study.select(records, seed=1)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again(run_all, chosen, finished):
     """An interrupted study goes on; a file that was being written when it stopped does not count."""
     paths = {path: path.stat().st_mtime_ns for path in (finished / "runs").glob("*.json")}

@@ -234,6 +234,7 @@ def test_scaler_is_resumed(launch, tmp_path):
 
 
 @two_processes
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed(launch, tmp_path):
     """Each has its own generator for drop path, which goes on where it was."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -277,7 +278,7 @@ def test_two_processes_equal_one(norm, alone, launch, tmp_path):
 
 
 @two_processes
-@pytest.mark.parametrize("world", [2, 1])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_other_number_of_processes_goes_on(world, alone, launch, tmp_path):
     """Killed in the second epoch, on two processes or one, and resumed on one or two."""
     launch(*EXACT, "--checkpoint-every", 1, out=tmp_path, world=world, kill=("step", 6), double=True)
@@ -287,6 +288,7 @@ def test_other_number_of_processes_goes_on(world, alone, launch, tmp_path):
 
 
 @two_processes
+@pytest.mark.slow
 def test_fsdp(alone, launch, tmp_path):
     """Sharded over two processes, killed and resumed, and its checkpoint: as one process without."""
     launch(*EXACT, "--fsdp", "--checkpoint-every", 2, out=tmp_path, world=2, kill=("step", 6), double=True)
@@ -295,6 +297,7 @@ def test_fsdp(alone, launch, tmp_path):
 
 
 @two_processes
+@pytest.mark.slow
 def test_torchrun(launch, tmp_path):
     """The command of the file's docstring, in float32."""
     short = (*EXACT, "--epochs", 1, "--lr", 1e-3)

@@ -1,8 +1,9 @@
 // AVX-512's bfloat16 instructions and AMX's tiles in plain C++, after Intel's Software Developer's Manual, so that the
 // kernels for them run in tests on any CPU. Compiled with -DREATTN_EMULATED, or -DREATTN_EMULATED
-// -DREATTN_EMULATED_AMX.
+// -DREATTN_EMULATED_AMX. compare_intrinsics.cpp holds those of AVX-512 to the CPU's own, bit for bit.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,12 +15,24 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
+// A number below the normal ones is zero of the same sign, as an operand and as a result.
+inline float flush(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7f800000) == 0) bits &= 0x80000000;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline float widen(uint16_t half) {
   const uint32_t bits = uint32_t(half) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
-  return value;
+  return flush(value);
 }
+
+// Rounded once, to nearest, whatever the control register says.
+inline float add_product(float sum, uint16_t a, uint16_t b) { return flush(std::fma(widen(a), widen(b), flush(sum))); }
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
@@ -49,8 +62,8 @@ inline __m512 _mm512_sqrt_ps(__m512 v) {
 
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   for (int i = 0; i < 16; i++) {
-    sum[i] += emulated::widen(uint16_t(a[i] >> 16)) * emulated::widen(uint16_t(b[i] >> 16));
-    sum[i] += emulated::widen(uint16_t(a[i])) * emulated::widen(uint16_t(b[i]));
+    const float first = emulated::add_product(sum[i], uint16_t(a[i] >> 16), uint16_t(b[i] >> 16));
+    sum[i] = emulated::add_product(first, uint16_t(a[i]), uint16_t(b[i]));
   }
   return sum;
 }
@@ -58,7 +71,7 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 inline __m256bh _mm512_cvtneps_pbh(__m512 v) {
   __m256bh halves;
   for (int i = 0; i < 16; i++) {
-    const float value = v[i];
+    const float value = emulated::flush(v[i]);
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     halves[i] = uint16_t(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
@@ -108,16 +121,18 @@ inline void _tile_dpbf16ps(int sum, int a, int b) {
   emulated::require(tiles.rows[sum] == tiles.rows[a] && tiles.row_bytes[sum] == tiles.row_bytes[b] &&
                         tiles.row_bytes[a] == 4 * tiles.rows[b],
                     "tiles fit together");
+  // The first of each pair and the second are summed apart, from zero, and together before they are added.
   for (int m = 0; m < tiles.rows[a]; m++)
-    for (int k = 0; k < tiles.rows[b]; k++)
-      for (int n = 0; n < tiles.row_bytes[b] / 4; n++) {
+    for (int n = 0; n < tiles.row_bytes[b] / 4; n++) {
+      float totals[2] = {0, 0}, total;
+      for (int k = 0; k < tiles.rows[b]; k++) {
         uint16_t left[2], right[2];
-        float total;
         std::memcpy(left, tiles.data[a][m] + 4 * k, 4);
         std::memcpy(right, tiles.data[b][k] + 4 * n, 4);
-        std::memcpy(&total, tiles.data[sum][m] + 4 * n, 4);
-        total += emulated::widen(left[0]) * emulated::widen(right[0]);
-        total += emulated::widen(left[1]) * emulated::widen(right[1]);
-        std::memcpy(emulated::tiles.data[sum][m] + 4 * n, &total, 4);
+        for (int i = 0; i < 2; i++) totals[i] = emulated::add_product(totals[i], left[i], right[i]);
       }
+      std::memcpy(&total, tiles.data[sum][m] + 4 * n, 4);
+      total = emulated::flush(emulated::flush(total) + emulated::flush(totals[0] + totals[1]));
+      std::memcpy(emulated::tiles.data[sum][m] + 4 * n, &total, 4);
+    }
 }
