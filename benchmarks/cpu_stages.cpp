@@ -121,13 +121,16 @@ int main(int count, char** arguments) {
   Problem p{};
   p.dtype = Dtype::kFloat32;
   p.batch = batch, p.heads = heads, p.seqlen = p.seqlen_k = seqlen, p.head_dim = dim;
-  p.scale = 1.0f / __builtin_sqrtf(float(dim)), p.eps = 1e-5f;
+  p.scale = 1.0f / __builtin_sqrtf(float(dim));
   p.query = view(projection.data(), 4, 0), p.key = view(projection.data(), 4, 1),
   p.value = view(projection.data(), 4, 2);
   p.grad = view(projection.data(), 4, 3), p.out = view(out.data(), 1, 0);
   p.grad_query = view(grads.data(), 3, 0), p.grad_key = view(grads.data(), 3, 1),
   p.grad_value = view(grads.data(), 3, 2);
-  p.weight = weight.data(), p.shift = p.gamma = p.beta = vector.data(), p.lse = lse.data();
+  p.lse = lse.data();
+  Mixing mixing{};
+  mixing.weight = weight.data(), mixing.shift = mixing.gamma = mixing.beta = vector.data();
+  mixing.over_heads = true, mixing.eps = 1e-5f;
 
   for (const bool backward : {false, true}) {
     Plan plan{};
@@ -142,7 +145,7 @@ int main(int count, char** arguments) {
     plan.groups = 1;
     plan.group_rows = seqlen;
     plan.wave = batch;
-    Job job{p, plan, {}, 0, batch, false};
+    Job job{p, mixing, plan, {}, 0, batch, 0};
     const int64_t columns = batch * heads * plan.packed_keys * dim * 4,
                   rows = batch * heads * plan.keys * plan.ld_dim * 4;
     const int64_t gradient = heads * dim * plan.ld_keys;
@@ -153,8 +156,8 @@ int main(int count, char** arguments) {
       job.work.grad_value = reinterpret_cast<float*>(zeros(4 * batch * gradient));
     }
     Scratch<Float32> scratch(job, backward, zeros(int64_t(scratch_bytes<Float32>(job, backward))));
-    std::memset(scratch.products, 0, size_t((heads + 1) * heads) * sizeof(Vec));
-    if (backward) std::memset(scratch.norm_sums, 0, size_t(2 * heads) * sizeof(Vec));
+    if (backward) std::memset(scratch.products, 0, size_t((heads + 1) * heads) * sizeof(Vec));
+    std::memset(scratch.norm_sums, 0, size_t(2 * heads) * sizeof(Vec));
     const int64_t stretches = batch * ((plan.keys + kStretch - 1) / kStretch);
 
     Stages stages;

@@ -28,7 +28,7 @@ import torch
 from benchmarks import measure
 from benchmarks.machine import machine_info
 from benchmarks.measure import Call, Oracle, Problem
-from reattn.backends.triton import MAX_HEAD_DIM, MAX_HEADS
+from reattn.backends.common import MAX_HEAD_DIM, MAX_HEADS
 from reattn.kernels import configs
 from reattn.kernels.configs import Tile
 

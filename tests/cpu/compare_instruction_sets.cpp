@@ -1,5 +1,5 @@
-// Every instruction set that this CPU, or an emulator of another one, can run, against the portable one: forward,
-// statistics and backward pass on small problems. Needs neither Python nor torch, so that it runs wherever a static
+// Every instruction set that this CPU, or an emulator of another one, can run, against the portable one: forward and
+// backward pass on small problems, with every norm. Needs neither Python nor torch, so that it runs wherever a static
 // program does. Prints a line for each comparison; exits with 1 if any result is off, NaN or missing.
 #include <cmath>
 #include <cstdio>
@@ -29,7 +29,8 @@ namespace {
 struct Case {
   Dtype dtype;
   int64_t batch, heads, seqlen, seqlen_k, head_dim;
-  bool normalise, coupled;
+  Norm norm;
+  bool training;
   double dropout_p;
 };
 
@@ -80,10 +81,12 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
     for (float& value : values) value = mean + scale * normal(generator);
     return values;
   };
-  Problem p{};
+  Call call{};
+  call.kernels = &kernels, call.threads = threads;
+  Problem& p = call.problem;
   p.dtype = c.dtype;
   p.batch = c.batch, p.heads = c.heads, p.seqlen = c.seqlen, p.seqlen_k = c.seqlen_k, p.head_dim = c.head_dim;
-  p.scale = 1.0f / std::sqrt(float(c.head_dim)), p.eps = 1e-5f, p.dropout_p = c.dropout_p;
+  p.scale = 1.0f / std::sqrt(float(c.head_dim)), p.dropout_p = c.dropout_p;
   const auto buffer = [&](int64_t rows, std::mt19937* with) {
     return Buffer(c.dtype, c.batch, c.heads, rows, c.head_dim, with);
   };
@@ -95,32 +98,31 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   p.query = query.tensor, p.key = key.tensor, p.value = value.tensor, p.grad = grad.tensor, p.out = out.tensor;
   p.grad_query = grad_query.tensor, p.grad_key = grad_key.tensor, p.grad_value = grad_value.tensor;
   const int64_t heads = c.heads;
-  auto weight = random(heads * heads, 0.5f, 0), shift = random(heads, 0.5f, 0), gamma = random(heads, 0.3f, 1),
-       beta = random(heads, 1, 0);
-  auto coupled = random(heads * heads, 0.1f, 0), constant = random(heads, 0.1f, 0);
-  p.weight = weight.data(), p.shift = shift.data();
-  if (c.normalise) p.gamma = gamma.data(), p.beta = beta.data();
-  if (c.coupled) p.coupled = coupled.data(), p.constant = constant.data();
-  std::vector<float> lse(size_t(c.batch * heads * c.seqlen), std::numeric_limits<float>::quiet_NaN());
-  std::vector<double> sums(heads), products(heads * heads), grads((heads + 3) * heads), dots(heads);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  auto theta = random(heads * heads, 0.5f, 0), bias = random(heads, 0.5f, 0), norm_weight = random(heads, 0.3f, 1),
+       norm_bias = random(heads, 1, 0), running_mean = random(heads, 0.1f, 0), running_var = random(heads, 0, 0.01f);
+  Parameters& parameters = call.parameters;
+  parameters.theta = theta.data(), parameters.bias = bias.data();
+  parameters.norm_weight = norm_weight.data(), parameters.norm_bias = norm_bias.data();
+  parameters.running_mean = running_mean.data(), parameters.running_var = running_var.data();
+  parameters.norm = c.norm, parameters.training = c.training, parameters.heads = int(heads);
+  parameters.output_scale = 0.5f, parameters.eps = 1e-5f, parameters.momentum = 0.1f;
+  parameters.centre = 1.0f / float(c.seqlen_k), parameters.unit_scale = 1;
+  std::vector<float> lse(size_t(c.batch * heads * c.seqlen), nan), value_sum(size_t(c.batch * heads * c.head_dim), nan);
+  std::vector<double> statistics(size_t(2 * heads + 1), nan);
+  std::vector<float> grads(size_t((heads + 3) * heads), nan);
   const int64_t seed = 123456789012345;
-  p.lse = lse.data(), p.seed = &seed, p.sums = sums.data(), p.products = products.data();
-  run_statistics(kernels, p, threads);
-  std::fill(lse.begin(), lse.end(), std::numeric_limits<float>::quiet_NaN());
-  run_forward(kernels, p, false, threads);
-  p.grad_weight = grads.data(), p.grad_shift = p.grad_weight + heads * heads;
-  p.grad_gamma = p.grad_shift + heads, p.grad_beta = p.grad_gamma + heads;
-  run_backward(kernels, p, threads);
-  p.sums = dots.data();
-  run_grad_dot_out(kernels, p, threads);
-  return {out.values(),
-          std::vector<double>(lse.begin(), lse.end()),
-          products,
-          grad_query.values(),
-          grad_key.values(),
-          grad_value.values(),
-          grads,
-          dots};
+  p.lse = lse.data(), p.seed = &seed, p.value_sum = value_sum.data(), parameters.statistics = statistics.data();
+  run_forward(call);
+  call.grad_theta = grads.data(), call.grad_bias = call.grad_theta + heads * heads;
+  call.grad_norm_weight = call.grad_bias + heads, call.grad_norm_bias = call.grad_norm_weight + heads;
+  run_backward(call);
+  if (!c.training) statistics.clear();
+  running_mean.insert(running_mean.end(), running_var.begin(), running_var.end());
+  return {out.values(),        std::vector<double>(lse.begin(), lse.end()),
+          statistics,          std::vector<double>(running_mean.begin(), running_mean.end()),
+          grad_query.values(), grad_key.values(),
+          grad_value.values(), std::vector<double>(grads.begin(), grads.end())};
 }
 
 double relative_error(const std::vector<double>& found, const std::vector<double>& right) {
@@ -136,17 +138,20 @@ double relative_error(const std::vector<double>& found, const std::vector<double
 
 int main() {
   const Dtype f32 = Dtype::kFloat32, bf16 = Dtype::kBFloat16;
+  const Norm none = Norm::kNone, layer = Norm::kLayer, batch = Norm::kBatch;
   const Case cases[] = {
-      {f32, 2, 3, 17, 17, 16, true, false, 0},      {f32, 1, 12, 50, 50, 33, false, true, 0},
-      {f32, 1, 12, 30, 197, 32, true, false, 0.2},  {f32, 2, 6, 1, 1, 35, false, false, 0},
-      {f32, 1, 32, 9, 1500, 8, true, false, 0},     {f32, 1, 17, 20, 40, 128, false, true, 0.1},
-      {bf16, 2, 3, 17, 17, 16, true, false, 0},     {bf16, 1, 12, 50, 50, 33, false, true, 0},
-      {bf16, 1, 12, 30, 197, 32, true, false, 0.2}, {bf16, 2, 6, 1, 1, 35, false, false, 0},
-      {bf16, 1, 32, 9, 1500, 8, true, false, 0},    {bf16, 1, 17, 20, 40, 128, false, true, 0.1},
-      {bf16, 1, 5, 70, 70, 64, true, false, 0},     {bf16, 1, 1, 33, 65, 1, false, false, 0},
+      {f32, 2, 3, 17, 17, 16, layer, false, 0},      {f32, 1, 12, 50, 50, 33, batch, true, 0},
+      {f32, 1, 12, 30, 197, 32, layer, false, 0.2},  {f32, 2, 6, 1, 1, 35, none, false, 0},
+      {f32, 1, 32, 9, 1500, 8, layer, false, 0},     {f32, 1, 17, 20, 40, 128, batch, true, 0.1},
+      {f32, 2, 6, 20, 30, 24, batch, false, 0},      {f32, 1, 12, 9, 1500, 8, batch, true, 0},
+      {bf16, 2, 3, 17, 17, 16, layer, false, 0},     {bf16, 1, 12, 50, 50, 33, batch, true, 0},
+      {bf16, 1, 12, 30, 197, 32, layer, false, 0.2}, {bf16, 2, 6, 1, 1, 35, none, false, 0},
+      {bf16, 1, 32, 9, 1500, 8, layer, false, 0},    {bf16, 1, 17, 20, 40, 128, batch, true, 0.1},
+      {bf16, 1, 5, 70, 70, 64, layer, false, 0},     {bf16, 1, 1, 33, 65, 1, none, false, 0},
+      {bf16, 2, 6, 20, 30, 24, batch, false, 0},     {bf16, 1, 12, 9, 1500, 8, batch, true, 0},
   };
-  const char* names[] = {"out",      "lse",        "products",        "grad_query",
-                         "grad_key", "grad_value", "grad_parameters", "grad_dot_out"};
+  const char* names[] = {"out",        "lse",      "statistics", "running",
+                         "grad_query", "grad_key", "grad_value", "grad_parameters"};
   int wrong = 0, compared = 0;
   std::vector<InstructionSet> sets = instruction_sets();
 #if defined(REATTN_EMULATED)
@@ -179,8 +184,12 @@ int main() {
       compared++;
       std::printf("%-13s %s %ldx%ldx%ldx%ldx%ld%s%s%s: %.2g in %s%s\n", set.name.c_str(),
                   c.dtype == f32 ? "float32 " : "bfloat16", long(c.batch), long(c.heads), long(c.seqlen),
-                  long(c.seqlen_k), long(c.head_dim), c.normalise ? " norm" : "", c.coupled ? " coupled" : "",
-                  c.dropout_p > 0 ? " dropout" : "", worst, where, right_enough ? "" : "  WRONG");
+                  long(c.seqlen_k), long(c.head_dim),
+                  c.norm == none    ? ""
+                  : c.norm == layer ? " layer"
+                                    : " batch",
+                  c.training ? " training" : "", c.dropout_p > 0 ? " dropout" : "", worst, where,
+                  right_enough ? "" : "  WRONG");
       std::fflush(stdout);
     }
   }
