@@ -82,8 +82,8 @@ for norm in (None, "layer"):
     print(f"norm={norm}: forward and all gradients agree")
 
 
-# Batch norm in training, in one pass (sections 2 and 4): with dropout, with keys that a mask hides, and with a head that
-# gamma switches off. Hidden positions have weight 0 and do not count in the statistics.
+# Batch norm in training, in one pass (sections 2 and 4): with dropout, with keys that a mask hides, and with a head
+# that gamma switches off. Hidden positions have weight 0 and do not count in the statistics.
 OUT = 0.7  # output_scale
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reattn.layouts import translate
 from reattn.models.deepvit import DeepViT, resample_pos_embed
-from reattn.module import _translate as translate
 
 logger = logging.getLogger(__name__)
 

@@ -10,20 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reattn import reference
+from reattn import layouts, reference
 from reattn.checks import NORMS
 from reattn.functional import re_attention
-
-# Foreign names of one attention's tensors, by the end of the key: the official code's, then the second form's.
-_RENAMED = {
-    "reatten_matrix.weight": "theta",
-    "reatten_matrix.bias": "theta_bias",
-    "var_norm.": "head_norm.",
-    "to_qkv.": "qkv.",
-    "reattn_weights": "theta",
-    "reattn_norm.1.": "head_norm.",
-    "to_out.0.": "proj.",
-}
 
 
 class ReAttention(nn.Module):
@@ -230,7 +219,7 @@ class ReAttention(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
+        layouts.translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -245,25 +234,6 @@ def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def _translate(state_dict: dict[str, Any], prefix: str, second_form: bool) -> None:
-    """Renames, in place, one attention's tensors from the official layout or the second form to ours."""
-    renamed = dict(_RENAMED)
-    if second_form:
-        # The second form keeps the LayerNorm of the block's input here; in ours, and timm's, ``norm`` follows the
-        # attention.
-        renamed["norm."] = "pre_norm."
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        name = key[len(prefix) :]
-        for foreign, ours in renamed.items():
-            if name == foreign or (foreign.endswith(".") and name.startswith(foreign)):
-                tensor = state_dict.pop(key)
-                # The convolution's weight is (out, in, 1, 1): theta transposed.
-                state_dict[prefix + ours + name[len(foreign) :]] = (
-                    tensor[:, :, 0, 0].t() if foreign == "reatten_matrix.weight" else tensor
-                )
-                break
 
 
 _THETA_INIT: dict[str, Callable[[Tensor], Any]] = {
