@@ -70,7 +70,8 @@ def check_heads(query: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
 def check_numbers(**options: object) -> None:
     """Plain numbers: a tensor in their place would never get its gradient."""
     for name, option in options.items():
-        if not isinstance(option, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        # The first test is the fast one.
+        if type(option) is not float and not isinstance(option, (numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name} must be a number, got {type(option).__name__}")
 
 

@@ -75,7 +75,7 @@ def as_inputs(gradients: Gradients, inputs: Inputs, into: Maps | None) -> Gradie
         gradients = Gradients(*into, *gradients[3:])
     return Gradients(
         *(
-            gradient if tensor is None else gradient.to(tensor.dtype)
+            gradient if tensor is None or tensor.dtype is gradient.dtype else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, inputs, strict=False)
         )
     )
@@ -83,7 +83,9 @@ def as_inputs(gradients: Gradients, inputs: Inputs, into: Maps | None) -> Gradie
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:
     """What the kernels read of a parameter: contiguous float32. As a rule it is, and nothing is copied."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def store_running(inputs: Inputs, running: tuple[Tensor | None, ...]) -> None:
