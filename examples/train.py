@@ -324,9 +324,15 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
         if not self.training:
             return super().forward(maps)
         self.num_batches_tracked.add_(1)
-        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
-        # In float32 under autocast, as every batch norm.
-        return reference.batch_norm(maps.float(), *statistics, True, self.momentum, self.eps, dist.group.WORLD)
+        return reference.batch_norm(
+            maps.float(),  # under autocast too, as every batch norm
+            (self.running_mean, self.running_var),
+            (self.weight, self.bias),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+            group=dist.group.WORLD,
+        )
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
