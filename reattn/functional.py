@@ -127,7 +127,8 @@ def re_attention(
         dropout_p=dropout_p,
         momentum=momentum,
     )
-    name = choose(backend, problem, f"query {tuple(query.shape)}, key {tuple(key.shape)}")
+    shapes = query.shape, key.shape
+    name = choose(backend, problem, lambda: f"query {tuple(shapes[0])}, key {tuple(shapes[1])}")
     statistics = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
     with ops.without_autocast(query.device):
         if name == "reference":

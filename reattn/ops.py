@@ -8,6 +8,7 @@ output where batch statistics need it, and the LSE: never a map.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -308,6 +309,11 @@ class ReAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(_ONCE)
+
+
+# torch asks for it in every call, and inspecting a function takes longer than a small problem.
+for _forward_of in (ReAttentionFunction.forward, ReAttentionBackward.forward):
+    setattr(_forward_of, "__signature__", inspect.signature(_forward_of))  # noqa: B010 - no attribute that mypy knows
 
 
 class _NoTangents:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of the operator but for its tensors: what backends decide by, and what their plans are kept by.
 
     ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
@@ -30,10 +29,11 @@ class Problem:
     dropout_p: float = 0.0
     momentum: float | None = 0.1
 
-    @classmethod
-    def of(cls, query: Tensor, **options: object) -> Problem:
+    @staticmethod
+    def of(query: Tensor, **options: Any) -> Problem:
         """The problem of a query ``(batch, heads, seqlen, head_dim)`` and the fields that it does not tell."""
-        return cls(query.device, query.dtype, query.shape[1], query.shape[3], **options)  # type: ignore[arg-type]
+        _, heads, _, head_dim = query.shape
+        return Problem(query.device, query.dtype, heads, head_dim, **options)
 
     @property
     def batch_statistics(self) -> bool:

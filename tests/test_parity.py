@@ -195,6 +195,7 @@ def test_every_output_element_is_written(mode, backend, device, monkeypatch):
         return allocate_nan
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", poison(torch.Tensor.new_empty_strided))
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     found = compute(problem, backend)

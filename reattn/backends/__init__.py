@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -28,7 +29,7 @@ def available_backends() -> dict[str, list[str]]:
     return {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
 
 
-def choose(requested: str, problem: Problem, shapes: str) -> str:
+def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) -> str:
     """The backend that serves a problem: the one asked for, or with "auto" the first that supports it.
 
     ``REATTN_BACKEND`` replaces "auto". Raises ``ValueError`` for an unknown name and ``RuntimeError``, with every
@@ -52,7 +53,7 @@ def choose(requested: str, problem: Problem, shapes: str) -> str:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {requested!r}")
     reasons = BACKENDS[requested].not_supported(problem)
     if reasons:
-        what = f"{shapes}, {problem.dtype} on {problem.device}"
+        what = f"{shapes if isinstance(shapes, str) else shapes()}, {problem.dtype} on {problem.device}"
         raise RuntimeError(f"backend {requested!r} cannot run this: {'; '.join(reasons)} ({what})")
     return requested
 

@@ -33,17 +33,20 @@ def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
     dtype of ``like`` unless another is given."""
     batch, heads, seqlen, head_dim = like.shape
-    return like.new_empty(batch, seqlen, heads, head_dim, dtype=dtype).transpose(1, 2)
+    row = heads * head_dim
+    # In one operation: at batch 1 every one of them shows.
+    return like.new_empty_strided(like.shape, (seqlen * row, head_dim, row, 1), dtype=dtype)
 
 
 def empty_outputs(problem: Problem, query: Tensor, dtype: torch.dtype | None = None) -> Outputs:
     """Uninitialised, for these queries; ``dtype``: of the output, where it is not the query's."""
-    batch, heads, seqlen, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
+    sums, values = ((2 * heads + 1,), (batch, heads, head_dim)) if problem.batch_statistics else (0, 0)
     return Outputs(
         empty_heads_last(query, dtype),
-        query.new_empty(batch, heads, seqlen, dtype=torch.float32),
-        query.new_empty(2 * heads + 1 if problem.batch_statistics else 0, dtype=torch.float64),
-        query.new_empty((batch, heads, head_dim) if problem.batch_statistics else 0, dtype=torch.float32),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+        query.new_empty(sums, dtype=torch.float64),
+        query.new_empty(values, dtype=torch.float32),
     )
 
 
@@ -53,11 +56,10 @@ def empty_gradients(inputs: Inputs, into: Maps | None, dtype: torch.dtype | None
     if into is not None and dtype in (None, inputs.query.dtype):
         maps = into
     else:
-        query, key, value = (empty_heads_last(tensor, dtype) for tensor in inputs[:3])
-        maps = query, key, value
-    parameters = (
-        inputs.theta.new_empty(0 if tensor is None else tensor.shape, dtype=torch.float32) for tensor in inputs[3:7]
-    )
+        key = empty_heads_last(inputs.key, dtype)
+        maps = empty_heads_last(inputs.query, dtype), key, empty_heads_last(inputs.value, dtype)
+    empty = inputs.theta.new_empty
+    parameters = [empty(0 if tensor is None else tensor.shape, dtype=torch.float32) for tensor in inputs[3:7]]
     return Gradients(*maps, *parameters)
 
 
