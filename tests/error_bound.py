@@ -130,9 +130,7 @@ def _simulate(
         common = theta.sum(0) / seqlen_k + bias
         centred = mixed + per_head(bias - common)
         offset = rounding(centred.mean(over), centred.abs().mean(over))
-        # The variances come from products of pairs of maps, which theta may cancel.
-        size = mix(theta.abs(), (dropped - 1 / seqlen_k).abs()).square().mean(over)
-        var = rounding(centred.square().mean(over) - offset.square(), size)
+        var = rounding(centred.square().mean(over) - offset.square(), centred.square().mean(over))
         rstd = per_head(rounding((var + eps).rsqrt()))
         mean = rounding(offset + common, theta.abs().sum(0) / seqlen_k + bias.abs())
         hat = rounding((mixed + per_head(bias - mean)) * rstd)
