@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -239,16 +239,15 @@ def table(costs: list[Cost]) -> Iterator[str]:
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
-def cases(archs: list[int], quick: bool) -> list[Case]:
-    """Problems that together meet every row of the tile table, with each norm; ``quick``: those of the official models,
-    in bfloat16."""
+def cases(archs: list[int], quick: bool, norms: Sequence[str] = NORMS) -> list[Case]:
+    """Problems that together meet every row of the tile table; ``quick``: those of the official models, in bfloat16."""
     if quick:
         problems = [("bfloat16", 12, head_dim) for head_dim in (32, 48, 64)]
     else:
         heads = (4, 8, 12, 32)
         problems = [("bfloat16", h, d) for h, d in itertools.product(heads, (32, 48, 64, 128))]
         problems += [("float32", h, d) for h, d in itertools.product(heads, (64, 128))]
-    return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in NORMS]
+    return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in norms]
 
 
 class CudaCost(NamedTuple):
@@ -401,28 +400,29 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_LIMIT), help="without, all")
     parser.add_argument("--backend", choices=("triton", "cuda"), nargs="+", help="whose kernels; without, both")
     parser.add_argument("--quick", action="store_true", help="only Triton, the official models' shapes, in bfloat16")
+    parser.add_argument("--norm", nargs="+", choices=NORMS, default=NORMS, help="of the Triton kernels; without, all")
     parser.add_argument("--source", nargs="+", help="sources in csrc/cuda, as forward; without, all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
     faults = 0
     backends = args.backend or (["triton"] if args.quick else ["triton", "cuda"])
     if "triton" in backends:
-        faults += report_triton(args.arch or list(TRITON_ARCHS), args.quick, args.jobs)
+        faults += report_triton(cases(args.arch or list(TRITON_ARCHS), args.quick, args.norm), args.jobs)
     if "cuda" in backends:
         faults += report_cuda(args.arch, args.source, args.jobs, required=args.backend is not None)
     return int(faults > 0)
 
 
-def report_triton(archs: list[int], quick: bool, jobs: int) -> int:
+def report_triton(problems: list[Case], jobs: int) -> int:
     """Prints the Triton kernels' table; how many configurations may not be a default."""
-    problems = cases(archs, quick)
     faults = 0
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for i, costs in enumerate(pool.map(compile_case, problems)):
             lines = list(table(costs))
             print("\n".join(lines if i == 0 else lines[1:]), flush=True)
             faults += sum(bool(cost.faults) for cost in costs)
-    print(f"{len(problems)} problems compiled for {', '.join(f'sm_{arch}' for arch in archs)}; {faults} faults")
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({case.arch for case in problems}))
+    print(f"{len(problems)} problems compiled for {archs}; {faults} faults")
     return faults
 
 
