@@ -36,6 +36,7 @@ Call make_call(int device, uint64_t stream, int dtype, int norm, const std::arra
   Params& p = call.p;
   p.heads = sizes[1], p.query.rows = sizes[2], p.key.rows = sizes[3], p.head_dim = sizes[4], p.depth = sizes[5];
   p.keep_scale = 1;
+  p.inverse_heads = 1.0f / float(p.heads);
   p.splits = 1;
   p.positions = double(sizes[0]) * sizes[2] * sizes[3];
   p.fold.p.norm = Norm(norm);
@@ -82,6 +83,8 @@ void run_sweep(void (*const (&kernels)[3])(const Params&, const Launch&), const 
   Params p = call.p;
   p.plan = plan;
   p.fold.backward = backward;
+  p.over_heads = p.fold.p.norm == Norm::kLayer;
+  p.has_gamma = p.fold.has_gamma();
   p.blocks = int64_t(call.batch) * plan.blocks;
   run(kernels, call, p, p.blocks, (p.head_dim + columns - 1) / columns);
 }

@@ -36,6 +36,7 @@ struct Plan {
 struct Params {
   Tensor query, key, value, out, grad, grad_query, grad_key, grad_value;
   Fold fold;
+  bool over_heads, has_gamma;  // whether mixed maps are divided by their root mean square; whether gamma acts on them
   const int64_t* seed;
   float *lse, *delta;  // (batch, heads, seqlen)
   float* value_sum;    // (batch, heads, head_dim)
@@ -44,7 +45,7 @@ struct Params {
   float *vectors, *products;
   int64_t blocks;  // that left them
   float *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
-  float scale, scale_log2, keep_scale;
+  float scale, scale_log2, keep_scale, inverse_heads;
   float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
   uint32_t drop_below;
   bool synchronised;         // statistics are summed over ranks between the kernels
