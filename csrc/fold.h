@@ -47,6 +47,8 @@ struct Fold {
     return vector ? vector[head] : otherwise;
   }
   REATTN_FOLD bool batch_statistics() const { return p.norm == Norm::kBatch && p.training; }
+  REATTN_FOLD bool has_norm() const { return p.norm != Norm::kNone; }
+  REATTN_FOLD bool over_heads() const { return p.norm == Norm::kLayer; }
   // Whether gamma and beta act on the mixed maps.
   REATTN_FOLD bool has_gamma() const { return p.norm == Norm::kLayer || (p.norm == Norm::kBatch && backward); }
 

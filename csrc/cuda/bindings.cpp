@@ -83,8 +83,6 @@ void run_sweep(void (*const (&kernels)[3])(const Params&, const Launch&), const 
   Params p = call.p;
   p.plan = plan;
   p.fold.backward = backward;
-  p.over_heads = p.fold.p.norm == Norm::kLayer;
-  p.has_gamma = p.fold.has_gamma();
   p.blocks = int64_t(call.batch) * plan.blocks;
   run(kernels, call, p, p.blocks, (p.head_dim + columns - 1) / columns);
 }

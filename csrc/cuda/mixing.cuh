@@ -106,7 +106,7 @@ class Mixing {
         add_positions(sums, [&](int g, int right, int i) { return mixed[g][right][i]; });
         add_positions(squares, [&](int g, int right, int i) { return mixed[g][right][i] * mixed[g][right][i]; });
       }
-      if constexpr (!kSum) scale_and_shift(mixed);
+      if (!kSum && p_.fold.over_heads()) scale_and_shift(mixed);
       sync_warp();
       set(maps, mixed);
     });
@@ -132,7 +132,7 @@ class Mixing {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
       Tile grad;
       get(grads, grad);
-      if (p_.has_gamma) {
+      if (p_.fold.has_norm()) {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
@@ -314,14 +314,13 @@ class Mixing {
           [&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
       multiply(mixed, kMix, maps);
     }
-    if (!kNorm || !p_.over_heads) return;
+    if (!kNorm || !p_.fold.over_heads()) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
     over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum * p_.inverse_heads + p_.fold.p.eps); });
     for_each_element<kPadded>(
         [&](int tile, int right, int i, int) { mixed[tile][right][i] *= inverse_rms[2 * right + i % 2]; });
   }
   REATTN_DEVICE void scale_and_shift(Tile& unit) const {
-    if (!p_.has_gamma) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       unit[tile][right][i] = fmaf(unit[tile][right][i], parameter(kGamma, head), parameter(kBeta, head));
     });
@@ -329,7 +328,7 @@ class Mixing {
 
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
-    if (!p_.over_heads) {
+    if (!p_.fold.over_heads()) {
       for_each_element<kPadded>([&](int tile, int right, int i, int head) {
         grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head),
                                     -fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)));
@@ -356,7 +355,7 @@ class Mixing {
 
   // Batch statistics give positions outside the sequences a gradient, which must not be summed.
   REATTN_DEVICE void zero_outside(Tile& grad, int row, int first_key) const {
-    if (p_.over_heads || (first_row_ + row < p_.query.rows && first_key + 16 <= p_.key.rows)) return;
+    if (p_.fold.over_heads() || (first_row_ + row < p_.query.rows && first_key + 16 <= p_.key.rows)) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int) {
       const int key = first_key + 8 * right + lane() % 4 * 2 + i % 2;
       if (first_row_ + row >= p_.query.rows || key >= p_.key.rows) grad[tile][right][i] = 0;

@@ -36,7 +36,6 @@ struct Plan {
 struct Params {
   Tensor query, key, value, out, grad, grad_query, grad_key, grad_value;
   Fold fold;
-  bool over_heads, has_gamma;  // whether mixed maps are divided by their root mean square; whether gamma acts on them
   const int64_t* seed;
   float *lse, *delta;  // (batch, heads, seqlen)
   float* value_sum;    // (batch, heads, head_dim)
