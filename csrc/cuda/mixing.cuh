@@ -151,7 +151,7 @@ class Mixing {
       } else if constexpr (kMixed) {
         Tile mixed;
         float unused[4];
-        mix(mixed, unused, maps);
+        mix<false>(mixed, unused, maps);
         set(heads_at(p_.plan.mixed, row, group), mixed);
       }
       if constexpr (kSum) {
