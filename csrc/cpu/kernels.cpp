@@ -470,11 +470,12 @@ class Block {
       float* grad_mixed = s_.grad_mixed + g * tile;
       const float gamma = m_.gamma[g], beta = m_.beta[g], common = m_.common[g], along = m_.along[g];
       Vec gamma_sum{}, beta_sum{};
+      // Running statistics have no gradient, which NaN in the maps must not make one of: along is zero then.
       for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
         const Vec unit = vec(mixed + i), grad = vec(grads + i);
         gamma_sum += grad * unit;
         beta_sum += grad;
-        put(grad_mixed + i, grad * gamma - common - unit * along);
+        put(grad_mixed + i, grad * gamma - common - (along != 0 ? unit * along : Vec{}));
         if (maps) E::store(maps + g * maps_stride + i, unit * gamma + beta);
       }
       if (sum_parameters) {

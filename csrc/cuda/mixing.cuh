@@ -329,9 +329,12 @@ class Mixing {
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
     if (!p_.fold.over_heads()) {
+      for_each_element<kPadded>(
+          [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
+      // Running statistics have no gradient, which NaN in the maps must not make one of.
+      if (!p_.fold.p.training) return;
       for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head),
-                                    -fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)));
+        grad[tile][right][i] -= fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head));
       });
       return;
     }
