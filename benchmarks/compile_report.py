@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,12 +31,12 @@ TRITON_ARCHS = (80, 86, 89, 90, 100)
 # run longer.
 RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-NORMS = ("layer", "batch", "plain")
+# "batch" in training.
+NORMS = ("layer", "batch", "batch-eval", "none")
 
 
 class Case(NamedTuple):
-    """A problem to compile for: an architecture, a dtype, a shape, a norm ("batch" in training, so with its
-    coupling)."""
+    """A problem to compile for: an architecture, a dtype, a shape, one of NORMS."""
 
     arch: int
     dtype: str
@@ -61,13 +61,16 @@ class Cost(NamedTuple):
     @property
     def faults(self) -> list[str]:
         """Why this configuration may not be a default; empty when it may."""
+        from reattn.kernels import configs
+
         faults = []
         common = self.case.dtype != "float32" and self.case.heads <= 16
         if self.spills_in_loops > (0 if common else RARE_SPILLS):
             faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")
         if self.shared > SHARED_LIMIT[self.case.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.case.arch]}")
-        if self.case.dtype != "float32" and not self.hmma and self.kernel != "grad_dot_out_kernel":
+        multiplies = self.kernel.removesuffix("_kernel") in configs.TABLE
+        if self.case.dtype != "float32" and not self.hmma and multiplies:
             faults.append("no tensor-core instruction")
         return faults
 
@@ -87,26 +90,31 @@ def compile_case(case: Case, tiles: dict[str, Any] | None = None, kernels: tuple
 
 
 def recorded_launches(case: Case, tiles: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
-    """(kernel, arguments, constants, tile) of every launch of a training step, on tensors without storage."""
+    """(kernel, arguments, constants, tile) of every launch of a training step, on tensors without storage; with batch
+    norm in training, those of a step whose statistics are synchronised as well."""
+    from reattn.backends import common
     from reattn.backends import triton as backend
+    from reattn.backends.contract import Inputs
+    from reattn.problem import Problem
 
-    launches: list[tuple[Any, ...]] = []
+    launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def record(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constants: Any) -> None:
-        launches.append((kernel, args, constants, tile))
+        launches.setdefault((kernel.__name__, *constants.items()), (kernel, args, constants, tile))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     heads, dtype = case.heads, DTYPES[case.dtype]
     qkv = empty(2, 197, 3, heads, case.head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-    query, key, value = qkv.unbind(0)
-    seed = empty(1, dtype=torch.int64) if case.dropout else None
-    dropout_p = 0.1 if case.dropout else 0.0
-    lse = empty(2, heads, 197)
-    norm = (empty(heads), empty(heads)) if case.norm == "layer" else (None, None)
-    coupling = (empty(heads, heads), empty(heads)) if case.norm == "batch" else (None, None)
-    parameters = (empty(heads, heads), empty(heads), *norm)
+    inputs = Inputs(*qkv.unbind(0), empty(heads, heads), empty(heads))
+    if case.norm != "none":
+        inputs = inputs._replace(norm_weight=empty(heads), norm_bias=empty(heads))
+    if case.norm.startswith("batch"):
+        running = empty(heads), empty(heads), empty(1, dtype=torch.int64)[0]
+        inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+    if case.dropout:
+        inputs = inputs._replace(seed=empty(1, dtype=torch.int64))
     choose = backend.configs.tile
     with (
         mock.patch.object(backend, "_run", record),
@@ -115,13 +123,22 @@ def recorded_launches(case: Case, tiles: dict[str, Any] | None = None) -> list[t
             backend.configs, "tile", lambda kernel, *key: (tiles or {}).get(kernel) or choose(kernel, *key)
         ),
     ):
-        known = None
-        if case.norm == "batch":
-            *_, known = backend.statistics(query, key, seed, 0.125, dropout_p)
-            backend.grad_dot_out(query, value)
-        backend.forward(query, key, value, *parameters, known, seed, 0.125, 1e-5, dropout_p)
-        backend.backward(query, query, key, value, *parameters, *coupling, lse, seed, 0.125, 1e-5, dropout_p)
-    return launches
+        for synchronised in (False, True)[: 1 + (case.norm == "batch")]:
+            problem = Problem.of(
+                inputs.query,
+                norm=None if case.norm == "none" else case.norm.removesuffix("-eval"),
+                training=case.norm == "batch",
+                synchronised=synchronised,
+                scale=0.125,
+                dropout_p=0.1 if case.dropout else 0.0,
+            )
+            outputs = backend.forward(problem, inputs)
+            if synchronised:
+                backend.finish(problem, inputs, outputs)
+            grad = common.empty_heads_last(inputs.query)
+            sums = backend.grad_sums(problem, grad, outputs) if synchronised else None
+            backend.backward(problem, grad, inputs, outputs, sums)
+    return list(launches.values())
 
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], tile: Any, arch: int) -> Any:
@@ -210,7 +227,7 @@ def local_memory(sass: str) -> tuple[int, int]:
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:6} {:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
+    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
     yield layout.format(
         "arch", "dtype", "heads", "dim", "norm", "kernel", "tile", "regs", "spill", "in loop", "shared", "HMMA"
     )
@@ -222,7 +239,7 @@ def table(costs: list[Cost]) -> Iterator[str]:
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
-def cases(archs: list[int], quick: bool) -> list[Case]:
+def cases(archs: list[int], quick: bool, norms: Sequence[str] = NORMS) -> list[Case]:
     """Problems that together meet every row of the tile table; ``quick``: those of the official models, in bfloat16."""
     if quick:
         problems = [("bfloat16", 12, head_dim) for head_dim in (32, 48, 64)]
@@ -230,7 +247,7 @@ def cases(archs: list[int], quick: bool) -> list[Case]:
         heads = (4, 8, 12, 32)
         problems = [("bfloat16", h, d) for h, d in itertools.product(heads, (32, 48, 64, 128))]
         problems += [("float32", h, d) for h, d in itertools.product(heads, (64, 128))]
-    return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in ("layer", "batch")]
+    return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in norms]
 
 
 class CudaCost(NamedTuple):
@@ -262,7 +279,7 @@ class CudaCost(NamedTuple):
         if self.element != "float":
             if self.stack or self.spill_stores or self.spill_loads or self.spills:
                 faults.append("local memory")
-            if not self.hmma and self.source != "grad_dot_out":
+            if not self.hmma and self.source != "sums":
                 faults.append("no tensor-core instruction")
         return faults
 
@@ -274,11 +291,12 @@ def dynamic_shared(arch: int, source: str, element: str, kernel: str) -> int | N
     """
     from reattn.backends import cuda
 
-    if cuda._import_error or source == "grad_dot_out":
+    if cuda._import_error or source == "sums":
         return None
     padded, *tiles = map(int, re.findall(r", (\d+)", kernel))
-    sizes = (4 if element == "float" else 2, 12 if padded == 16 else 16, 64, 128, 197, 197, False)
-    plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, source), *sizes, SHARED_LIMIT[arch], 132)
+    sizes = (4 if element == "float" else 2, 12 if padded == 16 else 16, 64, 128, 197, 197)
+    flags = (False, "true" in kernel)  # dropout, sums of the mixed maps
+    plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, source), sizes, *flags, SHARED_LIMIT[arch], 132)
     return None if plan.bytes and plan.own != 16 * (tiles or [1])[0] else plan.bytes
 
 
@@ -382,28 +400,29 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_LIMIT), help="without, all")
     parser.add_argument("--backend", choices=("triton", "cuda"), nargs="+", help="whose kernels; without, both")
     parser.add_argument("--quick", action="store_true", help="only Triton, the official models' shapes, in bfloat16")
+    parser.add_argument("--norm", nargs="+", choices=NORMS, default=NORMS, help="of the Triton kernels; without, all")
     parser.add_argument("--source", nargs="+", help="sources in csrc/cuda, as forward; without, all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
     faults = 0
     backends = args.backend or (["triton"] if args.quick else ["triton", "cuda"])
     if "triton" in backends:
-        faults += report_triton(args.arch or list(TRITON_ARCHS), args.quick, args.jobs)
+        faults += report_triton(cases(args.arch or list(TRITON_ARCHS), args.quick, args.norm), args.jobs)
     if "cuda" in backends:
         faults += report_cuda(args.arch, args.source, args.jobs, required=args.backend is not None)
     return int(faults > 0)
 
 
-def report_triton(archs: list[int], quick: bool, jobs: int) -> int:
+def report_triton(problems: list[Case], jobs: int) -> int:
     """Prints the Triton kernels' table; how many configurations may not be a default."""
-    problems = cases(archs, quick)
     faults = 0
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for i, costs in enumerate(pool.map(compile_case, problems)):
             lines = list(table(costs))
             print("\n".join(lines if i == 0 else lines[1:]), flush=True)
             faults += sum(bool(cost.faults) for cost in costs)
-    print(f"{len(problems)} problems compiled for {', '.join(f'sm_{arch}' for arch in archs)}; {faults} faults")
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({case.arch for case in problems}))
+    print(f"{len(problems)} problems compiled for {archs}; {faults} faults")
     return faults
 
 

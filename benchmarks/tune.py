@@ -37,8 +37,6 @@ WHERE = {
     "forward": ("layer", "forward"),
     "backward_query": ("layer", "forward+backward"),
     "backward_key": ("layer", "forward+backward"),
-    "statistics": ("batch", "forward"),
-    "grad_dot_out": ("batch", "forward+backward"),
 }
 # batch, heads, seqlen, head_dim of the official models, and 64
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 33), (128, 12, 197, 64))

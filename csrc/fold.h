@@ -47,6 +47,8 @@ struct Fold {
     return vector ? vector[head] : otherwise;
   }
   REATTN_FOLD bool batch_statistics() const { return p.norm == Norm::kBatch && p.training; }
+  REATTN_FOLD bool has_norm() const { return p.norm != Norm::kNone; }
+  REATTN_FOLD bool over_heads() const { return p.norm == Norm::kLayer; }
   // Whether gamma and beta act on the mixed maps.
   REATTN_FOLD bool has_gamma() const { return p.norm == Norm::kLayer || (p.norm == Norm::kBatch && backward); }
 
@@ -105,8 +107,9 @@ struct Fold {
     return batch_statistics() ? float((p.grad_sums[g] - beta(g) * p.grad_sums[p.heads + g]) / positions()) : 0.0f;
   }
 
-  // The gradients of what the user gave, from sums over all maps: of P dA, of dA, of dN A, of dN.
-  REATTN_FOLD double grad_theta(const double* grad_weights_of_h, int g) const {
+  // The gradients of what the user gave, from sums over all maps, by head: of P dA, of dA, of dN A, of dN.
+  template <class Sums>
+  REATTN_FOLD double grad_theta(const Sums& grad_weights_of_h, int g) const {
     double mean = 0;
     if (p.norm == Norm::kLayer) {
       for (int other = 0; other < p.heads; other++) mean += grad_weights_of_h[other];
@@ -114,7 +117,8 @@ struct Fold {
     }
     return (grad_weights_of_h[g] - mean) * column_factor(g);
   }
-  REATTN_FOLD double grad_bias(const double* grad_shift, int g) const {
+  template <class Sums>
+  REATTN_FOLD double grad_bias(const Sums& grad_shift, int g) const {
     if (batch_statistics()) return 0;  // the mean takes it away
     double mean = 0;
     if (p.norm == Norm::kLayer) {

@@ -7,11 +7,11 @@ from .fold import load_mixing, normalise
 from .scores import map_tile, row_lse
 from .tiles import (
     accumulate,
-    inside_by_row,
     is_finite,
     load_rows,
     per_row_pointers,
     poison_rows,
+    rows_inside,
     store_rows,
     to_head_major,
     which_block,
@@ -51,7 +51,9 @@ def forward_kernel(
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, False)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
-    sums = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
+    # Fewer sums than rows, which would take registers: those of rows that a thread has alike.
+    SUMS: tl.constexpr = min(BLOCK_M // SHAPE.PACK, 8)
+    sums = tl.full((SUMS, HEADS_PACKED), 0.0, dtype=tl.float32)
     squares = sums
     for start in range(0, k.seqlen, BLOCK_N):
         k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
@@ -63,10 +65,10 @@ def forward_kernel(
         normed, _, _ = normalise(centred, mixing, norm, SHAPE, False)
         if SHAPE.TRAINING:
             columns = start + tl.arange(0, BLOCK_N)
-            inside = inside_by_row(row_start, q.seqlen, columns, k.seqlen, BLOCK_M, SHAPE)
-            summed = tl.where(inside, normed, 0.0)
-            sums += tl.sum(summed, axis=2)
-            squares += tl.sum(summed * summed, axis=2)
+            summed = tl.where((columns < k.seqlen)[None, None, :], normed, 0.0)
+            inside = rows_inside(row_start, q.seqlen, BLOCK_M, SHAPE)
+            sums += sum_rows(tl.where(inside, tl.sum(summed, axis=2), 0.0), SUMS)
+            squares += sum_rows(tl.where(inside, tl.sum(summed * summed, axis=2), 0.0), SUMS)
         normed = to_head_major(normed.to(dtype), SHAPE)
         v_tile = load_rows(v, batch, start, chunk, BLOCK_N, SHAPE)
         out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
@@ -77,6 +79,12 @@ def forward_kernel(
         # Every chunk's program stores the same values here.
         store_head_sums(sums_ptr, 0, sums, lse, SHAPE)
         store_head_sums(sums_ptr, SHAPE.HEADS, squares, lse, SHAPE)
+
+
+@triton.jit
+def sum_rows(tile, ROWS: tl.constexpr):
+    """[.., HEADS] -> [ROWS, HEADS]: sums of every ROWS-th row."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
 
 
 @triton.jit

@@ -196,7 +196,8 @@ def unfold_kernel(
 ):  # fmt: skip
     """The gradients of what the user gave from the sums that programs of ``backward_query_kernel`` left: a program for
     each row of theta, and one for the vectors."""
-    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    PACK: tl.constexpr = SHAPE.PACK
+    HEADS_PACKED: tl.constexpr = PACK * SHAPE.HEADS_PADDED
     row = tl.program_id(0)
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
     inside = heads < SHAPE.HEADS
@@ -206,7 +207,7 @@ def unfold_kernel(
     if row < SHAPE.HEADS:
         # The kernels multiply centred maps: what the centre would add is the sum of the gradients of the shift.
         sums = shift * tl.cast(centre, tl.float64)
-        for pack in tl.static_range(SHAPE.PACK):
+        for pack in tl.static_range(PACK):
             first = products_ptr + (pack * SHAPE.HEADS_PADDED + row) * HEADS_PACKED
             packed = sum_packed(first, HEADS_PACKED * HEADS_PACKED, programs, BLOCK, SHAPE)
             own = tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED == pack

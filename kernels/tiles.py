@@ -151,12 +151,18 @@ def load_heads(ptr, default, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def inside_by_row(row_start, seqlen, columns, seqlen_k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
-    """Which positions of a row-major tile lie inside both sequences: [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
+def rows_inside(row_start, seqlen, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Which rows of a row-major tile lie inside the sequence: [BLOCK_M / PACK, PACK * HEADS_PADDED]."""
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
     groups = tl.arange(0, BLOCK_M // SHAPE.PACK)[:, None]
     rows = row_start + groups * SHAPE.PACK + (tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED)[None, :]
-    return (rows < seqlen)[:, :, None] & (columns < seqlen_k)[None, None, :]
+    return rows < seqlen
+
+
+@triton.jit
+def inside_by_row(row_start, seqlen, columns, seqlen_k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Which positions of a row-major tile lie inside both sequences: [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
+    return rows_inside(row_start, seqlen, BLOCK_M, SHAPE)[:, :, None] & (columns < seqlen_k)[None, None, :]
 
 
 @triton.jit

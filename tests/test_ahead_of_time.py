@@ -12,30 +12,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_default_configurations_compile_without_faults() -> None:
+@pytest.mark.parametrize(
+    ("norms", "archs"),
+    [(("layer", "batch"), (80, 86, 90, 100)), (("batch-eval", "none"), (90,))],
+    ids=["layer and batch", "the others"],
+)
+def test_default_configurations_compile_without_faults(norms: tuple[str, ...], archs: tuple[int, ...]) -> None:
     # A process of its own: here the kernels may be interpreted, which leaves nothing to compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    report = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.compile_report",
-            "--quick",
-            "--jobs",
-            "1",
-            "--arch",
-            "80",
-            "86",
-            "90",
-            "100",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--jobs", "1"]
+    command += ["--arch", *map(str, archs), "--norm", *norms]
+    report = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(report.stdout)
     assert report.returncode == 0, report.stdout + report.stderr
-    assert report.stdout.count("backward_key") == 4 * 3 * 2
+    problems = len(archs) * 3 * len(norms)
+    for kernel in ("forward", "backward_query", "backward_key", "unfold"):
+        assert report.stdout.count(f" {kernel} ") == problems
+    # Statistics of one rank, and of several.
+    for kernel, times in (("finish", 2), ("grad_sums", 1), ("add_up", 2)):
+        assert report.stdout.count(f" {kernel} ") == times * len(archs) * 3 * ("batch" in norms)
     assert "FAULT" not in report.stdout
     assert "0 faults" in report.stdout

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cost_model
-from benchmarks.cost_model import BACKENDS, DEVICES, OFFICIAL, RESULTS, TENSORS, Core, Stages, count, find_cut
+from benchmarks.cost_model import BACKENDS, DEVICES, OFFICIAL, RESULTS, SWEEPS, Core, Stages, count, find_cut
 from benchmarks.measure import Problem
 
 A100, H100, H200, B200 = DEVICES
@@ -27,24 +27,50 @@ def float32(*shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_without_padding(backend):
-    """With the LSE known, forward is two products over head_dim and one over the heads."""
+    """Forward is products over head_dim with keys, in Triton twice, and with values, and one over the heads."""
     batch, heads, seqlen, head_dim = shape = (3, 16 if backend == "triton" else 12, 64, 32)
     found = count("forward", bfloat16(*shape, norm="batch"), H100, backend)
-    products = 4 * batch * heads * seqlen**2 * head_dim
+    times = 3 if backend == "triton" else 2
+    products = 2 * times * batch * heads * seqlen**2 * head_dim
     assert found.tensor == products + 2 * 16 * 16 * batch * seqlen**2
-    assert found.special == batch * heads * seqlen**2
+    assert found.special == (times - 1) * batch * heads * seqlen**2
 
 
-@pytest.mark.parametrize(
-    ("backend", "norm", "sweeps"), [("triton", "layer", 2), ("triton", "batch", 1), ("cuda", "layer", 1)]
-)
-def test_bytes_of_forward(backend, norm, sweeps):
-    """The formula of docs/performance.md for what every block of 32 query rows reads, and each tensor once."""
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize(("backend", "sweeps"), [("triton", 2), ("cuda", 1)])
+def test_bytes_of_forward(backend, sweeps, norm):
+    """The formula of docs/performance.md for what every block of 32 query rows reads, and each tensor once; with batch
+    norm two sums of each block and head."""
     tensor, lse = 128 * 12 * 197 * 64 * 2, 128 * 12 * 197 * 4
-    found = count("forward", bfloat16(128, 12, 197, 64, norm=norm), H100, backend)
-    assert find_cut("forward", bfloat16(128, 12, 197, 64, norm=norm), H100, backend).own == 32
-    assert found.l2 == 7 * (sweeps + 1) * tensor + 2 * tensor + lse
-    assert found.device == 4 * tensor + lse
+    problem = bfloat16(128, 12, 197, 64, norm=norm)
+    found, sums = count("forward", problem, H100, backend), 2 * 12 * 128 * 7 * 4 * (norm == "batch")
+    assert find_cut("forward", problem, H100, backend).own == 32
+    assert found.l2 == 7 * (sweeps + 1) * tensor + 2 * tensor + lse + sums
+    assert found.device == 4 * tensor + lse + sums
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_statistics_are_an_epilogue(backend):
+    """What they cost beyond a sweep: reading and writing tensors once, and a few sums."""
+    problem = bfloat16(128, 12, 197, 64, norm="batch")
+    tensor = 128 * 12 * 197 * 64 * 2
+    assert cost_model.kernels("batch", False) == ["forward", "finish"]
+    assert cost_model.kernels("layer", True) == ["forward", "backward_query", "backward_key", "unfold"]
+    for kernel, tensors in (("finish", 3), ("grad_sums", 2), ("add_up", 0), ("unfold", 0)):
+        found = count(kernel, problem, H100, backend)
+        assert found.device == pytest.approx(tensors * tensor, abs=3e6)
+        assert found.tensor == found.shared == 0
+    layer = count("forward", bfloat16(*problem.shape), H100, backend)
+    assert count("forward", problem, H100, backend).tensor == layer.tensor
+
+
+def test_sums_that_blocks_leave():
+    """Each block of backward_query leaves a 16 x 16 matrix and three vectors, of which a row of theta needs 16 each."""
+    problem = bfloat16(128, 12, 197, 32)
+    sums = 128 * 13 * (16 * 16 + 3 * 16)
+    assert cost_model.partial_sums("backward_query", problem, H100, "triton") == sums
+    device, l2 = cost_model.sums_read("unfold", problem, H100, "triton")
+    assert device == 4 * sums and l2 == pytest.approx(4 * 128 * 13 * (12 * 2 * 16 + 3 * 16))
 
 
 def test_tensor_operations_are_those_compiled():
@@ -53,7 +79,7 @@ def test_tensor_operations_are_those_compiled():
     rows = [line.split() for line in lines if re.match(r"\s*sm_90 bfloat16 +12 ", line)]
     checked = set()
     for _, dtype, heads, dim, norm, kernel, tile, *_, hmma in rows:
-        if kernel not in TENSORS or norm not in ("layer", "batch"):
+        if kernel not in SWEEPS or norm not in ("layer", "batch"):
             continue
         block_m, block_n, warps, *_ = map(int, tile.split("x"))
         # Nothing is padded but the heads.
@@ -62,18 +88,17 @@ def test_tensor_operations_are_those_compiled():
         operations = 2 * 16 * 8 * 16 * int(hmma) * warps
         assert count(kernel, problem, H100, "triton").tensor == operations * tiles, (kernel, norm, dim)
         checked.add((kernel, norm, dim))
-    assert len(checked) >= 24
+    assert len(checked) == 3 * 2 * 3
 
 
 # Bytes of the shared-memory instructions in loops of the SASS for sm_90 and head_dim 64, an element of the maps.
 COMPILED = {
-    ("statistics", "batch"): 40,
-    ("forward", "batch"): 32,
-    ("backward_query", "batch"): 158,
-    ("backward_key", "batch"): 86.5,
-    ("forward", "layer"): 48,
+    ("forward", "batch"): 49,
+    ("backward_query", "batch"): 178,
+    ("backward_key", "batch"): 90.5,
+    ("forward", "layer"): 49,
     ("backward_query", "layer"): 186,
-    ("backward_key", "layer"): 98.5,
+    ("backward_key", "layer"): 100.5,
 }
 
 
@@ -90,10 +115,11 @@ def test_cuts_are_those_of_the_extension(device):
 
     for problem in [*OFFICIAL, bfloat16(1, 12, 197, 64), bfloat16(8, 6, 50, 48), bfloat16(2, 3, 1024, 16)]:
         depth = cost_model.loaded_dim(problem, "cuda")
-        sizes = (2, problem.heads, depth, problem.batch, problem.seqlen, problem.seqlen, False)
-        for kernel in ("statistics", "forward", "backward_query", "backward_key"):
+        sizes = (2, problem.heads, depth, problem.batch, problem.seqlen, problem.seqlen)
+        flags = (False, problem.norm == "batch")
+        for kernel in SWEEPS:
             card = device.shared, device.multiprocessors
-            plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), *sizes, *card)
+            plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), sizes, *flags, *card)
             cut = find_cut(kernel, problem, device, "cuda")
             assert cut == (plan.own, plan.tile, plan.resident)
             assert cost_model.shared_bytes(kernel, problem, cut) == plan.bytes
@@ -172,6 +198,29 @@ def test_stages_are_those_measured():
         assert {STAGE_NAMES.get(name, name) for name in measured} == set(predicted)
         for name, ms in measured.items():
             assert predicted[STAGE_NAMES.get(name, name)] == pytest.approx(1e-3 * ms, rel=0.15, abs=2e-4), name
+
+
+def test_old_results_of_batch_norm_are_left_out():
+    """They are of kernels that computed scores twice; every other norm and any other folder count."""
+    everything = [r for r in cost_model.results() if r.backend == "cpu" and r.problem.dtype == torch.float32]
+    left_out = [r for r in everything if r not in MEASURED]
+    assert left_out and all(r.problem.norm == "batch" and r.folder in cost_model.OLD_BATCH_NORM for r in left_out)
+    assert {r.problem.norm for r in MEASURED} >= {"layer", "none", "batch-eval"}
+
+
+def test_batch_norm_is_one_sweep():
+    """In training it computes scores once, and then goes over the output; going back it sums over two tensors first."""
+    calls = [("batch", False), ("none", False), ("batch", True), ("none", True)]
+    shape = (8, 12, 197, 32)
+    stages = {call: cost_model.cpu_stages(Problem(*shape, call[0], torch.float32), call[1], 3e9, 1) for call in calls}
+    for backward in (False, True):
+        batch, none = stages["batch", backward], stages["none", backward]
+        assert batch["scores"] == none["scores"]
+        assert set(batch) - set(none) == {"finish"}
+        assert none.total() < batch.total() < 1.3 * none.total()
+    core = Core(float32(*shape), 3e9)
+    loaded = stages["batch", True]["load"] - stages["none", True]["load"]
+    assert loaded == pytest.approx(core.moved(2 * 8 * 12 * 197 * 32, cost_model.LOAD))
 
 
 def deviation(result):

@@ -472,6 +472,7 @@ class Block {
       const float gamma = m_.gamma[g], beta = m_.beta[g], common = statistics ? m_.common[g] : 0,
                   along = statistics ? m_.along[g] : 0;
       Vec gamma_sum{}, beta_sum{};
+      // Running statistics have no gradient, which NaN in the maps must not make one of.
       for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
         const Vec unit = vec(mixed + i), grad = vec(grads + i);
         gamma_sum += grad * unit;

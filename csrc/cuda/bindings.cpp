@@ -36,6 +36,7 @@ Call make_call(int device, uint64_t stream, int dtype, int norm, const std::arra
   Params& p = call.p;
   p.heads = sizes[1], p.query.rows = sizes[2], p.key.rows = sizes[3], p.head_dim = sizes[4], p.depth = sizes[5];
   p.keep_scale = 1;
+  p.inverse_heads = 1.0f / float(p.heads);
   p.splits = 1;
   p.positions = double(sizes[0]) * sizes[2] * sizes[3];
   p.fold.p.norm = Norm(norm);

@@ -20,14 +20,13 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
     if (p.plan.resident) softmax.finish(p, place, head);
   }
   float out[kHeads][kTiles][kColumns][4] = {};
-  typename Mixing<T, kPadded>::Moments moments;
   for (int first = 0; first < p.key.rows; first += p.plan.tile) {
     if (!p.plan.resident)
       for (int head = place.warp; head < p.heads; head += p.plan.warps)
-        fill_maps<T, kTiles, false, kSum>(p, place, head, first);
+        fill_maps<T, kTiles, false, false>(p, place, head, first);
     sync_block();
     Mixing<T, kPadded> mixing(p, place);
-    mixing.template forward<kSum>(moments);
+    mixing.template forward<kSum>(first == 0);
     sync_block();
     for_each_head<kHeads>(p, place, [&](int i, int head) {
       Stream<T> values(p, p.value, place, head, first, p.plan.tile, place.first_dim,
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
     });
   }
   for_each_head<kHeads>(p, place, [&](int i, int head) { store_rows<T>(p, p.out, place, head, out[i], 1.0f); });
-  if constexpr (kSum) Mixing<T, kPadded>(p, place).store_moments(moments);
+  if constexpr (kSum) Mixing<T, kPadded>(p, place).store_moments();
 }
 
 template <class T, bool kSum>

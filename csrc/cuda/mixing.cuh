@@ -60,11 +60,8 @@ class Mixing {
  public:
   using Tile = HeadsTile<kPadded>;
 
-  // Sums over positions. Forward: of A and A^2 by a lane's heads. Backward: of dA, dN A and dN, and of products of P
-  // and dA of every two heads.
-  struct Moments {
-    float sum[kLaneHeads] = {}, squares[kLaneHeads] = {};
-  };
+  // Sums over positions, in the backward pass: of dA, dN A and dN by a lane's heads, and of products of P and dA of
+  // every two heads.
   struct Sums {
     float shift[kLaneHeads] = {}, gamma[kLaneHeads] = {}, beta[kLaneHeads] = {};
     float products[kGroups][kGroups][2][4] = {};
@@ -91,32 +88,39 @@ class Mixing {
     }
   }
 
-  REATTN_DEVICE Mixing(const Params& p, const Place& place)
-      : p_(p),
-        warp_(place.warp),
-        first_row_(place.first_row),
-        over_heads_(p.fold.p.norm == Norm::kLayer),
-        has_gamma_(p.fold.has_gamma()) {}
+  REATTN_DEVICE Mixing(const Params& p, const Place& place) : p_(p), warp_(place.warp), first_row_(place.first_row) {}
 
-  // Maps become mixed and normalised maps, in place. kSum: adds to the moments of the mixed ones; maps from outside the
-  // sequences are zero then, and so are these.
+  // Maps become mixed and normalised maps, in place. kSum: they are only mixed, and sums of them and of their squares
+  // by head go to shared memory, for the first tile or added; maps of keys outside the sequence are zero, and so are
+  // these.
   template <bool kSum>
-  REATTN_DEVICE void forward(Moments& moments) {
+  REATTN_DEVICE void forward(bool first_tile) {
     read_parameters();
+    float sums[kLaneHeads] = {}, squares[kLaneHeads] = {};
     for_each_position([&](int row, int group) {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group);
       Tile mixed;
       float inverse_rms[4];
-      mix(mixed, inverse_rms, maps);
-      if constexpr (kSum) {
-        add_positions(moments.sum, [&](int g, int right, int i) { return mixed[g][right][i]; });
-        add_positions(moments.squares,
-                      [&](int g, int right, int i) { return mixed[g][right][i] * mixed[g][right][i]; });
+      mix<!kSum>(mixed, inverse_rms, maps);
+      if (kSum && first_row_ + row < p_.query.rows) {
+        add_positions(sums, [&](int g, int right, int i) { return mixed[g][right][i]; });
+        add_positions(squares, [&](int g, int right, int i) { return mixed[g][right][i] * mixed[g][right][i]; });
       }
-      scale_and_shift(mixed);
+      if (!kSum && p_.fold.over_heads()) scale_and_shift(mixed);
       sync_warp();
       set(maps, mixed);
     });
+    if constexpr (kSum) {
+#pragma unroll
+      for (int i = 0; i < kLaneHeads; i++) {
+        const float both[2] = {quad_sum(sums[i]), quad_sum(squares[i])};
+#pragma unroll
+        for (int which = 0; which < 2; which++)
+          if (lane() % 4 == 0)
+            add(as<float>(at(p_.plan.sums)) + ((warp_ * 2 + which) * kPadded + 8 * i + lane() / 4), both[which],
+                !first_tile);
+      }
+    }
   }
 
   // Gradients of the normalised maps become those of the softmax maps after dropout, in place. kMixed: writes the
@@ -128,7 +132,7 @@ class Mixing {
       const Rows<T> maps = heads_at(p_.plan.maps, row, group), grads = heads_at(p_.plan.grads, row, group);
       Tile grad;
       get(grads, grad);
-      if (has_gamma_) {
+      if (p_.fold.has_norm()) {
         Tile unit;
         float inverse_rms[4];
         mix(unit, inverse_rms, maps);
@@ -147,7 +151,7 @@ class Mixing {
       } else if constexpr (kMixed) {
         Tile mixed;
         float unused[4];
-        mix(mixed, unused, maps);
+        mix<false>(mixed, unused, maps);
         set(heads_at(p_.plan.mixed, row, group), mixed);
       }
       if constexpr (kSum) {
@@ -161,17 +165,9 @@ class Mixing {
     });
   }
 
-  // Adds up the moments of all warps, in order, and writes them for this block; all threads have to come here.
-  REATTN_DEVICE void store_moments(const Moments& moments) const {
+  // Adds up what forward left of all warps, in order, and writes it for this block; all threads have to come here.
+  REATTN_DEVICE void store_moments() const {
     const Shared<float> total = as<float>(at(p_.plan.sums));
-    const Shared<float> own = total + warp_ * 2 * kPadded;
-#pragma unroll
-    for (int i = 0; i < kLaneHeads; i++) {
-      const float both[2] = {quad_sum(moments.sum[i]), quad_sum(moments.squares[i])};
-      if (lane() % 4 == 0)
-#pragma unroll
-        for (int which = 0; which < 2; which++) store(own + (which * kPadded + 8 * i + lane() / 4), both[which]);
-    }
     sync_block();
     if (block_y() > 0) return;  // blocks for other columns of an output have the same
     for (int i = thread(); i < 2 * p_.heads; i += threads()) {
@@ -308,6 +304,7 @@ class Mixing {
   }
 
   // The heads that are mixed, divided by their root mean square where there is a norm: docs/operator.md, section 2.
+  template <bool kNorm = true>
   REATTN_DEVICE void mix(Tile& mixed, float (&inverse_rms)[4], const Rows<T>& maps) const {
     if constexpr (kHeldMatrices == kMatrices) {
       const auto b = Operand<T>::b_by_depth(maps, 0, 0);
@@ -317,14 +314,13 @@ class Mixing {
           [&](int tile, int right, int i, int head) { mixed[tile][right][i] = parameter(kShift, head); });
       multiply(mixed, kMix, maps);
     }
-    if (!over_heads_) return;
+    if (!kNorm || !p_.fold.over_heads()) return;
     sum_heads(inverse_rms, [&](int tile, int right, int i) { return mixed[tile][right][i] * mixed[tile][right][i]; });
-    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum / float(p_.heads) + p_.fold.p.eps); });
+    over_heads(inverse_rms, [&](float sum) { return inverse_sqrt(sum * p_.inverse_heads + p_.fold.p.eps); });
     for_each_element<kPadded>(
         [&](int tile, int right, int i, int) { mixed[tile][right][i] *= inverse_rms[2 * right + i % 2]; });
   }
   REATTN_DEVICE void scale_and_shift(Tile& unit) const {
-    if (!has_gamma_) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       unit[tile][right][i] = fmaf(unit[tile][right][i], parameter(kGamma, head), parameter(kBeta, head));
     });
@@ -332,12 +328,13 @@ class Mixing {
 
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
-    if (!over_heads_) {
-      const bool statistics = p_.fold.batch_statistics();
+    if (!p_.fold.over_heads()) {
+      for_each_element<kPadded>(
+          [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
+      // Running statistics have no gradient, which NaN in the maps must not make one of.
+      if (!p_.fold.p.training) return;
       for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-        const float through =
-            statistics ? fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head)) : 0;
-        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head), -through);
+        grad[tile][right][i] -= fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head));
       });
       return;
     }
@@ -346,13 +343,13 @@ class Mixing {
         [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
     // The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be rounded.
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum / float(p_.heads); });
+    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
     for_each_element<kPadded>([&](int tile, int right, int i, int head) {
       const bool inside = 8 * head + lane() / 4 < p_.heads;
       grad[tile][right][i] = inside ? grad[tile][right][i] - means[2 * right + i % 2] : 0.0f;
     });
     sum_heads(means, [&](int tile, int right, int i) { return grad[tile][right][i] * unit[tile][right][i]; });
-    over_heads(means, [&](float sum) { return sum / float(p_.heads); });
+    over_heads(means, [&](float sum) { return sum * p_.inverse_heads; });
     for_each_element<kPadded>([&](int tile, int right, int i, int) {
       const int position = 2 * right + i % 2;
       grad[tile][right][i] = inverse_rms[position] * (grad[tile][right][i] - unit[tile][right][i] * means[position]);
@@ -361,7 +358,7 @@ class Mixing {
 
   // Batch statistics give positions outside the sequences a gradient, which must not be summed.
   REATTN_DEVICE void zero_outside(Tile& grad, int row, int first_key) const {
-    if (over_heads_ || (first_row_ + row < p_.query.rows && first_key + 16 <= p_.key.rows)) return;
+    if (p_.fold.over_heads() || (first_row_ + row < p_.query.rows && first_key + 16 <= p_.key.rows)) return;
     for_each_element<kPadded>([&](int tile, int right, int i, int) {
       const int key = first_key + 8 * right + lane() % 4 * 2 + i % 2;
       if (first_row_ + row >= p_.query.rows || key >= p_.key.rows) grad[tile][right][i] = 0;
@@ -409,7 +406,6 @@ class Mixing {
 
   const Params& p_;
   int warp_, first_row_;
-  bool over_heads_, has_gamma_;
   float vectors_[kHeldHeads + !kHeld][kVectors];
   A held_[kHeldMatrices + !kHeldMatrices];
 };

@@ -44,7 +44,7 @@ struct Params {
   float *vectors, *products;
   int64_t blocks;  // that left them
   float *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
-  float scale, scale_log2, keep_scale;
+  float scale, scale_log2, keep_scale, inverse_heads;
   float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
   uint32_t drop_below;
   bool synchronised;         // statistics are summed over ranks between the kernels

@@ -188,6 +188,16 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums_kernel(const __grid_con
   write(p.vectors + ((p.heads + part.head) * p.blocks + block), float(second));
 }
 
+// Numbers of which shared memory holds several parts, added as they are asked for.
+struct Totals {
+  int numbers, parts;
+  REATTN_DEVICE double operator[](int number) const {
+    double sum = 0;
+    for (int part = 0; part < parts; part++) sum += load_double(scratch() + (part * numbers + number));
+    return sum;
+  }
+};
+
 // The gradients of what the user gave from the sums that blocks of backward_query left: a block for each row of theta,
 // and one for the vectors.
 template <class T>
@@ -211,17 +221,11 @@ __global__ void __launch_bounds__(kSumThreads) unfold_kernel(const __grid_consta
   sync_block();
   const int g = thread();
   if (g >= p.heads) return;
-  const auto total = [&](int number) {
-    double sum = 0;
-    for (int lane = 0; lane < lanes; lane++) sum += load_double(scratch() + (lane * numbers + number));
-    return sum;
-  };
-  double all[32];
-  for (int head = 0; head < p.heads; head++) all[head] = total(head);
-  if (of_theta) return write(p.grad_theta + (row * p.heads + g), float(p.fold.grad_theta(all, g)));
-  if (p.grad_bias) write(p.grad_bias + g, float(p.fold.grad_bias(all, g)));
-  if (p.grad_norm_weight) write(p.grad_norm_weight + g, float(p.fold.grad_norm(total(padded + g))));
-  if (p.grad_norm_bias) write(p.grad_norm_bias + g, float(p.fold.grad_norm(total(2 * padded + g))));
+  const Totals totals{numbers, lanes};
+  if (of_theta) return write(p.grad_theta + (row * p.heads + g), float(p.fold.grad_theta(totals, g)));
+  if (p.grad_bias) write(p.grad_bias + g, float(p.fold.grad_bias(totals, g)));
+  if (p.grad_norm_weight) write(p.grad_norm_weight + g, float(p.fold.grad_norm(totals[padded + g])));
+  if (p.grad_norm_bias) write(p.grad_norm_bias + g, float(p.fold.grad_norm(totals[2 * padded + g])));
 }
 
 template <class T>
