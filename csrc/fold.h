@@ -74,7 +74,7 @@ struct Fold {
     return inverse_deviation(g) * (backward ? 1.0f : gamma(g));
   }
   REATTN_FOLD float weight(int h, int g) const { return (p.theta[h * p.heads + g] - row_mean(h)) * column_factor(g); }
-  // column_sum: of the weights of g over h, as kernels round them.
+  // column_sum: of the weights of g over h, not rounded to the maps' dtype.
   REATTN_FOLD float shift(int g, float column_sum) const {
     const float taken = p.taken * column_sum, bias = or_else(p.bias, g, 0.0f);
     if (p.norm == Norm::kNone) return p.output_scale * bias + taken;

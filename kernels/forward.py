@@ -77,8 +77,8 @@ def forward_kernel(
     store_rows(out, batch, row_start, chunk, out_main, out_tail, BLOCK_M, SHAPE)
     if SHAPE.TRAINING:
         # Every chunk's program stores the same values here.
-        store_head_sums(sums_ptr, 0, sums, lse, SHAPE)
-        store_head_sums(sums_ptr, SHAPE.HEADS, squares, lse, SHAPE)
+        store_head_sums(sums_ptr, 0, sums, lse, row_mask, SHAPE)
+        store_head_sums(sums_ptr, SHAPE.HEADS, squares, lse, row_mask, SHAPE)
 
 
 @triton.jit
@@ -88,12 +88,12 @@ def sum_rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_head_sums(ptr, first, sums, lse, SHAPE: tl.constexpr):
+def store_head_sums(ptr, first, sums, lse, row_mask, SHAPE: tl.constexpr):
     """This program's sums by head, [BLOCK_M / PACK, PACK * HEADS_PADDED] by row and head, to column first + head of
     (.., programs); NaN if the softmax of a row is."""
     total = tl.sum(tl.reshape(sums, (sums.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
     if SHAPE.PACK > 1:
-        broken = tl.sum(tl.sum(tl.where(is_finite(lse), 0, 1), axis=1), axis=0)
+        broken = tl.sum(tl.sum(tl.where(is_finite(lse) | ~row_mask, 0, 1), axis=1), axis=0)
         total = tl.where(broken > 0, float("nan"), total)
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
     pointers = ptr + (first + heads).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)

@@ -122,6 +122,8 @@ def check_norm(
                 "running_mean and running_var must be given for norm='batch' with training=False, got None"
             )
         return
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be None or in [0, 1], got {momentum}")
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("num_batches_tracked must be given with momentum=None, got None")
     positions = query.shape[0] * query.shape[2] * key.shape[2]

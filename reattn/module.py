@@ -225,7 +225,8 @@ class ReAttention(nn.Module):
 
 def _idle(module: nn.Module) -> bool:
     """Whether calling a module would do nothing at all."""
-    return isinstance(module, nn.Identity) and not (module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Identity and not any(hooks) and not nn.modules.module._has_any_global_hook()
 
 
 def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:

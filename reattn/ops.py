@@ -56,13 +56,25 @@ _library.define(
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
     inputs = Inputs(*tensors)
-    return FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
+    outputs = FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
+    if options["training"] and not options["synchronised"]:
+        _note_update(inputs)
+    return outputs
 
 
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
     inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
-    return FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
+    statistics = FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
+    _note_update(inputs)
+    return statistics
+
+
+def _note_update(inputs: Inputs) -> None:
+    """Tells autograd that the running statistics have changed: what was saved of them in eval is no longer valid."""
+    for tensor in (inputs.running_mean, inputs.running_var, inputs.num_batches_tracked):
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 @torch.library.impl(_library, "grad_sums", "CompositeExplicitAutograd")
@@ -120,7 +132,8 @@ def _one_by_one(op: Any) -> Any:
         # What an op changes cannot be changed once for each element.
         names = [argument.name for argument in op._schema.arguments]
         for name, tensor, dim in zip(names, tensors, in_dims, strict=False):
-            if name in ("running_mean", "running_var") and tensor is not None and dim is None and options["training"]:
+            updated = name.startswith("running_") or name == "num_batches_tracked"
+            if updated and tensor is not None and dim is None and options["training"]:
                 raise RuntimeError(f"{name} cannot be updated inside torch.vmap: give None, or training=False")
         results = [
             op(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), **options)
@@ -205,6 +218,11 @@ def _refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
         raise RuntimeError(_ONCE)
 
 
+def _is_batched(grad: Tensor) -> bool:
+    """Whether this stands for many gradients at once, as with ``is_grads_batched``."""
+    return torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Batched)
+
+
 def _inputs_of(packed: Tensor | None, tensors: Sequence[Any]) -> Inputs:
     return Inputs(*tensors) if packed is None else Inputs(*unpack(packed), *tensors[3:])
 
@@ -280,10 +298,11 @@ class ReAttentionFunction(torch.autograd.Function):
             # Through a Function, so that what is differentiated a second time says that it cannot be.
             function = ReAttentionBackward if torch.compiler.is_compiling() else EagerBackward
             gradients = function.apply(grads[0], *inputs, *outputs, ctx.options, ctx.group)
-        elif packed is None or torch.compiler.is_compiling():
+        elif packed is None or torch.compiler.is_compiling() or _is_batched(grads[0]):
+            # The compiler joins the parts itself; batched gradients cannot be written into one tensor.
             gradients = _run_backward(grads[0], inputs, outputs, ctx.options, ctx.group)
         else:
-            whole = torch.empty_like(packed)
+            whole = torch.empty_like(packed, memory_format=torch.contiguous_format)
             gradients = _run_backward(grads[0], inputs, outputs, ctx.options, ctx.group, unpack(whole))
             return whole, *(None,) * 3, *_present(inputs[3:7], gradients), *(None,) * 6
         of_packed = None if packed is None else torch.stack(gradients[:3]).permute(1, 3, 0, 2, 4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """One call of the operator but for its tensors: what backends decide by, and what their plans are kept by.
+    """One call of the operator but for its tensors: what backends decide by.
 
     ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
     from this batch. ``synchronised``: from those of several ranks. ``masked``: some keys are hidden.

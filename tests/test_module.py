@@ -461,3 +461,27 @@ def test_errors(options, message):
 def test_unknown_backend_is_named_when_it_is_used():
     with pytest.raises(ValueError, match="backend must be one of"):
         ReAttention(DIM, HEADS, backend="cudnn")(tokens())
+
+
+def test_norms_of_query_and_key_that_are_no_identity_are_called(device):
+    """A subclass of Identity, and hooks on one, as on any other module."""
+
+    class Doubled(nn.Identity):
+        def forward(self, x):
+            return 2 * x
+
+    module = ReAttention(DIM, HEADS, norm=None, device=device)
+    x = tokens(device)
+    module.q_norm = Doubled()
+    found = module(x)
+    with torch.no_grad():
+        module.q_norm = nn.Identity()
+        plain = module(x)
+        module.qkv.weight[:DIM] *= 2
+    torch.testing.assert_close(found, module(x))
+    assert not torch.allclose(found, plain)
+    seen = []
+    module.k_norm.register_forward_hook(lambda *_: seen.append("forward"))
+    module.q_norm.register_full_backward_hook(lambda *_: seen.append("backward"))
+    module(x.requires_grad_()).sum().backward()
+    assert seen == ["forward", "backward"]

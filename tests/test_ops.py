@@ -366,6 +366,32 @@ def test_packed(mode, dtype, backend, device):
     assert torch.equal(tensors["theta"].grad, expected["theta gradient"])
 
 
+@modes
+def test_packed_with_permuted_memory(mode, backend, device):
+    """head_dim before the heads in memory: the gradient is the same, wherever it lies."""
+    problem = make_problem(mode, heads=4, head_dim=3, seqlen=5, device=device)
+    tensors = {name: tensor for name, tensor in problem.tensors.items() if name not in ("query", "key", "value")}
+    plain = torch.stack([problem[name].transpose(1, 2) for name in ("query", "key", "value")], 2)
+    gradients = []
+    for packed in (plain, plain.mT.contiguous().mT):
+        leaf = packed.detach().requires_grad_()
+        given = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
+        re_attention(leaf, None, None, **given, **problem.options, backend=backend).backward(problem.grad)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_batched_gradients_of_a_module(backend, device):
+    """``is_grads_batched``, as the vectorised jacobian uses it, through query, key and value in one tensor."""
+    attention = ReAttention(12, 3, norm="layer", backend=backend, device=device)
+    x = torch.randn(1, 4, 12, device=device, requires_grad=True)
+    output = attention(x)
+    grads = torch.randn(3, *output.shape, device=device)
+    (batched,) = torch.autograd.grad(output, x, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(output, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
 def test_packed_in_another_shape(device):
     with pytest.raises(ValueError, match=r"query must have shape \(batch, seqlen, 3, heads, head_dim\)"):
         re_attention(torch.zeros(2, 3, 5, 4, device=device), None, None, torch.eye(3, device=device))
@@ -395,3 +421,77 @@ def test_parameters_are_not_copied():
     """As a rule, what the kernels read is what the user has."""
     parameter = torch.randn(3, 3)
     assert as_float32(parameter) is parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_eval_leaves_the_running_statistics_alone(dtype, backend, device):
+    """Not even their version changes: what an earlier call saved of them stays valid."""
+    problem = make_problem("batch-eval", device=device)
+    running = {name: problem[name].to(dtype) for name in ("running_mean", "running_var")}
+    query = problem["query"].detach().requires_grad_()
+    tensors = problem.tensors | running | {"query": query}
+    outputs = [re_attention(**tensors, **problem.options, backend=backend) for _ in range(2)]
+    assert all(tensor._version == 0 for tensor in running.values())
+    outputs[0].backward(problem.grad)
+    with torch.inference_mode():
+        running = {name: tensor.clone() for name, tensor in running.items()}
+        re_attention(**(problem.tensors | running), **problem.options, backend=backend)
+
+
+def test_statistics_that_have_changed_are_noticed(backend, device):
+    """Saved by a call in eval, updated by one in training: the gradients of the first would be wrong."""
+    problem = make_problem("batch-eval", device=device)
+    running = {name: problem[name].clone() for name in ("running_mean", "running_var")}
+    query = problem["query"].detach().requires_grad_()
+    output = re_attention(**(problem.tensors | running | {"query": query}), **problem.options, backend=backend)
+    re_attention(**(problem.tensors | running), **(problem.options | {"training": True}), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward(problem.grad)
+
+
+@pytest.mark.parametrize("seqlen_k", [197, 4096])
+def test_float16_of_saturated_maps(seqlen_k, backend, device):
+    """Every query picks the same key, whose value is large before the statistics are known."""
+    if backend != "cpu" and seqlen_k > 1000 and device.type == "cpu":
+        pytest.skip("takes long without a GPU")
+    key = torch.zeros(1, 4, seqlen_k, 16, device=device, dtype=torch.float16)
+    key[:, :, 0] = 20
+    query = torch.full((1, 4, 8, 16), 20.0, device=device, dtype=torch.float16)
+    value = torch.zeros_like(key)
+    value[:, :, 0] = 600
+    theta = torch.ones(4, 4, device=device)
+    found = re_attention(query, key, value, theta, norm="batch", training=True, backend=backend)
+    expected = re_attention(
+        *(tensor.double() for tensor in (query, key, value)), theta, norm="batch", training=True, backend="reference"
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=1e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("heads", [3, 12])
+def test_a_key_that_is_infinite(heads, backend, device):
+    """Rows of padding, whose scores would be 0 times infinity, do not count in the statistics."""
+    problem = make_problem("batch-training", heads=heads, seqlen=5, seqlen_k=7, device=device)
+    key = problem["key"].clone()
+    key[:, :, 2] = float("-inf")
+    problem = problem.with_tensors(query=problem["query"].abs() + 0.1, key=key)
+    found, expected = (
+        re_attention(**{n: t.clone() for n, t in problem.tensors.items()}, **problem.options, backend=which)
+        for which in (backend, "reference")
+    )
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_grad_sums_of_no_rows(backend, device):
+    made = make_problem("batch-training", seqlen=0, seqlen_k=5, device=device)
+    inputs = Inputs(**made.tensors)
+    options = ops._options(backend, Problem.of(inputs.query, norm="batch", training=True, synchronised=True))
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    assert not torch.ops.reattn.grad_sums(made.grad, *outputs, **options).any()
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5])
+def test_momentum_out_of_range(momentum, device):
+    problem = make_problem("batch-training", device=device, momentum=momentum)
+    with pytest.raises(ValueError, match=f"momentum must be None or in \\[0, 1\\], got {momentum}"):
+        re_attention(**problem.tensors, **problem.options)

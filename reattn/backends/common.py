@@ -99,8 +99,15 @@ def store_running(inputs: Inputs, running: tuple[Tensor | None, ...]) -> None:
 
 def unit_scale(problem: Problem, key: Tensor) -> float:
     """A factor of what batch norm in training leaves of maps and values before their statistics are known, so that
-    float16 holds it: maps of N keys are about 1 / N. A power of two, and well below N, since a map may be 1."""
-    return float(2 ** max(0, key.shape[2].bit_length() - 7)) if problem.dtype == torch.float16 else 1.0
+    float16 holds it. Maps of N keys are about 1 / N, but may be 1; statistics then make sqrt(N) of it at most. So a
+    power of two, some eighth of sqrt(N)."""
+    return float(2 ** max(0, key.shape[2].bit_length() // 2 - 3)) if problem.dtype == torch.float16 else 1.0
+
+
+def splits(query: Tensor, processors: int) -> int:
+    """Blocks that share the rows of a sample and head, so that every multiprocessor has some."""
+    batch, heads, seqlen, _ = query.shape
+    return max(1, min(-(-4 * processors // max(batch * heads, 1)), -(-seqlen // 64)))
 
 
 def address(tensor: Tensor | None) -> int:

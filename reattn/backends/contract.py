@@ -101,5 +101,5 @@ class FusedBackend(Backend, Protocol):
     ) -> Gradients:
         """All gradients. ``sums``: as :meth:`grad_sums` returns them, summed over ranks; None: of this batch.
         ``outputs.out`` is not read where there are no batch statistics. ``into``: tensors that take the gradients of
-        query, key and value; any strides."""
+        query, key and value; rows contiguous."""
         ...

@@ -87,7 +87,8 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     call, kept, running = _call(problem, inputs, outputs, update=not problem.synchronised)
     call.query, call.key, call.value = map(_argument, inputs[:3])
     _cpu.forward(call)
-    common.store_running(inputs, running)
+    if problem.batch_statistics:
+        common.store_running(inputs, running)
     return outputs
 
 

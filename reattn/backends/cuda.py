@@ -155,12 +155,12 @@ def _finish(problem: Problem, call: Any, inputs: Inputs, outputs: Outputs, final
 
 def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    batch, heads, seqlen, head_dim = grad.shape
+    batch, heads, seqlen, _ = grad.shape
     sums = grad.new_zeros(2, heads, dtype=torch.float64)
     if not grad.numel():
         return sums
     grad, splits = _aligned(grad), _splits(grad)
-    sizes = (batch, heads, seqlen, 1, head_dim, grad.shape[3])
+    sizes = (batch, heads, seqlen, 1, problem.head_dim, grad.shape[3])
     call = _sized_call(problem, grad, sizes)
     vectors = grad.new_empty(2 * heads, batch * splits, dtype=torch.float32)
     call.grad, call.out, call.value_sum = _strided(grad), _strided(outputs.out), _memory(outputs.value_sum)
@@ -182,11 +182,12 @@ def backward(
     given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given, into)
+    grad = _aligned(grad)
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
     query, scale, sign = _positive_scale(inputs.query, problem.scale)
     inputs = inputs._replace(query=_aligned(query), key=_aligned(inputs.key), value=_aligned(inputs.value))
-    grad, lse = _aligned(grad), outputs.lse.contiguous()
+    lse = outputs.lse.contiguous()
     delta = torch.empty_like(lse)
     call, kept = _call(problem, inputs, outputs._replace(lse=lse))
     call.scale, call.grad, call.delta = scale, _strided(grad), _memory(delta)
@@ -270,10 +271,7 @@ def _make_plan(
 
 
 def _splits(query: Tensor) -> int:
-    """Blocks that share the rows of a sample and head, so that all multiprocessors have some."""
-    batch, heads, seqlen, _ = query.shape
-    wanted = 4 * _describe(_index(query.device))[1]
-    return max(1, min(-(-wanted // max(batch * heads, 1)), -(-seqlen // 64)))
+    return common.splits(query, _describe(_index(query.device))[1])
 
 
 def _sized_call(problem: Problem, query: Tensor, sizes: tuple[int, ...]) -> Any:

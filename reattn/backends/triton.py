@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ except ImportError as error:
     _import_error = str(error)
 
 logger = logging.getLogger("reattn")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEVICE = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -58,12 +60,24 @@ def not_supported(problem: Problem) -> list[str]:
     return unavailable(problem.device) + common.beyond_limits(problem)
 
 
+def _on_its_device(function: Callable[Concatenate[Problem, P], R]) -> Callable[Concatenate[Problem, P], R]:
+    """Kernels are launched on the current device: the one of the call's tensors."""
+
+    @functools.wraps(function)
+    def call(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(problem.device) if problem.device.type == "cuda" else nullcontext():
+            return function(problem, *args, **kwargs)
+
+    return call
+
+
+@_on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = inputs.query.shape
     outputs = common.empty_outputs(problem, inputs.query, _interpretable_dtype(inputs.query))
     query, key, value = map(_aligned, inputs[:3])
-    norm, kept = _norm(problem, inputs)
+    norm = _norm(problem, inputs)
 
     def launch(tile: configs.Tile) -> Tensor | None:
         shape = _shape(problem, tile, query, key, value, outputs.out)
@@ -94,6 +108,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     return outputs._replace(out=outputs.out.to(inputs.query.dtype))
 
 
+@_on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     out = _interpretable(unfinished.out)
@@ -108,7 +123,7 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
     """The output from what the sweep left, and the running statistics. ``sums``: of its programs; without them
     ``outputs.statistics`` holds those of all ranks."""
     running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
-    norm, kept = _norm(problem, inputs, outputs, running=running)
+    norm = _norm(problem, inputs, outputs, running=running)
     batch, heads, seqlen, head_dim = outputs.out.shape
     splits = _splits(outputs.out)
     _run(
@@ -153,13 +168,16 @@ def _add_up(
     )
 
 
+@_on_its_device
 def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    batch, heads, _, head_dim = grad.shape
+    batch, heads = grad.shape[:2]
     grad, out = _with_rows(grad), _with_rows(outputs.out)
-    totals, splits = grad.new_empty(2, heads, dtype=torch.float64), _splits(out)
+    totals, splits = grad.new_zeros(2, heads, dtype=torch.float64), _splits(out)
+    if not grad.numel():
+        return totals
     sums = grad.new_empty(2 * heads, batch * splits, dtype=torch.float32)
-    blocks = configs.sums_blocks(head_dim)
+    blocks = configs.sums_blocks(problem.head_dim)
     _run(
         sums_kernels.grad_sums_kernel,
         (batch * heads * splits,),
@@ -177,6 +195,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return totals
 
 
+@_on_its_device
 def backward(
     problem: Problem,
     grad: Tensor,
@@ -189,13 +208,13 @@ def backward(
     given, gradients = inputs, common.empty_gradients(inputs, into, _interpretable_dtype(inputs.query))
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given, into)
-    if problem.batch_statistics and sums is None:
-        sums = grad_sums(problem, grad, outputs)
     batch, heads, seqlen, _ = inputs.query.shape
     grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
+    if problem.batch_statistics and sums is None:
+        sums = grad_sums(problem, grad, outputs)
     lse = outputs.lse.contiguous()
     delta = torch.empty_like(lse)
-    norm, kept = _norm(problem, inputs, outputs, sums)
+    norm = _norm(problem, inputs, outputs, sums)
     views = tuple(_view(tensor) for tensor in (query, key, value, grad))
     scalars = (problem.scale, problem.scale * _LOG2E, problem.dropout_p)
 
@@ -307,8 +326,8 @@ def _norm(
     outputs: Outputs | None = None,
     sums: Tensor | None = None,
     running: tuple[Tensor | None, Tensor | None] | None = None,
-) -> tuple[Norm, tuple[Tensor | None, ...]]:
-    """What the kernels take beside query, key and value; and what has to live until they are launched."""
+) -> Norm:
+    """What the kernels take beside query, key and value."""
     parameters = [as_float32(tensor) for tensor in inputs[3:7]]
     if running is None:
         used = problem.norm == "batch" and not problem.training
@@ -316,7 +335,7 @@ def _norm(
     statistics = outputs.statistics if outputs is not None and problem.batch_statistics else None
     tensors = (*parameters, *running, statistics, sums)
     numbers = problem.output_scale, problem.eps, common.unit_scale(problem, inputs.key)
-    return Norm(*tensors, *numbers), tensors
+    return Norm(*tensors, *numbers)
 
 
 def _no_norm(problem: Problem) -> Norm:
@@ -324,10 +343,8 @@ def _no_norm(problem: Problem) -> Norm:
 
 
 def _splits(out: Tensor) -> int:
-    """Programs that share the rows of a sample and head, so that all multiprocessors have some."""
-    batch, heads, seqlen, _ = out.shape
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    return max(1, min(-(-4 * processors // max(batch * heads, 1)), -(-seqlen // 64)))
+    return common.splits(out, processors)
 
 
 def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
@@ -368,9 +385,7 @@ def _tiled(kernel: str, query: Tensor, launch: Callable[[configs.Tile], Any]) ->
     if INTERPRETED:
         return launch(configs.INTERPRETER_TILE)
     key = (kernel, _arch(query.device), query.element_size(), query.shape[1], query.shape[3])
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        tile = _tuned(key, launch) if os.environ.get("REATTN_AUTOTUNE") == "1" else configs.tile(*key)
-        return launch(tile)
+    return launch(_tuned(key, launch) if os.environ.get("REATTN_AUTOTUNE") == "1" else configs.tile(*key))
 
 
 _tuned_tiles: dict[tuple[Any, ...], configs.Tile] = {}
