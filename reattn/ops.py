@@ -220,7 +220,7 @@ def _refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
 
 def _is_batched(grad: Tensor) -> bool:
     """Whether this stands for many gradients at once, as with ``is_grads_batched``."""
-    return torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Batched)
+    return not torch._C._has_storage(grad)
 
 
 def _inputs_of(packed: Tensor | None, tensors: Sequence[Any]) -> Inputs:
