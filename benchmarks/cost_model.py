@@ -281,9 +281,9 @@ PACK, PACK_BACKWARD, LOAD, STORE, STORE_GRADIENT, REDUCE, UNALIGNED = 0.58, 1.55
 # Million cycles of a call of next to no work, forward and with backward: Python and autograd; with layer norm and
 # running statistics those of the code that the committed results are of, which folded the norm in PyTorch.
 CALL = {"none": (0.35, 1.3), "layer": (0.5, 1.6), "batch-eval": (0.5, 1.7), "batch": (0.41, 1.5)}
-# Folders of results whose batch norm in training is that of older kernels, which took the statistics in a sweep of
-# their own and computed every score twice. Nothing that they measured of it can be compared with the model.
-OLD_BATCH_NORM = ("amd-epyc-zen3",)
+# The folder of results that the model is for; other cores have other rates. Its batch norm in training is that of older
+# kernels, which took the statistics in a sweep of their own and computed every score twice: that is left out.
+MODELLED = "amd-epyc-zen3"
 # Cycles of plain attention, forward and with backward: an element of its maps, more for each of head_dim in whole
 # sixteens, a call: the yardstick of a core's speed. Fitted to committed results, as the next two are.
 PLAIN = ((3.0, 0.18, 0.15e6), (10.5, 0.52, 0.5e6))
@@ -460,7 +460,7 @@ def results(folder: pathlib.Path = RESULTS) -> list[Result]:
 def cpu_results(folder: pathlib.Path = RESULTS) -> list[Result]:
     """Those that the model is for."""
     found = [each for each in results(folder) if each.backend == "cpu" and each.problem.dtype == torch.float32]
-    return [each for each in found if each.problem.norm != "batch" or each.folder not in OLD_BATCH_NORM]
+    return [each for each in found if each.problem.norm != "batch" and each.folder == MODELLED]
 
 
 def predict(result: Result) -> Stages:
