@@ -15,7 +15,7 @@ import tempfile
 
 import torch
 
-from benchmarks import measure
+from benchmarks.machine import machine_info
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 12, 197, 32), metavar=names)
     parser.add_argument("--rows", type=int, nargs=2, default=(36, 42), help="query rows of a block: forward, backward")
     args = parser.parse_args()
-    machine = measure.machine_info(torch.device("cpu"))
+    machine = machine_info(torch.device("cpu"))
     print(f"{machine['device']}, {machine['instruction_set']}, commit {machine['commit']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         program = pathlib.Path(folder) / "cpu_stages"

@@ -246,7 +246,8 @@ def render(sections: Iterable[Section], pictures: str | None = None) -> list[str
     """Lines of Markdown; ``pictures`` is the relative folder of the plots, if any are there."""
     lines: list[str] = []
     for section in sections:
-        lines += [f"## {section.runs[0].machine['device']}", ""]
+        machine = section.runs[0].machine
+        lines += [f"## {', '.join(machine[name] for name in ('device', 'instruction_set') if name in machine)}", ""]
         lines += [*(f"- {provenance(run)}" for run in section.runs), ""]
         lines += operator_tables(section.entries) + model_table(section.entries) + scaling_tables(section.entries)
         if pictures is not None:
