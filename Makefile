@@ -8,7 +8,7 @@ GPU_WORKERS ?= 8
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp tests/*/*.h tests/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp tests/*/*.h tests/*/*.cpp)
 GPU_OUT := $(or $(OUT),out/gpu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.

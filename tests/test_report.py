@@ -149,7 +149,7 @@ def test_columns_without_a_value_are_left_out(printed):
 def test_tables_are_apart_by_kind_dtype_and_direction(printed):
     headings = [line for line in printed(*everything()).splitlines() if line.startswith("#")]
     assert headings == [
-        "## Some CPU",
+        "## Some CPU, avx2",
         "### Operator, float32, forward",
         "### Operator, float32, forward+backward",
         "### Operator, bfloat16, forward",
@@ -463,7 +463,7 @@ def test_the_documents_have_every_device(documents, capsys):
     assert report.main(["--docs"]) == 0
     text = (documents / "docs" / "benchmarks.md").read_text()
     assert text.startswith("# Benchmarks\n") and "do not\nedit" in text
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Some GPU", "## Some CPU"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Some GPU", "## Some CPU, avx2"]
     assert "`operator.json`" in text and "`scaling.json`" in text
     pictures = {f"{device}-{name}.png" for device in ("a-gpu", "b-cpu") for name in ("speed-up", "roofline", "scaling")}
     assert {each.name for each in (documents / "docs" / "benchmarks").iterdir()} == pictures
