@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import load_coupling, load_mixing, normalise, normalise_backward
+from .fold import load_mixing, load_unmixing, normalise, normalise_backward
 from .scores import map_tile
 from .tiles import (
     accumulate,
@@ -26,17 +26,17 @@ from .tiles import (
 
 @triton.jit
 def gradient_tile(
-    grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+    grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Carries the output's gradient back through norm and mixing.
 
     The gradients of the dropped maps, head-major; of the normalised and of the mixed tile, row-major.
     """
-    weights, _, _ = coupling
+    weights, _, _ = unmixing
     grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
     grad_normed = to_row_major(grad_normed, SHAPE)
-    grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, coupling, SHAPE)
+    grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
     grad_kept = mix_heads(weights, grad_mixed.to(weights.dtype), SHAPE)
     return to_head_major(grad_kept, SHAPE), grad_normed, grad_mixed
 
@@ -81,7 +81,7 @@ def backward_query_kernel(
     lse = tl.load(lse_block, mask=row_mask, other=1e30)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
-    coupling = load_coupling(norm, dtype, SHAPE)
+    unmixing = load_unmixing(norm, dtype, SHAPE)
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
@@ -100,7 +100,7 @@ def backward_query_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         delta += tl.sum(kept * grad_kept, axis=2)
@@ -156,7 +156,7 @@ def backward_query_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
@@ -193,7 +193,7 @@ def backward_key_kernel(
     v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
-    coupling = load_coupling(norm, dtype, SHAPE)
+    unmixing = load_unmixing(norm, dtype, SHAPE)
 
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
@@ -208,7 +208,7 @@ def backward_key_kernel(
         )  # fmt: skip
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, coupling,
+            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
             BLOCK_M, BLOCK_N, SHAPE,
         )  # fmt: skip
         normed = poison_rows(to_head_major(normed.to(dtype), SHAPE), lse, SHAPE)

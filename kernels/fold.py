@@ -98,9 +98,9 @@ def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD
 
 
 @triton.jit
-def load_coupling(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
+def load_unmixing(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps, which is
-    gamma dN - common - along A: [1, PACK * HEADS_PADDED, 1]. Absent vectors are replaced by gamma, unused."""
+    gamma dN - common - along A: [1, PACK * HEADS_PADDED, 1]. Without such statistics both vectors are gamma, unused."""
     weights = load_weights(norm, SHAPE, True, True).to(dtype)
     common = load_gamma(norm, SHAPE)
     along = common
@@ -129,10 +129,10 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
 
 
 @triton.jit
-def normalise_backward(grad_normed, unit, inverse_rms, mixing, coupling, SHAPE: tl.constexpr):
+def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: tl.constexpr):
     """The gradient of the mixed tile from that of the normalised one: row-major."""
     _, _, gamma, _ = mixing
-    _, common, along = coupling
+    _, common, along = unmixing
     grad_mixed = grad_normed
     if SHAPE.NORM == "layer":
         # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
@@ -156,3 +156,17 @@ def mixed_centre(norm, head, centre, SHAPE: tl.constexpr):
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
     column = tl.load(norm.theta + heads * SHAPE.HEADS + head, mask=heads < SHAPE.HEADS, other=0.0)
     return tl.sum(column.to(tl.float64), axis=0) * centre
+
+
+@triton.jit
+def output_factors(norm, head, inverse, offset):
+    """What makes a head's output of the sweep's and of the sum of the values, with statistics of the batch: the factors
+    of both. inverse: 1 / deviation; offset: the mean of the centred maps, mixed; float64."""
+    gamma = tl.cast(norm.output_scale, tl.float32)
+    if norm.norm_weight is not None:
+        gamma *= tl.load(norm.norm_weight + head)
+    beta = tl.cast(0.0, tl.float32)
+    if norm.norm_bias is not None:
+        beta += tl.load(norm.norm_bias + head) * norm.output_scale
+    gamma *= inverse.to(tl.float32)
+    return gamma / norm.unit_scale, beta - (gamma.to(tl.float64) * offset).to(tl.float32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import column_factor, mixed_centre
+from .fold import column_factor, mixed_centre, output_factors
 
 
 @triton.jit
@@ -123,14 +123,7 @@ def finish_kernel(
         batch, head, first, end = which_part(out.seqlen, splits, SHAPE)
         mean, _, inverse, _ = moments(norm, sums_ptr, head, programs, positions, centre, SYNCHRONISED, BLOCK, SHAPE)
         offset = mean - mixed_centre(norm, head, centre, SHAPE)
-        gamma = tl.cast(norm.output_scale, tl.float32)
-        if norm.norm_weight is not None:
-            gamma *= tl.load(norm.norm_weight + head)
-        beta = tl.cast(0.0, tl.float32)
-        if norm.norm_bias is not None:
-            beta += tl.load(norm.norm_bias + head) * norm.output_scale
-        gamma *= inverse.to(tl.float32)
-        slope, level = gamma / norm.unit_scale, beta - (gamma.to(tl.float64) * offset).to(tl.float32)
+        slope, level = output_factors(norm, head, inverse, offset)
 
         values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
         for start in range(0, v.seqlen, ROWS):
