@@ -329,12 +329,11 @@ class Mixing {
   // The gradient of the normalised maps becomes that of the mixed ones: docs/operator.md, section 4.
   REATTN_DEVICE void undo_norm(Tile& grad, const Tile& unit, const float (&inverse_rms)[4]) const {
     if (!p_.fold.over_heads()) {
-      for_each_element<kPadded>(
-          [&](int tile, int right, int i, int head) { grad[tile][right][i] *= parameter(kGamma, head); });
-      // Running statistics have no gradient, which NaN in the maps must not make one of.
-      if (!p_.fold.p.training) return;
       for_each_element<kPadded>([&](int tile, int right, int i, int head) {
-        grad[tile][right][i] -= fmaf(unit[tile][right][i], parameter(kAlong, head), parameter(kCommon, head));
+        // Running statistics have no gradient, kAlong is 0: NaN in the maps, and infinity, must not make one of it.
+        const float finite = fminf(fmaxf(unit[tile][right][i], -3e38f), 3e38f);
+        grad[tile][right][i] = fmaf(grad[tile][right][i], parameter(kGamma, head),
+                                    -fmaf(finite, parameter(kAlong, head), parameter(kCommon, head)));
       });
       return;
     }
