@@ -104,6 +104,17 @@ def test_gradient_that_all_heads_share(dtype, backend, device):
     assert_parity(replace(problem.with_tensors(value=value, norm_weight=ones), grad=grad), backend)
 
 
+@pytest.mark.parametrize("mode", ["batch-training", "batch-eval", "layer"])
+def test_a_head_that_is_switched_off(mode, backend, device):
+    """norm_weight is 0 there: its gradient, and those of all others, are what they should be."""
+    problem = make_problem(mode, device=device, output_scale=0.7)
+    weight = problem["norm_weight"].clone()
+    weight[1] = 0
+    problem = problem.with_tensors(norm_weight=weight)
+    assert_parity(problem, backend)
+    assert compute(problem, backend)["norm_weight gradient"][1] != 0
+
+
 @modes
 def test_scale_and_output_scale(mode, backend, device):
     assert_parity(make_problem(mode, device=device, scale=0.6, output_scale=33**-0.5), backend)
