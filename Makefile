@@ -28,7 +28,7 @@ emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run
 	$(PY) tests/cuda/build.py out/emulated
 
 emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
-	$(PY) -m emulator.build
+	$(PY) emulator/build.py
 
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py

@@ -1,17 +1,21 @@
-"""``python -m emulator.build``: compiles the emulator, into the folder of its sources."""
+"""``python emulator/build.py``: compiles the emulator, into the folder of its sources."""
 
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
 import pybind11
 
-import build_extensions as build
-
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+import build_extensions as build  # noqa: E402
+
 OBJECTS = FOLDER.parent / "out" / "emulator"
 # What rounds once on the device shall round once here. It runs where it is compiled, so that it may use all of this CPU.
-FLAGS = "-std=c++17 -O3 -march=native -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+FLAGS = (
+    "-std=c++17 -O3 -march=native -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+)
 WARNINGS = "-Wall -Wextra"
 
 

@@ -17,7 +17,18 @@ import emulator
 # Shared memory that a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
-_FORMATS = {"i1": "B", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
+_FORMATS = {
+    "i1": "B",
+    "i8": "b",
+    "i16": "h",
+    "i32": "i",
+    "i64": "q",
+    "u1": "B",
+    "u8": "B",
+    "u16": "H",
+    "u32": "I",
+    "u64": "Q",
+}
 _FORMATS |= {"fp32": "f", "fp64": "d"}
 
 
