@@ -36,6 +36,8 @@ enum class Type : uint8_t {
   tf32,
   f16x2,
   bf16x2,
+  s16x2,
+  u16x2,
   b64,
   u64,
   s64,
