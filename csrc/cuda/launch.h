@@ -1,6 +1,8 @@
-// Starting a kernel, and what the host has to know of a device.
+// Starting a kernel, and what the host has to know of a device. Nothing where NVRTC compiles the kernels alone.
 #pragma once
 
+#ifndef __CUDACC_RTC__
+#include "dispatch.h"
 #include "kernels.h"
 
 #ifdef REATTN_EMULATED
@@ -107,3 +109,4 @@ void start(Kernel kernel, const char* name, const Params& p, const Launch& how) 
 }
 
 }  // namespace reattn
+#endif
