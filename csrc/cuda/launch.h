@@ -6,18 +6,7 @@
 #include "kernels.h"
 
 #ifdef REATTN_EMULATED
-#include "emulated_launch.h"
-
-namespace reattn {
-
-struct Device {
-  int shared_bytes, multiprocessors;
-};
-inline Device describe(int) { return {emulated::kMostShared, 4}; }
-inline int count_devices() { return 1; }
-inline void check_kernel(void (*)(Params)) {}
-
-}  // namespace reattn
+#include "cuda_host.h"
 #else
 
 #include <cuda_runtime.h>
@@ -83,7 +72,7 @@ void launch(void (*kernel)(Params), const char* name, int64_t blocks_x, int bloc
         name);
 }
 
-// Memory that the next kernel may read or write; tests check every access.
+// Memory that the next kernel may read or write; the emulator checks every access.
 inline void declare(const void*, int64_t) {}
 
 // Throws where the current device has no code of this kernel to run.
