@@ -1,9 +1,9 @@
 """What every test shares: backend and device, kernels that run without a GPU, and a choice of tiles."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
-import pathlib
 import sys
 
 import pytest
@@ -19,12 +19,12 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
-# So do the CUDA backend's kernels, compiled for the host.
-EMULATED = pathlib.Path(__file__).parents[1] / "out" / "emulated"
-spec = importlib.machinery.PathFinder.find_spec("_cuda", [str(EMULATED)])
-if spec and not torch.cuda.is_available():
-    sys.modules["reattn._cuda"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["reattn._cuda"])
+# So does the CUDA one whose kernels the emulator runs.
+if not torch.cuda.is_available():
+    with contextlib.suppress(ImportError):
+        import emulator.cuda
+
+        emulator.cuda.install()
 
 from parity import FUSED, device_of  # noqa: E402
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
     if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
         skipped["extension"] = "needs the CPU extension"
     if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
-        skipped["cuda"] = "needs the CUDA extension, or `make emulated`"
+        skipped["cuda"] = "needs the CUDA extension, or `make emulator`"
     for item in items:
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skipped[marker]))
