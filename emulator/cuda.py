@@ -6,10 +6,10 @@ import functools
 import sys
 
 import emulator
-from emulator import nvrtc
+from emulator import _cuda, nvrtc
 
-# The compute capability that the kernels are compiled for, 90 for 9.0. From 8.0 on their sources are the same for all.
-arch = 80
+# The compute capability that the kernels are compiled for, 90 for 9.0.
+arch = 90
 
 
 @functools.cache
@@ -31,14 +31,15 @@ def launch(
     emulator.launch(compiled(source, name, arch), (*grid, 1), threads, shared_bytes, params, memory)
 
 
-def install() -> None:
-    """Puts the extension's host part in the place of ``reattn._cuda``, in this process.
+def install(capability: int) -> None:
+    """Puts the extension's host part in the place of ``reattn._cuda``, in this process, its kernels compiled for a
+    compute capability: 90 for 9.0.
 
-    To be called before ``reattn.backends`` is imported. Raises ImportError where `make emulator` has not been run.
+    To be called before ``reattn`` is imported.
     """
-    from emulator import _cuda
-
+    global arch
     if "reattn.backends.cuda" in sys.modules:
-        raise RuntimeError("emulator.cuda.install() has to come before reattn's import")
+        raise RuntimeError("emulator.cuda.install has to come before the import of reattn")
+    arch = capability
     _cuda.set_launcher(launch)
     sys.modules["reattn._cuda"] = _cuda

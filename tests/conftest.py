@@ -1,17 +1,15 @@
 """What every test shares: backend and device, kernels that run without a GPU, and a choice of tiles."""
 
-import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import pathlib
 import sys
 
 import pytest
 import torch
 
-# Before anything imports reattn: Triton decides when its kernels are defined.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+ROOT = pathlib.Path(__file__).parents[1]
 
 # The extension that `make sanitize` builds takes the place of the one in reattn/, in this process alone.
 if folder := os.environ.get("REATTN_CPU_FOLDER"):
@@ -19,23 +17,28 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
-# So does the CUDA one whose kernels the emulator runs.
+# Without a GPU, kernels are compiled for one and executed by the emulator. What Triton compiles is kept apart.
+EMULATED_ARCH = int(os.environ.get("REATTN_EMULATED_ARCH", "90"))
+_no_emulator = ""
 if not torch.cuda.is_available():
-    with contextlib.suppress(ImportError):
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
+    try:
         import emulator.cuda
+    except ImportError as error:
+        _no_emulator = str(error)
+    else:
+        emulator.cuda.install(EMULATED_ARCH)
+        if importlib.util.find_spec("triton"):
+            from emulator import triton_driver
+            from reattn.backends import triton as triton_backend
 
-        emulator.cuda.install()
+            triton_driver.install(EMULATED_ARCH)
+            triton_backend.EMULATED = True
 
 from parity import FUSED, device_of  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-
-
-def pytest_configure(config):
-    # Lanes that are masked when they are stored may overflow before; NumPy, which interprets the kernels, speaks of it.
-    for what in ("overflow encountered", "invalid value encountered"):
-        config.addinivalue_line("filterwarnings", f"ignore:{what}:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):
