@@ -50,13 +50,15 @@ FAULTS = {
     "device_outside": "4 bytes of device memory 0 bytes behind a tensor's end",
     "device_before": "4 bytes of device memory",
     "device_race": f"lane 8, .*{RACE}: it writes what thread 5 wrote",
+    "race_of_blocks": f"block 1, .*{RACE}: block 0 writes the same",
+    "read_of_other_block": f"block 1, .*{RACE}: block 0 writes the same",
     "device_misaligned": "device memory at an address that is no multiple of 16",
     "copied_from_outside": "16 bytes of device memory 0 bytes behind a tensor's end",
     "no_pointer": "2 bytes of device memory outside all tensors",
 }
 # Without instructions for asynchronous copies there is nothing to wait for.
 ASYNCHRONOUS = {"early_copy", "early_group", "open_group", "overwritten_copy", "synced_too_early"}
-RIGHT = {"pipeline", "reduction", "exchange", "branches"}
+RIGHT = {"pipeline", "reduction", "exchange", "alike", "branches"}
 
 
 @pytest.fixture(scope="module", params=[75, 80], ids=lambda arch: f"sm_{arch}")
@@ -143,6 +145,10 @@ def test_exchange(ptx):
         values = 2 * values[threads ^ 32] + values[0]
     expected = values + values[threads ^ 1]
     assert torch.equal(launch(ptx, "exchange", outputs=2 * THREADS), expected.repeat(2))
+
+
+def test_alike(ptx):
+    assert torch.equal(launch(ptx, "alike", outputs=2 * THREADS), torch.full((2 * THREADS,), 3.0))
 
 
 def test_branches(ptx):

@@ -159,6 +159,13 @@ KERNEL(device_race) {
   sync_warp();
   if (thread() == 40) write<float>(p.in, 2);
 }
+KERNEL(race_of_blocks) { write<float>(p.in, float(block_x())); }
+KERNEL(read_of_other_block) {
+  if (block_x() == 0)
+    write<float>(p.in, 1);
+  else
+    write<float>(p.out, read<float>(p.in));
+}
 KERNEL(device_misaligned) { use(p, read<uint4>(p.in + 8)); }
 KERNEL(copied_from_outside) { copy_async(shared_memory() + 16 * thread(), p.in + 65536, true); }
 KERNEL(no_pointer) { use(p, {read<uint16_t>(p.a), 0, 0, 0}); }
@@ -241,6 +248,12 @@ KERNEL(exchange) {
   store<float>(floats() + (thread() ^ 1), value);
   sync_block();
   write<float>(p.out + block_x() * threads() + thread(), load<float>(floats() + thread()));
+}
+// What several blocks write alike each of them may read.
+KERNEL(alike) {
+  if (thread() == 0) write<float>(p.in, 3);
+  sync_block();
+  write<float>(p.out + block_x() * threads() + thread(), read<float>(p.in));
 }
 // Lanes that go different ways come together again.
 KERNEL(branches) {
