@@ -7,10 +7,13 @@ import struct
 
 import pytest
 import torch
+from parity import assert_parity, make_problem
 
 pytest.importorskip("emulator", exc_type=ImportError)
 
+import emulator.cuda  # noqa: E402
 from emulator import Fault, Program, nvrtc  # noqa: E402
+from reattn.backends import cuda  # noqa: E402
 
 SOURCE = pathlib.Path(__file__).parent / "cuda" / "faults.cu"
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16}
@@ -201,9 +204,11 @@ def sources(tmp_path, monkeypatch):
     shutil.copytree(nvrtc.SOURCES.parent, tmp_path / "csrc")
     monkeypatch.setattr(nvrtc, "SOURCES", tmp_path / "csrc" / "cuda")
     monkeypatch.setattr(nvrtc, "CACHE", tmp_path / "ptx")
-    nvrtc.fingerprint.cache_clear()
+    for cached in (nvrtc.fingerprint, emulator.cuda.compiled):
+        cached.cache_clear()
     yield tmp_path / "csrc"
-    nvrtc.fingerprint.cache_clear()
+    for cached in (nvrtc.fingerprint, emulator.cuda.compiled):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("changed", ["cuda/sums.cu", "cuda/operands.cuh", "fold.h"])
@@ -223,3 +228,30 @@ def test_cache(changed, sources, monkeypatch):
     assert len(compiled) == 2
     nvrtc.compile_kernel(*kernel[:2], 90)
     assert len(compiled) == 3 and len(list(nvrtc.CACHE.iterdir())) == 3
+
+
+# What is changed in csrc/cuda, and what is then reported of forward; None where nothing but its results is wrong.
+CHANGES = {
+    "no barrier": ("forward.cu", "sync_block();\n    Mixing", "Mixing", "nothing has written|a race"),
+    "no barrier between reads and writes": ("forward.cu", "sync_block();\n    for_each", "for_each", RACE),
+    "no sync of a warp": ("mixing.cuh", "sync_warp();", "", RACE),
+    "no sync after copies": ("stream.cuh", "sync_warp();", "", RACE),
+    "copies not awaited": ("stream.cuh", "copies_arrived<1>();", ";", IN_FLIGHT),
+    "no end of the rows": ("scores.cuh", "place.first_row + row < p.query.rows", "true", f"{RACE}|a tensor's end"),
+    "one lane's shuffle": ("stream.cuh", "warp(reattn::warp())", "warp(lane() ? 0 : reattn::warp())", "a shuffle that"),
+    "registers swapped": ("instructions.cuh", "{%4, %5, %6, %7}", "{%4, %6, %5, %7}", None),
+    "scale": ("scores.cuh", "rounded_product(product, p.scale_log2)", "product * p.scale_log2 * 1.01f", None),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not cuda.EMULATED, reason="needs the emulator")
+@pytest.mark.parametrize("change", CHANGES)
+def test_faults_of_the_kernels_themselves(change, sources):
+    file, old, new, reported = CHANGES[change]
+    text = (sources / "cuda" / file).read_text()
+    assert old in text
+    (sources / "cuda" / file).write_text(text.replace(old, new))
+    error, pattern = (Fault, f"forward_kernel.*: block .*({reported})") if reported else (AssertionError, None)
+    with pytest.raises(error, match=pattern):
+        assert_parity(make_problem("layer", heads=5, seqlen=35, seqlen_k=40, dtype=torch.float16), "cuda")
