@@ -1192,9 +1192,19 @@ class Machine {
       const bool same = writes && std::memcmp(place, data, size_t(bytes)) == 0;
       for (uint64_t g = (address - range.begin) / kDeviceGranule;
            g <= (address - range.begin + uint64_t(bytes) - 1) / kDeviceGranule; g++)
-        if (!same || range.touched[g].by.write_time == 0) touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
+        if (!same || range.touched[g].by.write_time == 0)
+          touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
+        else
+          write_again(range.touched[g], lane);
     }
     return place;
+  }
+
+  // What is there already: whichever block comes last, the one that writes it may read it.
+  void write_again(TouchedOnDevice& t, int lane) {
+    if (t.write_block == int32_t(block_)) return;
+    t.write_block = int32_t(block_);
+    t.by.write_time = time_, t.by.write_warp_time = warp_->time, t.by.write_thread = warp_->number * kWarp + lane;
   }
 
   void touch_on_device(TouchedOnDevice& t, int lane, bool writes, uint64_t place) {
