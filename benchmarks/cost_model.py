@@ -7,29 +7,24 @@ its predicted time is their sum on the busiest thread. Prints Markdown.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import json
 import math
 import pathlib
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.kernel_counts import Counts, ceil_div, read_counts, round_up
 from benchmarks.measure import Problem
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-COUNTS = RESULTS / "kernel_counts.json"
+PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 SWEEPS = ("forward", "backward_query", "backward_key")
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def round_up(number: int, multiple: int) -> int:
-    return ceil_div(number, multiple) * multiple
 
 
 class Card(NamedTuple):
@@ -47,51 +42,23 @@ MMA = 0.629 * 989.4e12
 # What L2 delivers no data sheet tells. XLA's cost model has 6.65 TB/s, measured on an H100. A multiprocessor alone gets
 # 64 bytes a clock.
 L2, L2_PORT = 6.65e12, 64
-# What a multiprocessor does in a clock (CUDA C++ Programming Guide, "Arithmetic Instructions"): warp instructions,
-# those of half the rate, special functions of a lane. One wavefront of shared memory or one shuffle goes through its
-# load and store unit.
-ISSUE, HALF_RATE, SPECIAL, WAVEFRONTS = 4, 2, 16, 1
-# How much of a rate a kernel can be expected to reach. On an H100 FlashAttention-2, made of mma.sync as these kernels
-# are and with as few warps, reaches 35 % of the tensor cores' peak (arXiv 2407.08608), 0.56 of what mma.sync can; these
-# kernels have more barriers. Copies reach nine tenths of a data sheet's bandwidth; L2's rate above was measured.
-EXPECTED = {"L2": 1.0, "memory": 0.9}
-EXPECTED_WITHIN = 0.5
+# What a multiprocessor does in a clock (CUDA C++ Programming Guide, "Arithmetic Instructions"): warp instructions, and
+# special functions of a lane. One wavefront of shared memory or one shuffle goes through its load and store unit.
+ISSUE, SPECIAL, WAVEFRONTS = 4, 16, 1
+# What a launch takes beyond its work.
+START = 2e-6
 
 # Tensors of (batch, heads, seqlen, head_dim) that a kernel has to read or write, once each.
 TENSORS = {"forward": 4, "finish": 3, "grad_sums": 2, "add_up": 0, "backward_query": 5, "backward_key": 6, "unfold": 0}
 
 
-class Counts(NamedTuple):
-    """Of a kernel's launch: blocks, what a block has, and what one of them does (benchmarks/kernel_counts.py)."""
-
-    backend: str
-    kernel: str
-    shape: tuple[int, int, int, int]
-    norm: str
-    blocks: int
-    threads: int
-    registers: int  # of a thread
-    shared_bytes: int
-    instructions: int  # of a warp, that are issued
-    half_rate: int  # among them
-    special: int
-    shuffles: int
-    tensor: int  # operations of tensor cores
-    wavefronts: int  # of shared memory
-    conflict_free: int  # wavefronts that there would be without bank conflicts
-    global_bytes: int  # that lanes load, store or copy
-
-    @property
-    def resident(self) -> int:
-        """Blocks that fit on a multiprocessor of compute capability 9.0 at a time."""
-        each_warp = round_up(self.registers, 8) * 32
-        by_registers = 65536 // (each_warp * ceil_div(self.threads, 32))
-        return min(by_registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads, 32)
-
-
 class Forecast(NamedTuple):
-    """Of a launch on a card: the seconds it is expected to take, what binds it, and the least it would take if that ran
-    at its full rate; the least that device memory would take."""
+    """Of a launch on a card.
+
+    ``seconds``: what it is expected to take, halfway between ``floor``, where the resource that ``binding`` names runs
+    at its full rate and hides all others, and ``serial``, where nothing hides anything. ``bytes_floor``: what device
+    memory alone would take.
+    """
 
     backend: str
     kernel: str
@@ -100,33 +67,32 @@ class Forecast(NamedTuple):
     seconds: float
     binding: str
     floor: float
+    serial: float
     bytes_floor: float
     counts: Counts
 
-    def each(self, number: float) -> float:
-        """Of a number of a block, how many there are for 32 elements of the maps."""
+    def for_32(self, number: float) -> float:
+        """Of a number of a block: how many there are for 32 elements of the maps, none of them padding."""
         batch, heads, seqlen, _ = self.shape
         return number * self.counts.blocks / (batch * heads * seqlen**2 / 32)
 
 
 def forecast(counts: Counts, card: Card) -> Forecast:
-    """By the multiprocessor that has most blocks: whichever resource is busy longest is taken to hide all others."""
-    most = ceil_div(counts.blocks, card.multiprocessors)
+    """By what the multiprocessor does that has most blocks, and by what all of them move."""
+    clocks = ceil_div(counts.blocks, card.multiprocessors) / card.clock
     moved = counts.blocks * counts.global_bytes
-    bytes_floor = TENSORS[counts.kernel] * math.prod(counts.shape) * 2 / card.memory
     times = {
-        "issue": most * counts.instructions / ISSUE / card.clock,
-        "half rate": most * counts.half_rate / HALF_RATE / card.clock,
-        "special": most * counts.special * 32 / SPECIAL / card.clock,
-        "shared": most * (counts.wavefronts + counts.shuffles) / WAVEFRONTS / card.clock,
-        "tensor": most * counts.tensor / (MMA / card.multiprocessors),
-        "L2": max(moved / L2, most * counts.global_bytes / L2_PORT / card.clock),
-        "memory": bytes_floor,
+        "issue": clocks * counts.instructions / ISSUE,
+        "special": clocks * counts.special * 32 / SPECIAL,
+        "shared": clocks * (counts.wavefronts + counts.shuffles) / WAVEFRONTS,
+        "tensor": clocks * counts.tensor / (MMA / card.multiprocessors / card.clock),
+        "L2": max(moved / L2, clocks * counts.global_bytes / L2_PORT),
+        "memory": TENSORS[counts.kernel] * math.prod(counts.shape) * 2 / card.memory,
     }
-    expected = {name: time / EXPECTED.get(name, EXPECTED_WITHIN) for name, time in times.items()}
-    binding = max(expected, key=expected.__getitem__)
+    binding = max(times, key=times.__getitem__)
+    floor, serial = START + times[binding], START + sum(times.values())
     place = counts.backend, counts.kernel, counts.shape, counts.norm
-    return Forecast(*place, expected[binding], binding, times[binding], bytes_floor, counts)
+    return Forecast(*place, (floor + serial) / 2, binding, floor, serial, times["memory"], counts)
 
 
 def forecasts(card: str) -> list[Forecast]:
@@ -138,12 +104,6 @@ def forecasts(card: str) -> list[Forecast]:
     if not found:
         raise ValueError(f"card is {card!r}; there are figures for {', '.join(each.name for each in CARDS)}")
     return [forecast(counts, found[0]) for counts in read_counts()]
-
-
-def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
-    """What ``python -m benchmarks.kernel_counts`` wrote."""
-    rows = json.loads(path.read_text())["counts"]
-    return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
 
 # A core of the AMD EPYC (Zen 3, AVX2) of benchmarks/results/amd-epyc-zen3, as cpu_stages measured it.
@@ -353,34 +313,45 @@ def name(problem: Problem) -> list[str]:
     return ["x".join(map(str, problem.shape)), problem.norm]
 
 
-def gpu_table(card: Card) -> list[str]:
+def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
+    """Of every launch at a shape: what it does for 32 elements of the maps, microseconds on the first of CARDS, and those
+    expected on the others."""
+    found = [[each for each in forecasts(card.name) if each.shape == shape] for card in CARDS]
     rows = []
-    for each in forecasts(card.name):
-        counts, per_element = each.counts, each.kernel in SWEEPS
-        numbers = [counts.instructions, counts.wavefronts, counts.conflict_free]
-        cells = [f"{each.each(number):.1f}" if per_element else "-" for number in numbers]
-        waves = counts.blocks / (card.multiprocessors * counts.resident)
-        cells += [f"{counts.blocks}", f"{counts.resident}", f"{waves:.1f}", each.binding]
-        cells += [f"{1e6 * time:.0f}" for time in (each.bytes_floor, each.floor, each.seconds)]
-        rows.append(["x".join(map(str, each.shape)), each.norm, each.backend, each.kernel, *cells])
-    columns = ["problem", "norm", "backend", "kernel", "instructions", "wavefronts", "without conflicts"]
-    columns += ["blocks", "at a time", "waves", "binds", "bytes, us", "floor, us", "expected, us"]
-    return [f"Forecast, {card.name}, bfloat16; the counts are for 32 elements of the maps:", "", *table(columns, rows)]
+    for each, *others in zip(*found, strict=True):
+        counts = each.counts
+        numbers = [counts.instructions, counts.wavefronts + counts.shuffles, counts.conflict_free + counts.shuffles]
+        cells = [f"{each.for_32(number):.1f}" if each.kernel in SWEEPS else "-" for number in numbers]
+        cells += [f"{counts.blocks * counts.global_bytes / 1e6:.0f}", f"{counts.blocks}", f"{counts.resident}"]
+        times = each.bytes_floor, each.floor, each.seconds, each.serial, *(other.seconds for other in others)
+        cells += [each.binding, *(f"{1e6 * time:.0f}" for time in times)]
+        rows.append([each.norm, each.backend, each.kernel, *cells])
+    columns = [
+        "x".join(map(str, shape)),
+        "backend",
+        "kernel",
+        "instructions",
+        "wavefronts",
+        "without conflicts",
+        "L2 MB",
+    ]
+    columns += ["blocks", "at a time", "binds", "bytes", "floor", "**expected**", "serial"]
+    return table(columns + [f"on an {card.name}" for card in CARDS[1:]], rows)
 
 
 def call_table() -> list[str]:
-    """What the launches of a call add up to."""
+    """Microseconds that the launches of a call are expected to take together."""
+    found = [(card.name, forecasts(card.name)) for card in CARDS]
     rows = []
-    by_card = {card.name: forecasts(card.name) for card in CARDS}
-    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in by_card[CARDS[0].name]):
+    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in found[0][1]):
         cells = []
-        for found in by_card.values():
-            launches = [each for each in found if (each.shape, each.norm, each.backend) == call]
-            forward = sum(each.seconds for each in launches if each.kernel in ("forward", "finish"))
-            cells += [f"{1e6 * time:.0f}" for time in (forward, sum(each.seconds for each in launches))]
+        for _, launches in found:
+            mine = [each for each in launches if (each.shape, each.norm, each.backend) == call]
+            forward = sum(each.seconds for each in mine if each.kernel in ("forward", "finish"))
+            cells += [f"{1e6 * time:.0f}" for time in (forward, sum(each.seconds for each in mine))]
         rows.append(["x".join(map(str, call[0])), call[1], call[2], *cells])
-    columns = [f"{card.name}, {what}" for card in CARDS for what in ("forward", "and backward")]
-    return ["Forecast, microseconds of a call:", "", *table(["problem", "norm", "backend", *columns], rows)]
+    columns = [f"{name}, {what}" for name, _ in found for what in ("forward", "with backward")]
+    return table(["forecast", "norm", "backend", *columns], rows)
 
 
 def cpu_table(measured: list[Result]) -> list[str]:
@@ -395,9 +366,34 @@ def cpu_table(measured: list[Result]) -> list[str]:
     return [f"Float32, {measured[0].device}, {measured[0].threads} threads:", "", *table(columns, rows)]
 
 
+def tables() -> list[str]:
+    """Lines of Markdown."""
+    shapes = dict.fromkeys(each.shape for each in read_counts())
+    kernels = [line for shape in shapes for line in kernel_table(shape)]
+    return [
+        "GPU, bfloat16, counts for 32 elements of the maps, microseconds on an H100:",
+        "",
+        *kernels,
+        *call_table(),
+    ] + cpu_table(cpu_results())
+
+
+def updated(page: str, lines: list[str]) -> str:
+    """A page with the rows of those tables that it shows, which it knows by their columns."""
+    for columns, rows in re.findall(r"(\|.*\n)((?:\|.*\n)+)", "\n".join([*lines, ""])):
+        page = re.sub(re.escape(columns) + r"(?:\|.*\n)+", lambda _, new=columns + rows: new, page)
+    return page
+
+
 def main() -> None:
-    gpu = [line for card in CARDS for line in gpu_table(card)] + call_table()
-    print("\n".join([*gpu, *cpu_table(cpu_results())]).rstrip())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--docs", action="store_true", help="bring the tables of docs/performance.md up to date instead"
+    )
+    if parser.parse_args().docs:
+        PAGE.write_text(updated(PAGE.read_text(), tables()))
+    else:
+        print("\n".join(tables()).rstrip())
 
 
 if __name__ == "__main__":

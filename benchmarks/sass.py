@@ -11,20 +11,15 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple
 
 import networkx
 
-# One of them in PTX is one of them in SASS, and they stay on their side of a branch.
+# What stays where PTX has it: one in PTX is one in SASS, and it is not moved out of loops.
 ANCHORS = {"HMMA", "LDSM", "STSM", "LDS", "STS", "LDG", "STG", "LDGSTS", "SHFL", "BAR", "ATOMG", "RED"}
-# Of half the rate of the others: integers, logic, comparisons, selections and conversions to 16 bits (CUDA C++
-# Programming Guide, "Arithmetic Instructions"). Integer multiplication has their rate, but lanes of its own.
-HALF_RATE = re.compile(
-    r"(?:U?(?:IADD3?|LOP3?|LEA|SHF|SEL|ISETP|PRMT|PLOP3|BMSK|SGXT|IABS|FLO|BREV|IMNMX|VIADD|VIMNMX|VABSDIFF|LOP)"
-    r"|FSEL|FSETP|FMNMX|F2FP|R2P|P2R|I2FP)$"
-)
 ENDS = {"BRA", "EXIT", "RET", "BRX", "JMP", "KILL"}
 
 
@@ -140,20 +135,26 @@ def _parse_kernel(text: str) -> Kernel:
 
 
 def runs(kernel: Kernel, lines: Mapping[int, int]) -> dict[str, float]:
-    """How often each block runs, given how often each line of PTX did: what most of its anchors say, or of all its
-    instructions if it has none. Where ptxas unrolled a loop of its own accord, copies share what their line says.
+    """How often each block runs, given how often each line of PTX did.
+
+    As often as the anchor that did most: ptxas turns short branches into predicates, so that others of the block are
+    switched off. What moves out of loops is no anchor; without any, most of what has no predicate says it. Where ptxas
+    unrolled a loop of its own accord, copies share what their line says.
     """
     entry = next(iter(kernel.blocks))
     reached = {entry} | networkx.descendants(kernel.flow, entry)
     copies = Counter((each.line, each.name) for label in reached for each in kernel.blocks[label])
 
-    def votes(instructions: Iterable[Instruction]) -> Counter[float]:
-        return Counter(lines.get(each.line, 0) / copies[each.line, each.name] for each in instructions)
+    def times(each: Instruction) -> float:
+        return lines.get(each.line, 0) / copies[each.line, each.name]
 
     found = dict.fromkeys(kernel.blocks, 0.0)
     for label in reached:
-        if block := kernel.blocks[label]:
-            found[label] = votes([each for each in block if each.name in ANCHORS] or block).most_common(1)[0][0]
+        block = kernel.blocks[label]
+        if anchors := [each for each in block if each.name in ANCHORS and each.predicate != "@!PT"]:
+            found[label] = max(map(times, anchors))
+        elif block:
+            found[label] = mode(map(times, [each for each in block if not each.predicate] or block))
     return found
 
 

@@ -130,13 +130,3 @@ def test_executed_instructions_where_ptxas_unrolls():
 def test_what_is_wrong_with_the_module_is_said():
     with pytest.raises(RuntimeError, match="line 4; .*syntax error"):
         sass.assemble(".version 8.0\n.target sm_90\n.address_size 64\nnonsense\n", "sm_90")
-
-
-@pytest.mark.parametrize("name", ["IADD3", "LOP3", "FSETP", "PRMT", "F2FP", "ISETP", "UIADD3", "SHF"])
-def test_half_rate(name):
-    assert sass.HALF_RATE.match(name)
-
-
-@pytest.mark.parametrize("name", ["FADD", "FFMA", "IMAD", "HMMA", "MUFU", "MOV", "LDS", "SHFL"])
-def test_full_rate(name):
-    assert not re.match(sass.HALF_RATE, name)
