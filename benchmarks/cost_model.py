@@ -314,8 +314,8 @@ def name(problem: Problem) -> list[str]:
 
 
 def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
-    """Of every launch at a shape: what it does for 32 elements of the maps, microseconds on the first of CARDS, and those
-    expected on the others."""
+    """Of every launch at a shape: what it does for 32 elements of the maps, microseconds on the first of CARDS, and
+    those expected on the others."""
     found = [[each for each in forecasts(card.name) if each.shape == shape] for card in CARDS]
     rows = []
     for each, *others in zip(*found, strict=True):
@@ -369,13 +369,9 @@ def cpu_table(measured: list[Result]) -> list[str]:
 def tables() -> list[str]:
     """Lines of Markdown."""
     shapes = dict.fromkeys(each.shape for each in read_counts())
-    kernels = [line for shape in shapes for line in kernel_table(shape)]
-    return [
-        "GPU, bfloat16, counts for 32 elements of the maps, microseconds on an H100:",
-        "",
-        *kernels,
-        *call_table(),
-    ] + cpu_table(cpu_results())
+    gpu = [line for shape in shapes for line in kernel_table(shape)] + call_table()
+    title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
+    return [title, "", *gpu, *cpu_table(cpu_results())]
 
 
 def updated(page: str, lines: list[str]) -> str:

@@ -15,14 +15,15 @@ import json
 import math
 import pathlib
 import re
-import struct
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from benchmarks import compile_report, sass
+from benchmarks import sass
+
+if TYPE_CHECKING:
+    import emulator
 
 COUNTS = pathlib.Path(__file__).parent / "results" / "kernel_counts.json"
 ARCH, SHARED_BYTES, MULTIPROCESSORS = 90, 232448, 132
@@ -66,18 +67,6 @@ class Counts(NamedTuple):
         return min(by_registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads, 32)
 
 
-class Launch(NamedTuple):
-    """A kernel that was launched: what it is compiled to, and what a block of it did."""
-
-    kernel: str
-    entry: str
-    cubin: bytes
-    blocks: int
-    threads: int
-    shared_bytes: int
-    report: Any
-
-
 def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
     """What this module wrote."""
     rows = json.loads(path.read_text())["counts"]
@@ -85,29 +74,37 @@ def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
 
 
 def count(backend: str, shape: tuple[int, int, int, int], norm: str) -> list[Counts]:
-    """Of every launch of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training."""
-    launches = {"triton": triton_launches, "cuda": cuda_launches}[backend](shape, norm)
+    """Of every launch of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training.
+
+    Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
+    """
+    import emulator
+
+    run = {"triton": run_triton, "cuda": run_cuda}[backend]
+    with emulator.executing(blocks=[0], check_races=False, count_wavefronts=True) as launches:
+        run(shape, norm)
     return [_counts(launch, backend, shape, norm) for launch in launches]
 
 
-def _counts(launch: Launch, backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
-    report = launch.report
-    # Lines hold one instruction each, or some that run together.
-    lines = {line: times for line, _, times in report.executed}
-    issued = sass.executed(sass.disassemble(launch.cubin)[launch.entry], lines)
+def _counts(launch: emulator.Launched, backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
+    program, report = launch.program, launch.report
+    # Of the two that triton ships, NVRTC's PTX needs the newer one; Triton takes the other one for this architecture.
+    cubin = sass.assemble(program.ptx, "ptxas" if backend == "triton" else "ptxas-blackwell")
+    # Instructions that share a line run together.
+    issued = sass.executed(sass.disassemble(cubin)[program.name], {line: times for line, _, times in report.lines})
     return Counts(
         backend=backend,
-        kernel=launch.kernel,
+        kernel=re.search(r"([a-z_]+)_kernel", program.name)[1],
         shape=shape,
         norm=norm,
-        blocks=launch.blocks,
+        blocks=math.prod(launch.grid),
         threads=launch.threads,
-        registers=sass.registers(launch.cubin)[launch.entry],
-        shared_bytes=launch.shared_bytes,
+        registers=sass.registers(cubin)[program.name],
+        shared_bytes=launch.shared_bytes + program.static_shared,
         instructions=round(issued.total()),
         special=round(sum(times for opcode, times in issued.items() if opcode.startswith("MUFU"))),
-        shuffles=sum(times for _, opcode, times in report.executed if opcode.startswith("shfl")),
-        tensor=sum(_operations(opcode) * times for _, opcode, times in report.executed),
+        shuffles=sum(times for _, opcode, times in report.lines if opcode.startswith("shfl")),
+        tensor=sum(_operations(opcode) * times for _, opcode, times in report.lines),
         wavefronts=sum(wavefronts for *_, wavefronts, _ in report.shared),
         conflict_free=sum(least for *_, least in report.shared),
         global_bytes=report.device_bytes,
@@ -142,130 +139,62 @@ def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str) -> Non
     backend.backward(problem, common.empty_heads_last(inputs.query).zero_(), inputs, outputs, None)
 
 
-def _execute(
-    kernel: str, ptx: str, cubin: bytes, grid: tuple[int, ...], threads: int, shared_bytes: int, **launch: Any
-) -> Launch:
-    """A launch of which one block is executed; ``launch``: what Program.run takes beside these."""
-    from emulator._machine import Program
+def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
+    """A training step on the Triton backend."""
+    import triton
 
-    entry = re.search(r"\.entry\s+(\w+)", ptx)[1]
-    program = Program(ptx, entry)
-    if callable(launch["arguments"]):
-        launch["arguments"] = launch["arguments"](program)
-    threads = threads or program.threads
-    sizes = {"grid": (*grid, 1, 1)[:3], "threads": threads, "shared_bytes": shared_bytes}
-    # Tests look for races; here that would take memory for every byte of the tensors.
-    report = program.run(**sizes, **launch, blocks=[0], check_races=False, count_wavefronts=True)
-    return Launch(kernel, entry, cubin, math.prod(grid), threads, shared_bytes + program.static_shared, report)
-
-
-def triton_launches(shape: tuple[int, int, int, int], norm: str) -> list[Launch]:
-    """Of a training step on the Triton backend; a block of each is executed."""
+    from emulator import triton_driver
     from reattn.backends import common
     from reattn.backends import triton as backend
 
-    launches = []
-
-    def run(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constants: Any) -> None:
-        compiled = compile_report.compile_launch(kernel, args, constants, tile, ARCH)
-        given = list(_passed(args))
-        storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
-        launches.append(
-            _execute(
-                kernel.__name__.removesuffix("_kernel"),
-                compiled.asm["ptx"],
-                compiled.asm["cubin"],
-                grid,
-                32 * tile.num_warps,
-                compiled.metadata.shared,
-                arguments=lambda program: _packed(given, program.parameters),
-                memory=[(storage.data_ptr(), storage.nbytes()) for storage in storages],
-            )
-        )
-
-    with (
-        mock.patch.object(backend, "_run", run),
-        mock.patch.object(backend, "_arch", lambda device: ARCH),
-        mock.patch.object(backend, "_splits", lambda out: common.splits(out, MULTIPROCESSORS)),
-    ):
-        train_step(backend, shape, norm)
-    return launches
+    before = triton.runtime.driver.active.arch
+    triton_driver.install(ARCH)
+    try:
+        with (
+            mock.patch.object(backend, "_arch", lambda device: ARCH),
+            mock.patch.object(backend, "_splits", lambda out: common.splits(out, MULTIPROCESSORS)),
+        ):
+            train_step(backend, shape, norm)
+    finally:
+        triton_driver.install(before)
 
 
-def _passed(args: tuple[Any, ...]) -> Iterator[Any]:
-    """The arguments that a compiled kernel has parameters for."""
-    for value in args:
-        if isinstance(value, tuple):
-            yield from _passed(value)
-        elif value is not None and not isinstance(value, bool) and not (isinstance(value, int) and value == 1):
-            yield value
-
-
-def _packed(values: list[Any], parameters: list[tuple[str, int, int]]) -> bytes:
-    """As the space of parameters holds them; zeros for those that Triton adds."""
-    packed = b""
-    for value, (_, offset, size) in zip([*values, *[0] * (len(parameters) - len(values))], parameters, strict=True):
-        packed = packed.ljust(offset, b"\0")
-        if isinstance(value, float):
-            packed += struct.pack("<f", value)
-        else:
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            packed += number.to_bytes(size, "little", signed=number < 0)
-    return packed
-
-
-def cuda_launches(shape: tuple[int, int, int, int], norm: str) -> list[Launch]:
-    """The same on the CUDA backend; NVRTC and ptxas compile the sources as nvcc does.
-
-    Raises RuntimeError where ``emulator.cuda.install()`` was not called before reattn was imported.
-    """
+def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
+    """The same on the CUDA backend."""
     import emulator.cuda
-    from emulator import nvrtc
 
     from reattn.backends import cuda as backend
 
-    if not backend.EMULATED:
-        raise RuntimeError("emulator.cuda.install() has to be called before reattn is imported")
-    launches = []
+    with (
+        mock.patch.object(emulator.cuda, "arch", ARCH),
+        mock.patch.object(backend, "_describe", lambda device: (SHARED_BYTES, MULTIPROCESSORS)),
+    ):
+        train_step(backend, shape, norm)
 
-    def run(
-        source: str,
-        name: str,
-        grid: tuple[int, int],
-        threads: int,
-        shared_bytes: int,
-        params: bytes,
-        memory: list[tuple[int, int]],
-    ) -> None:
-        ptx, _ = nvrtc.compile_kernel(source, name, ARCH)
-        kernel = re.search(r"(\w+)_kernel", name)[1]
-        # Of the two that triton ships, the newer one: NVRTC's PTX is of CUDA 13.
-        cubin = sass.assemble(ptx, f"sm_{ARCH}", "ptxas-blackwell")
-        launches.append(_execute(kernel, ptx, cubin, grid, threads, shared_bytes, arguments=params, memory=memory))
 
-    backend._cuda.set_launcher(run)
-    try:
-        with mock.patch.object(backend, "_describe", lambda device: (SHARED_BYTES, MULTIPROCESSORS)):
-            train_step(backend, shape, norm)
-    finally:
-        backend._cuda.set_launcher(emulator.cuda.launch)
-    return launches
+def install() -> None:
+    """Puts the emulator in the place of a GPU; before reattn is imported."""
+    import emulator.cuda
+
+    from emulator import triton_driver
+
+    emulator.cuda.install()
+    triton_driver.install(ARCH)
 
 
 def versions() -> dict[str, str]:
     """Of the compilers that the counts are of."""
     import triton
+
     from emulator import nvrtc
 
     return {"triton": triton.__version__, "nvrtc": ".".join(map(str, nvrtc.version()))}
 
 
 def main() -> None:
-    import emulator.cuda
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    emulator.cuda.install()
+    install()
     rows = []
     for backend, shape, norm in itertools.product(BACKENDS, SHAPES, NORMS):
         rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm)]

@@ -62,15 +62,16 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"needs {name}, which triton ships, or one on the path")
 
 
-def assemble(ptx: str, arch: str, ptxas: str = "ptxas") -> bytes:
-    """The cubin of a PTX module for ``sm_90`` or another, with the lines that its instructions are made from.
+def assemble(ptx: str, ptxas: str = "ptxas") -> bytes:
+    """The cubin of a PTX module for the architecture that it names, with the lines that its instructions are made from.
 
     Raises FileNotFoundError without ``ptxas``, RuntimeError with what it says of the module.
     """
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [tool(ptxas), "-lineinfo", f"--gpu-name={arch}", source, "-o", cubin]
+        command = [tool(ptxas), "-lineinfo", f"--gpu-name={target[1] if target else 'sm_90'}", source, "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{ptxas}: {done.stderr.strip()}")

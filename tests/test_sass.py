@@ -104,7 +104,7 @@ def test_executed_instructions_of_a_compiled_loop():
     begin, few, end = (text.index(f"${label}:") for label in ("round", "few", "end"))
     lines = {i + 1: 4 for i in range(11, begin)} | {i + 1: 36 for i in range(begin, few - 1)} | {few: 4}
     lines |= {i + 1: 4 for i in range(end, len(text))}
-    cubin = sass.assemble(PTX, "sm_90")
+    cubin = sass.assemble(PTX)
     kernel = sass.disassemble(cubin)["kernel"]
     found = sass.executed(kernel, lines)
     assert found["MUFU.EX2"] == found["STS"] == 36 and found["MUFU.SQRT"] == found["MUFU.RSQ"] == 0
@@ -122,11 +122,11 @@ def test_executed_instructions_where_ptxas_unrolls():
     """Where it copies the loop's body, all copies together run as often as the line."""
     ptx = PTX.replace('.pragma "nounroll";', "")
     lines = {i + 1: 36 for i, row in enumerate(ptx.splitlines()) if re.search(r"st.shared|bar.sync|ex2", row)}
-    kernel = sass.disassemble(sass.assemble(ptx, "sm_90"))["kernel"]
+    kernel = sass.disassemble(sass.assemble(ptx))["kernel"]
     assert sum(each.opcode == "MUFU.EX2" for block in kernel.blocks.values() for each in block) > 1
     assert sass.executed(kernel, lines)["STS"] == pytest.approx(36)
 
 
 def test_what_is_wrong_with_the_module_is_said():
     with pytest.raises(RuntimeError, match="line 4; .*syntax error"):
-        sass.assemble(".version 8.0\n.target sm_90\n.address_size 64\nnonsense\n", "sm_90")
+        sass.assemble(".version 8.0\n.target sm_90\n.address_size 64\nnonsense\n")
