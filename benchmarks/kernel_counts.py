@@ -178,7 +178,7 @@ def install() -> None:
 
     from emulator import triton_driver
 
-    emulator.cuda.install()
+    emulator.cuda.install(ARCH)
     triton_driver.install(ARCH)
 
 
