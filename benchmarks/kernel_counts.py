@@ -182,13 +182,15 @@ def install() -> None:
     triton_driver.install(ARCH)
 
 
-def versions() -> dict[str, str]:
-    """Of the compilers that the counts are of."""
-    import triton
+def version(backend: str) -> str:
+    """Of the compiler that the counts are of."""
+    if backend == "triton":
+        import triton
 
+        return f"triton {triton.__version__}"
     from emulator import nvrtc
 
-    return {"triton": triton.__version__, "nvrtc": ".".join(map(str, nvrtc.version()))}
+    return "NVRTC " + ".".join(map(str, nvrtc.version()))
 
 
 def main() -> None:
@@ -199,7 +201,8 @@ def main() -> None:
     for backend, shape, norm in itertools.product(BACKENDS, SHAPES, NORMS):
         rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm)]
         print(backend, shape, norm, flush=True)
-    head = f'{{"made with": {json.dumps(versions())},\n"counts": [\n'
+    made_with = {backend: version(backend) for backend in BACKENDS}
+    head = f'{{"made with": {json.dumps(made_with)},\n"counts": [\n'
     COUNTS.write_text(head + ",\n".join(rows) + "\n]}\n")
     print(COUNTS)
 
