@@ -322,7 +322,9 @@ def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
         counts = each.counts
         numbers = [counts.instructions, counts.wavefronts + counts.shuffles, counts.conflict_free + counts.shuffles]
         cells = [f"{each.for_32(number):.1f}" if each.kernel in SWEEPS else "-" for number in numbers]
+        waves = counts.blocks / (CARDS[0].multiprocessors * counts.resident)
         cells += [f"{counts.blocks * counts.global_bytes / 1e6:.0f}", f"{counts.blocks}", f"{counts.resident}"]
+        cells.append(f"{waves:.1f}")
         times = each.bytes_floor, each.floor, each.seconds, each.serial, *(other.seconds for other in others)
         cells += [each.binding, *(f"{1e6 * time:.0f}" for time in times)]
         rows.append([each.norm, each.backend, each.kernel, *cells])

@@ -29,6 +29,12 @@ def committed(backend, shape=(128, 12, 197, 64), norm="layer"):
     return {each.kernel: each for each in read_counts() if each[:1] + each[2:4] == (backend, shape, norm)}
 
 
+def need_compiler(backend):
+    made_with = json.loads(kernel_counts.COUNTS.read_text())["made with"][backend]
+    if (here := kernel_counts.version(backend)) != made_with:
+        pytest.skip(f"the counts are of what {made_with} compiles, here is {here}")
+
+
 @pytest.mark.parametrize("backend", kernel_counts.BACKENDS)
 def test_committed_counts_are_of_the_kernels_that_there_are(backend):
     """A training step, counted again."""
@@ -37,9 +43,7 @@ def test_committed_counts_are_of_the_kernels_that_there_are(backend):
     pytest.importorskip("emulator", exc_type=ImportError)
     if backend == "cuda" and sys.modules.get("reattn._cuda") is not sys.modules.get("emulator._cuda", ""):
         pytest.skip("needs the CUDA backend in the emulator")
-    made_with = json.loads(kernel_counts.COUNTS.read_text())["made with"][backend]
-    if (here := kernel_counts.version(backend)) != made_with:
-        pytest.skip(f"the counts are of what {made_with} compiles, here is {here}")
+    need_compiler(backend)
     shape, norm = (1, 12, 197, 64), "batch"
     found = {each.kernel: each for each in kernel_counts.count(backend, shape, norm)}
     assert found == committed(backend, shape, norm), "run python -m benchmarks.kernel_counts, and cost_model --docs"
@@ -78,6 +82,7 @@ def test_bytes_of_forward(backend, sweeps):
 def test_instructions_of_a_kernel_counted_by_hand():
     """What stands in a loop of the Triton kernel runs for each of 13 tiles of keys, all else once, in 8 warps."""
     pytest.importorskip("triton")
+    need_compiler("triton")
     case = compile_report.Case(90, "bfloat16", 12, 32, "layer")
     kernel, *launch = next(each for each in compile_report.recorded_launches(case) if "forward" in each[0].__name__)
     tile = launch[-1]

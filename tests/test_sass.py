@@ -1,5 +1,6 @@
 """Executed instructions of SASS: a listing written by hand, and a kernel that ptxas compiles."""
 
+import importlib.util
 import re
 
 import pytest
@@ -98,6 +99,10 @@ $end:
 """
 
 
+needs_ptxas = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs ptxas, which triton ships")
+
+
+@needs_ptxas
 def test_executed_instructions_of_a_compiled_loop():
     """Four warps, nine rounds. The loop of the SASS is found by hand."""
     text = PTX.splitlines()
@@ -118,6 +123,7 @@ def test_executed_instructions_of_a_compiled_loop():
     assert 4 < sass.registers(cubin)["kernel"] < 32
 
 
+@needs_ptxas
 def test_executed_instructions_where_ptxas_unrolls():
     """Where it copies the loop's body, all copies together run as often as the line."""
     ptx = PTX.replace('.pragma "nounroll";', "")
@@ -127,6 +133,7 @@ def test_executed_instructions_where_ptxas_unrolls():
     assert sass.executed(kernel, lines)["STS"] == pytest.approx(36)
 
 
+@needs_ptxas
 def test_what_is_wrong_with_the_module_is_said():
     with pytest.raises(RuntimeError, match="line 4; .*syntax error"):
         sass.assemble(".version 8.0\n.target sm_90\n.address_size 64\nnonsense\n")
