@@ -306,6 +306,7 @@ def predict(result: Result) -> Stages:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    assert all(len(row) == len(columns) for row in rows), (columns, rows)
     return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)] + [""]
 
 
@@ -337,7 +338,7 @@ def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
         "without conflicts",
         "L2 MB",
     ]
-    columns += ["blocks", "at a time", "binds", "bytes", "floor", "**expected**", "serial"]
+    columns += ["blocks", "at a time", "waves", "binds", "bytes", "floor", "**expected**", "serial"]
     return table(columns + [f"on an {card.name}" for card in CARDS[1:]], rows)
 
 
