@@ -1,8 +1,8 @@
 """``python -m benchmarks.cost_model``: forecasts of the GPU kernels; on a CPU predicted times beside measured ones.
 
-GPU: what a kernel does is counted by executing it (``kernel_counts``); its time is that of the resource it keeps
-busiest, as if that hid all others. CPU: a call is stages one after the other, at rates that ``cpu_stages`` measured;
-its predicted time is their sum on the busiest thread. Prints Markdown.
+GPU: what a kernel does is counted by executing it (``kernel_counts``); its time lies between that of the resource it
+keeps busiest and that of all of them together. CPU: a call is stages one after the other, at rates that ``cpu_stages``
+measured; its predicted time is their sum on the busiest thread. Prints Markdown.
 """
 
 from __future__ import annotations
