@@ -1185,6 +1185,7 @@ class Machine {
     }
     if (address % uint64_t(bytes))
       fail("device memory at an address that is no multiple of " + std::to_string(bytes), lane);
+    report_.counts[size_t(at_ - p_.instructions.data())].device_bytes += uint64_t(bytes);
     uint8_t* place = reinterpret_cast<uint8_t*>(address);
     if (l_.check_races) {
       Range& range = ranges_[last_];

@@ -784,7 +784,7 @@ class Parser {
   std::vector<std::pair<int, std::string>> jumps_;
 };
 
-Program::Program(const std::string& ptx, const std::string& entry, bool contract) {
+Program::Program(const std::string& ptx, const std::string& entry, bool contract) : ptx(ptx) {
   Parser(*this, ptx, entry);
   if (instructions.empty() || instructions.back().op != Op::ret) {
     Instruction end{};
