@@ -62,8 +62,9 @@ struct Touched {
   int32_t write_thread = -1, read_thread = -1;  // of readers several: kMany, or kManyOfWarp - warp
   uint32_t write_issue = 0;                     // which of the launch's warp instructions wrote
 };
-// Bytes that are watched as one; in device memory nothing smaller is written.
-constexpr int kGranule = 1, kDeviceGranule = 2;
+// Bytes that are watched as one. Words of shared memory of which parts were written are watched by the byte; in device
+// memory nothing smaller is written.
+constexpr int kWord = 4, kDeviceGranule = 2;
 constexpr int32_t kMany = -2, kManyOfWarp = -16;
 
 // In device memory the block counts too.
@@ -139,8 +140,9 @@ class Machine {
     const int dynamic_from = (p_.static_shared + 127) / 128 * 128;
     shared_bytes_ = uint32_t(launch.shared_bytes ? dynamic_from + launch.shared_bytes : p_.static_shared);
     shared_.resize(shared_bytes_);
-    touched_.resize(shared_bytes_ / kGranule + 1);
-    in_flight_.resize(shared_bytes_ / kGranule + 1);
+    touched_.resize(shared_bytes_ / kWord + 1);
+    parts_.resize(touched_.size());
+    in_flight_.resize(touched_.size());
     for (int w = 0; w < launch.threads / kWarp; w++) {
       Warp warp;
       warp.number = w;
@@ -1111,21 +1113,33 @@ class Machine {
            lane);
     if (address % uint32_t(bytes))
       fail("shared memory at " + std::to_string(address) + ", no multiple of " + std::to_string(bytes), lane);
-    for (uint32_t g = address / kGranule; g <= (address + uint32_t(bytes) - 1) / kGranule; g++) {
-      if (in_flight_[g] >= 0)
-        fail("shared memory at " + std::to_string(g * kGranule) + " that thread " + std::to_string(in_flight_[g]) +
+    const bool rewrites = data && std::memcmp(shared_.data() + address, data, size_t(bytes)) == 0;
+    for (uint32_t w = address / kWord; w <= (address + uint32_t(bytes) - 1) / kWord; w++) {
+      if (in_flight_[w] >= 0)
+        fail("shared memory at " + std::to_string(w * kWord) + " that thread " + std::to_string(in_flight_[w]) +
                  " copies to and has not waited for",
              lane);
-      if (!writes && touched_[g].write_time < block_began_)
-        fail("shared memory at " + std::to_string(g * kGranule) + " that nothing has written", lane);
-      if (!l_.check_races) {
-        if (writes) touched_[g].write_time = time_;
-      } else if (!data || touched_[g].write_time != time_ || std::memcmp(shared_.data() + address, data, size_t(bytes))) {
-        // Several threads may write the same at the same time.
-        touch(touched_[g], lane, writes, g * kGranule);
+      if (bytes < kWord || parts_[w].began == block_began_) {
+        const uint32_t first = bytes < kWord ? address % kWord : 0, end = bytes < kWord ? first + uint32_t(bytes) : kWord;
+        if (parts_[w].began != block_began_) parts_[w].bytes.fill(touched_[w]), parts_[w].began = block_began_;
+        for (uint32_t byte = first; byte < end; byte++)
+          touch_shared(parts_[w].bytes[byte], lane, writes, rewrites, w * kWord + byte);
+      } else {
+        touch_shared(touched_[w], lane, writes, rewrites, w * kWord);
       }
     }
     return shared_.data() + address;
+  }
+
+  void touch_shared(Touched& t, int lane, bool writes, bool rewrites, uint32_t place) {
+    if (!writes && t.write_time < block_began_)
+      fail("shared memory at " + std::to_string(place) + " that nothing has written", lane);
+    // Several threads may write the same at the same time.
+    if (rewrites && t.write_time == time_) return;
+    if (l_.check_races)
+      touch(t, lane, writes, place);
+    else if (writes)
+      t.write_time = time_;
   }
 
   bool same_time(uint32_t time, uint32_t warp_time, int32_t thread, int32_t mine) const {
@@ -1293,8 +1307,8 @@ class Machine {
       if (given)
         std::memcpy(copy.data.data(), device(get<uint64_t>(i.of[1], lane), bytes, lane, false, nullptr), size_t(given));
       shared(to, bytes, lane, true);
-      for (uint32_t g = to / kGranule; g < (to + uint32_t(bytes)) / kGranule; g++)
-        in_flight_[g] = int16_t(warp_->number * kWarp + lane);
+      for (uint32_t w = to / kWord; w < (to + uint32_t(bytes)) / kWord; w++)
+        in_flight_[w] = int16_t(warp_->number * kWarp + lane);
       warp_->copies.push_back(copy);
     });
   }
@@ -1308,10 +1322,11 @@ class Machine {
     for (const Copy& copy : copies) {
       if (!arrives(copy)) continue;
       std::memcpy(shared_.data() + copy.to, copy.data.data(), size_t(copy.bytes));
-      for (uint32_t g = copy.to / kGranule; g < (copy.to + uint32_t(copy.bytes)) / kGranule; g++) {
-        in_flight_[g] = -1;
-        touched_[g].write_time = time_, touched_[g].write_warp_time = warp_->time;
-        touched_[g].write_thread = warp_->number * kWarp + copy.lane;
+      for (uint32_t w = copy.to / kWord; w < (copy.to + uint32_t(copy.bytes)) / kWord; w++) {
+        in_flight_[w] = -1;
+        parts_[w].began = 0;
+        touched_[w].write_time = time_, touched_[w].write_warp_time = warp_->time;
+        touched_[w].write_thread = warp_->number * kWarp + copy.lane;
       }
     }
     copies.erase(std::remove_if(copies.begin(), copies.end(), arrives), copies.end());
@@ -1382,7 +1397,13 @@ class Machine {
   size_t last_ = 0;
   uint32_t shared_bytes_;
   std::vector<uint8_t> shared_;
-  std::vector<Touched> touched_;
+  std::vector<Touched> touched_;  // by word
+  // By byte, of words of which parts were written in the block that began then.
+  struct Parts {
+    uint32_t began = 0;
+    std::array<Touched, kWord> bytes;
+  };
+  std::vector<Parts> parts_;
   std::vector<int16_t> in_flight_;  // the thread whose copy has not arrived, or -1
   std::vector<Warp> warps_;
   uint64_t executed_ = 0;
