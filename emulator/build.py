@@ -58,4 +58,5 @@ if __name__ == "__main__":
     (OBJECTS / "build.ninja").write_text(build_ninja(OBJECTS, libraries))
     build.run_ninja(OBJECTS, "--quiet")
     for library in libraries.values():
+        (FOLDER / library).unlink(missing_ok=True)  # a process that has it loaded keeps it
         shutil.copy2(OBJECTS / library, FOLDER / library)

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <unordered_map>
 
 namespace emulator {
 namespace {
@@ -73,20 +73,25 @@ struct TouchedOnDevice {
   int32_t write_block = -1, read_block = -1;  // kMany: several
 };
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+// Pieces of a range of device memory, made as they are touched: tensors may be sparse views of much.
+class Pieces {
+ public:
+  TouchedOnDevice& operator[](uint64_t piece) {
+    const uint64_t page = piece / kPage;
+    if (page != last_) page_ = pages_.try_emplace(page, kPage).first->second.data(), last_ = page;
+    return page_[piece % kPage];
+  }
+
+ private:
+  static constexpr uint64_t kPage = 4096;
+  std::unordered_map<uint64_t, std::vector<TouchedOnDevice>> pages_;
+  uint64_t last_ = ~uint64_t(0);
+  TouchedOnDevice* page_ = nullptr;
 };
-template <class T>
-using Zeroed = std::unique_ptr<T[], Free>;
-// calloc's pages cost nothing until they are touched.
-template <class T>
-Zeroed<T> zeroed(size_t count) {
-  return Zeroed<T>(static_cast<T*>(std::calloc(std::max<size_t>(count, 1), sizeof(T))));
-}
 
 struct Range {
   uint64_t begin, end;
-  Zeroed<TouchedOnDevice> touched;
+  Pieces touched;
 };
 
 struct Copy {
@@ -127,7 +132,7 @@ class Machine {
       throw Fault(p_.name + ": " + std::to_string(launch.arguments.size()) + " bytes of arguments, not " +
                   std::to_string(p_.parameter_bytes));
     for (const Memory& memory : launch.memory)
-      if (memory.bytes) ranges_.push_back({memory.address, memory.address + memory.bytes, nullptr});
+      if (memory.bytes) ranges_.push_back({memory.address, memory.address + memory.bytes, {}});
     std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
     std::vector<Range> merged;
     for (Range& range : ranges_) {
@@ -1203,7 +1208,6 @@ class Machine {
     uint8_t* place = reinterpret_cast<uint8_t*>(address);
     if (l_.check_races) {
       Range& range = ranges_[last_];
-      if (!range.touched) range.touched = zeroed<TouchedOnDevice>((range.end - range.begin) / kDeviceGranule + 2);
       const bool same = writes && std::memcmp(place, data, size_t(bytes)) == 0;
       for (uint64_t g = (address - range.begin) / kDeviceGranule;
            g <= (address - range.begin + uint64_t(bytes) - 1) / kDeviceGranule; g++)
@@ -1223,7 +1227,6 @@ class Machine {
   }
 
   void touch_on_device(TouchedOnDevice& t, int lane, bool writes, uint64_t place) {
-    if (t.by.write_time == 0 && t.by.read_time == 0) t = TouchedOnDevice{};
     const int32_t block = int32_t(block_);
     if (t.write_block != -1 && t.write_block != block)
       fail("a race: block " + std::to_string(t.write_block) + " writes the same device memory, at " +

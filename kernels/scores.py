@@ -13,8 +13,21 @@ def score_tile(
 ):  # fmt: skip
     """Scores as exponents to base 2, -inf at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32."""
     columns = column_start + tl.arange(0, BLOCK_N)
-    scores = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE) * scale_log2
+    dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
+    scores = rounded_product(dots, scale_log2)
     return tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b, rounded whatever is added to it.
+
+    What the largest score is taken from and what the LSE has to be the same number. ptxas would make one instruction of
+    product and difference in one place and not in the other, and a score of 1e4 be off by what its rounding is.
+    """
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
