@@ -35,10 +35,10 @@ def install(capability: int) -> None:
     """Puts the extension's host part in the place of ``reattn._cuda``, in this process, its kernels compiled for a
     compute capability: 90 for 9.0.
 
-    To be called before ``reattn`` is imported.
+    To be called before ``reattn`` is imported; after that again for another compute capability.
     """
     global arch
-    if "reattn.backends.cuda" in sys.modules:
+    if "reattn.backends.cuda" in sys.modules and sys.modules.get("reattn._cuda") is not _cuda:
         raise RuntimeError("emulator.cuda.install has to come before the import of reattn")
     arch = capability
     _cuda.set_launcher(launch)

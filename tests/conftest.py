@@ -1,5 +1,6 @@
 """What every test shares: backend and device, kernels that run without a GPU, and a choice of tiles."""
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -67,6 +68,24 @@ def backend(request) -> str:
 def device(request) -> torch.device:
     """Where the test's backend runs; without one, the GPU if there is one."""
     return device_of(request.getfixturevalue("backend") if "backend" in request.fixturenames else "triton")
+
+
+@pytest.fixture
+def compiled_for(request):
+    """Has the emulator execute what is compiled for another compute capability, 80 for 8.0; skips on a GPU of
+    another."""
+
+    def choose(arch):
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if arch != 10 * major + minor:
+                pytest.skip(f"this GPU has compute capability {major}.{minor}")
+            return
+        for install in (emulator.cuda.install, triton_driver.install):
+            install(arch)
+            request.addfinalizer(functools.partial(install, EMULATED_ARCH))
+
+    return choose
 
 
 @pytest.fixture

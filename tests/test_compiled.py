@@ -1,0 +1,68 @@
+"""Every GPU kernel as it is compiled, executed: each head count with each dtype and each norm, on two architectures.
+
+``test_parity.py`` runs the same kernels on fewer problems. What the compilers make of a kernel depends on heads,
+head_dim, dtype, norm and architecture: Triton has miscompiled single head counts. head_dim, lengths, dropout and large
+scores take turns.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from parity import MODES, assert_parity, compute, drawn_mask, make_problem
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HEADS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 32)
+HEAD_DIMS = (8, 32, 33, 64, 80, 128)
+# seqlen, seqlen_k: ragged, more than a tile, a single row, a single key
+LENGTHS = ((17, 50), (70, 33), (1, 17), (17, 1), (33, 17))
+ARCHS = (90, 80)
+
+
+def cases():
+    """(arch, heads, dtype, mode), and what takes turns: head_dim, lengths, dropout, a factor on the scores."""
+    every = itertools.product(ARCHS, HEADS, FLOATS, MODES)
+    for number, (arch, heads, dtype, mode) in enumerate(every):
+        head_dim = HEAD_DIMS[number % len(HEAD_DIMS)]
+        seqlen, seqlen_k = LENGTHS[number // 3 % len(LENGTHS)]
+        dropout, large = number % 4 == 1, number % 7 == 3
+        if mode == "batch-training":
+            seqlen_k = max(seqlen_k, 2)
+        name = f"sm_{arch}-{dtype}-{heads}x{head_dim}-{seqlen}x{seqlen_k}-{mode}" + "-dropout" * dropout + "-large" * large
+        yield pytest.param(arch, heads, head_dim, seqlen, seqlen_k, dtype, mode, dropout, large, id=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(
+    ("arch", "heads", "head_dim", "seqlen", "seqlen_k", "dtype", "mode", "dropout", "large"), list(cases())
+)
+def test_every_kernel(
+    arch, heads, head_dim, seqlen, seqlen_k, dtype, mode, dropout, large, backend, device, compiled_for
+):  # fmt: skip
+    compiled_for(arch)
+    sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": 1}
+    problem = make_problem(mode, **sizes, dtype=FLOATS[dtype], device=device)
+    if large:
+        problem = problem.with_tensors(**{name: problem[name] * 30 for name in ("query", "key")})
+    if dropout:
+        keep = drawn_mask(backend, **sizes)
+        problem = replace(problem.with_options(dropout_p=0.3), keep=keep)
+    assert_parity(problem, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_nan_stays_in_its_rows(heads, dtype, backend, device):
+    """Rows share a dot where heads are few: a NaN in one of them must not reach another, at any head count."""
+    mode = ("layer", "none")[heads % 2]
+    problem = make_problem(mode, heads=heads, seqlen=20, seqlen_k=18, dtype=FLOATS[dtype], device=device)
+    query = problem["query"].clone()
+    query[0, heads // 2, 5, 3] = float("nan")
+    problem = problem.with_tensors(query=query)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    for name, right in expected.items():
+        assert torch.equal(found[name].isnan(), right.isnan()), name
