@@ -1,0 +1,123 @@
+"""What a run found, as text: short, for the end of a terminal's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.cases import BACKENDS, name_of
+from benchmarks.gpu.pool import NOT_RUN
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of text in columns; the first row is the head."""
+    rows = [list(map(str, row)) for row in rows]
+    if len(rows) < 2:
+        return []
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def status(record: Mapping[str, Any]) -> str:
+    return f"{record['status']}: {record['error']}" if record.get("error") else record["status"]
+
+
+def faults(records: Records) -> list[str]:
+    """What is not right, in full; what was not run is listed with its like."""
+    lines = []
+    for record in records:
+        lines += [f"{record['name']}: lost in {step}: {why}" for step, why in record.get("lost", {}).items()]
+        if record["status"] not in ("ok", NOT_RUN):
+            lines.append(f"{record['name']}: {status(record)}")
+    return lines
+
+
+def not_run(records: Records) -> list[str]:
+    """By reason how many and which."""
+    by_reason: dict[str, list[str]] = {}
+    for record in records:
+        if record["status"] == NOT_RUN:
+            by_reason.setdefault(record["error"], []).append(record["name"])
+    return [f"not run, {why} ({len(names)}): {'; '.join(names)}" for why, names in by_reason.items()]
+
+
+def kernels(records: Records) -> list[str]:
+    """A line for each backend and norm: what became of each launch."""
+    lines = []
+    for record in records:
+        found = {
+            **record.get("kernels", {}),
+            **{step: why.partition(":")[0] for step, why in record.get("lost", {}).items()},
+        }
+        told = ", ".join(f"{name} {what}" for name, what in found.items())
+        lines.append(f"{record['name']}: {told or status(record)}")
+    return lines
+
+
+def parity(records: Records) -> list[str]:
+    """A row for each backend and dtype, a column for each norm: how many are right, of how many that were run."""
+    modes = list(dict.fromkeys(record["mode"] for record in records))
+    rows = [["backend", "dtype", *modes]]
+    kinds = dict.fromkeys((r["backend"], r["dtype"], bool(r["dropout_p"])) for r in records)
+    for backend, dtype, dropped in sorted(kinds, key=lambda kind: BACKENDS.index(kind[0])):
+        of = [r for r in records if (r["backend"], r["dtype"], bool(r["dropout_p"])) == (backend, dtype, dropped)]
+        row = [backend, f"{dtype} dropout" if dropped else dtype]
+        for mode in modes:
+            ran = [record for record in of if record["mode"] == mode and record["status"] != NOT_RUN]
+            row.append(f"{sum(record['status'] == 'ok' for record in ran)}/{len(ran)}")
+        rows.append(row)
+    return columns(rows)
+
+
+def comparisons(records: Records) -> list[str]:
+    """Milliseconds of every contender."""
+    done = [record for record in records if record.get("ms") and record["kind"] in ("operator", "model")]
+    names = list(dict.fromkeys(name for record in done for name in record["ms"]))
+    rows = [["milliseconds", *names, "ours / sdpa or plain ViT", "peak MB, ours / eager"]]
+    for record in done:
+        ms, peaks = record["ms"], record["peak_bytes"]
+        floor = ms.get("sdpa") or ms.get("plain ViT")
+        ours = [name for name in BACKENDS if name in ms]
+        held = [f"{peaks[name] / 1e6:.0f}" if peaks.get(name) is not None else "-" for name in (*ours, "eager")]
+        over = " ".join(f"{ms[name] / floor:.2f}" for name in ours) if floor else "-"
+        cells = [f"{ms[name]:.4g}" if name in ms else "-" for name in names]
+        rows.append([record["name"], *cells, over or "-", " ".join(held)])
+    return columns(rows)
+
+
+def beside_forecast(records: Records, forecasts: Records) -> list[dict[str, Any]]:
+    """The microseconds of every kernel that was timed, and those that were forecast for it."""
+    expected = {(f["backend"], f["kernel"], f["shape"], f["norm"]): f for f in forecasts}
+    found = []
+    for record in records:
+        if record["kind"] != "kernel_times" or "ms" not in record:
+            continue
+        shape = name_of(record["shape"])
+        for name, ms in record["ms"].items():
+            backend, kernel = name.split(" ", 1)
+            each = {"backend": backend, "kernel": kernel, "shape": shape, "norm": record["norm"], "us": 1e3 * ms}
+            if forecast := expected.get((backend, kernel, shape, record["norm"])):
+                each |= {"forecast_us": 1e6 * forecast["seconds"], "binding": forecast["binding"]}
+            found.append(each)
+    return found
+
+
+def forecast_table(rows: Records) -> list[str]:
+    lines = [["kernel", "shape", "norm", "us", "forecast us", "measured / forecast", "binding"]]
+    for row in rows:
+        forecast = row.get("forecast_us")
+        told = ["-", "-", "-"] if not forecast else [f"{forecast:.4g}", f"{row['us'] / forecast:.2f}", row["binding"]]
+        lines.append([f"{row['backend']} {row['kernel']}", row["shape"], row["norm"], f"{row['us']:.4g}", *told])
+    return columns(lines)
+
+
+def counters(records: Records) -> list[str]:
+    """What the hardware counted, by kernel: the figures of ``benchmarks.gpu.profile.SHOWN``."""
+    names = list(dict.fromkeys(name for record in records for name in record.get("shown", {})))
+    rows = [["kernel", *names]]
+    for record in records:
+        if record.get("shown"):
+            rows.append([record["name"], *(f"{record['shown'].get(name, float('nan')):.4g}" for name in names)])
+    return columns(rows)
