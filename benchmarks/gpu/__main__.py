@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +37,14 @@ CORRECT_UNTIL = 0.46
 BUILD_UNTIL = 0.6
 TIMED_UNTIL = 0.96
 COMPARE_SECONDS = 60.0
+
+
+class TimeIsUp(Exception):
+    """Of a run as a whole: what its stages should never come to."""
+
+
+def _time_is_up(*_: Any) -> None:
+    raise TimeIsUp
 
 
 class Run:
@@ -113,7 +123,8 @@ class Run:
         """Then what is not right, and what was not run."""
         records = [job.record() for job in self.jobs if job.result]
         sections = (*sections, ("Not right", table.faults(records)), ("Not run", table.not_run(records)))
-        print(f"\n== {self.gpu.get('card')}, {self.part}, {self.clock.elapsed():.0f} of {self.clock.budget:.0f} s ==")
+        card = "emulated: its times mean nothing" if self.emulated else self.gpu.get("card")
+        print(f"\n== {card}, {self.part}, {self.clock.elapsed():.0f} of {self.clock.budget:.0f} s ==")
         for title, lines in sections:
             if lines:
                 print("", title, *lines, sep="\n", flush=True)
@@ -136,12 +147,7 @@ def gates(build: Build | None) -> dict[str, Any]:
 def check(run: Run) -> None:
     build, budget, sizes = run.set_up(), run.clock.budget, run.sizes
     in_bfloat16, *others = cases.parity_jobs(sizes)
-    correct = [
-        *cases.kernel_jobs(sizes),
-        *in_bfloat16,
-        *cases.warm_jobs(sizes),
-        *(job for each in others for job in each),
-    ]
+    correct = [*cases.kernel_jobs(sizes), *in_bfloat16, *cases.warm_jobs(sizes), *itertools.chain(*others)]
     # Those of the extension begin as soon as it is there.
     correct.sort(key=lambda job: not job.needs)
     run.stage("correctness", correct, CORRECT_UNTIL * budget, gates=gates(build))
@@ -264,10 +270,8 @@ def count(run: Run, job: Job) -> dict[str, Any]:
         if result["status"] == NOT_RUN:
             return result
         said = [line for line in text.splitlines() if line.startswith("==ERROR==")]
-        result |= {
-            "status": "failed",
-            "error": said[0] if said else f"no counters: {result.get('error', 'nothing read')}",
-        }
+        said.append(f"no counters: {result.get('error', 'nothing read')}")
+        result |= {"status": "failed", "error": said[0]}
     return result
 
 
@@ -290,31 +294,17 @@ def tests(run: Run) -> None:
     lines = run.out / "tests.jsonl"
     for path in run.out.glob("tests.jsonl*"):
         path.unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests",
-        "-m",
-        "gpu or device",
-        "-q",
-        "-p",
-        "benchmarks.gpu.pytest_lines",
-    ]
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "device", "-p", "benchmarks.gpu.pytest_lines"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(run.pool.workers), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60", "--timeout-method", "thread"]
     else:
-        run.say(
-            "pytest-timeout is not installed: a test that hangs is ended with the whole run, and shown by its stack"
-        )
+        run.say("pytest-timeout is not installed: a test that hangs ends with the whole run; the log has its stack")
         command += ["-o", "faulthandler_timeout=60"]
     environment = os.environ | {"REATTN_GPU_LINES": str(lines), "PYTHONPATH": str(ROOT)}
     if there and not run.emulated:
         environment["REATTN_BUILD_CPU"] = os.environ.get("REATTN_BUILD_CPU", "")
-    import subprocess
-
     popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=run.log, stderr=run.log, **GROUP)
     LIVE.add(popen)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -336,9 +326,8 @@ def tests(run: Run) -> None:
             job.result = {"status": "failed", "error": each["said"].strip().rpartition("\n")[2], "said": each["said"]}
             run.jobs.append(job)
     left = sorted(collected - outcomes.keys())
-    counts = {
-        name: sum(each["outcome"] == name for each in outcomes.values()) for name in ("passed", "failed", "skipped")
-    }
+    said = [each["outcome"] for each in outcomes.values()]
+    counts = {name: said.count(name) for name in ("passed", "failed", "skipped")}
     run.gpu["tests"] = {**counts, "not run": len(left), "cut off": cut_off, "left": left}
     if not collected or (not cut_off and left):
         job = Job("pytest", {"kind": "test"})
@@ -377,19 +366,26 @@ def main(
         command = [sys.executable, "-m", "benchmarks.gpu.worker", *(["--emulated"] if options.emulated else [])]
     run = Run(options, command, now)
     # Ended from outside, it ends what it started and has written what it knows.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)), signal.signal(signal.SIGALRM, _time_is_up)
+    signal.setitimer(signal.ITIMER_REAL, options.seconds)
     try:
         PARTS[run.part](run)
+    except TimeIsUp:
+        run.gpu["error"] = "ended by its time"
+        run.print_table()
+        return 1
     except RuntimeError as error:
         run.gpu["error"] = str(error)
         print(f"make gpu: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         run.write()
         run.pool.close()
         end_all()
         run.log.close()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip((signal.SIGTERM, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
     return 0 if run.right() else 1
 
 

@@ -63,6 +63,7 @@ def kernel_jobs(sizes: Sizes) -> list[Job]:
             f"{backend} kernels, {mode}",
             {"kind": "kernels", "backend": backend, "mode": mode, **problem},
             needs(backend),
+            own_process=True,
         )
         for backend, mode in itertools.product(BACKENDS, MODES[:3])
     ]

@@ -41,7 +41,7 @@ def worker_command(request: dict[str, Any]) -> list[str]:
 
 
 def ncu_command(request: dict[str, Any], log: pathlib.Path, metrics: Iterable[str] = METRICS) -> list[str]:
-    """Every launch of the profiled kernels between the profiler's start and stop; the card's clocks stay as they are."""
+    """Profiled are the kernels' launches between the profiler's start and stop; the card's clocks stay as they are."""
     kernels = f"regex:^({'|'.join(PROFILED)})_kernel"
     options = ["--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels]
     options += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]

@@ -47,10 +47,8 @@ def kernels(records: Records) -> list[str]:
     """A line for each backend and norm: what became of each launch."""
     lines = []
     for record in records:
-        found = {
-            **record.get("kernels", {}),
-            **{step: why.partition(":")[0] for step, why in record.get("lost", {}).items()},
-        }
+        lost = {step: why.partition(":")[0] for step, why in record.get("lost", {}).items()}
+        found = {**record.get("kernels", {}), **lost}
         told = ", ".join(f"{name} {what}" for name, what in found.items())
         lines.append(f"{record['name']}: {told or status(record)}")
     return lines

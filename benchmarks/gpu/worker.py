@@ -277,6 +277,8 @@ def machine(answers: Answers, without: Any = ()) -> dict[str, Any]:
     """What the report has to know of the machine."""
     from benchmarks import machine as told
 
+    if EMULATED:
+        return {"machine": {"device": "emulated"}, "able": able()}
     return {"machine": {**told.machine_info(device()), "ceilings": told.ceilings(device())}, "able": able()}
 
 
