@@ -6,9 +6,14 @@ import csv
 import json
 import pathlib
 import re
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from benchmarks.gpu import cases, table
+from benchmarks.gpu.pool import NOT_RUN, Job, run_command
+from benchmarks.gpu.run import BUILD_UNTIL, Run
 
 PROFILED = ("forward", "backward_query")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy", "InstructionStats")
@@ -95,3 +100,80 @@ def read_sanitizer(text: str) -> tuple[int | None, list[str]]:
     summary = re.search(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     lines = [line for line in text.splitlines() if line.startswith("=========")]
     return (int(summary[1] or summary[2]) if summary else None), lines[:20]
+
+
+def profile(run: Run) -> None:
+    """Streams and graphs, the counters of two launches of each backend, then the accesses of the CUDA kernels."""
+    build = run.set_up()
+    there = run.built(build, BUILD_UNTIL * run.clock.budget)
+    if not run.emulated:
+        until = run.clock.elapsed() + 0.15 * run.clock.budget
+        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until, workers=4, gates=run.gates(build))
+    run.pool.close()
+    wanted = {"kind": "launches", "shape": run.sizes.profiled, "norm": "layer"}
+    small = [
+        {"mode": mode, "heads": 3, "head_dim": 32, "seqlen": 50, "dtype": dtype}
+        for mode, dtype in (("layer", "bfloat16"), ("batch-training", "bfloat16"), ("layer", "float32"))
+    ]
+    for backend in cases.BACKENDS:
+        job = Job(f"ncu {backend}", {**wanted, "backend": backend})
+        run.jobs.append(job)
+        job.result = watched(run, "ncu", there or not cases.needs(backend), lambda job=job: count(run, job))
+        for kernel, metrics in job.result.get("metrics", {}).items():
+            shown = Job(f"{backend} {kernel}", {"kind": "counters"})
+            shown.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
+            run.jobs.append(shown)
+        run.write()
+    for tool in ("memcheck", "racecheck"):
+        job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})
+        run.jobs.append(job)
+        job.result = watched(run, "compute-sanitizer", there, lambda tool=tool: sanitize(run, tool, small))
+        run.say(f"{job.name}: {table.status(job.result)}")
+        run.write()
+    stalled = [
+        f"{record['name']}: {', '.join(f'{name} {value:.2f}' for name, value in list(record['stalls'].items())[:6])}"
+        for record in run.records("counters")
+    ]
+    run.print_table(
+        ("Hardware counters", table.counters(run.records("counters"))),
+        ("Warps stalled for each issue", stalled),
+    )
+
+
+def watched(run: Run, program: str, there: bool, watch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if run.emulated:
+        return {"status": NOT_RUN, "error": "emulated"}
+    if not there:
+        return {"status": NOT_RUN, "error": "CUDA extension not built"}
+    if shutil.which(program) is None:
+        return {"status": NOT_RUN, "error": f"{program} is not installed"}
+    return watch()
+
+
+def count(run: Run, job: Job) -> dict[str, Any]:
+    """Counters of one backend's launches; without those metrics that this ncu may not know, if it refuses them."""
+    path = run.out / f"{job.name.replace(' ', '-')}.csv"
+    result: dict[str, Any] = {}
+    for metrics in (METRICS, ()):
+        result = run_command(ncu_command(job.request, path, metrics), min(60, run.clock.left() - 5), run.log)
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        if metrics_by_kernel := read_ncu(text):
+            return {**result, "metrics": metrics_by_kernel}
+        if result["status"] == NOT_RUN:
+            return result
+        said = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+        said.append(f"no counters: {result.get('error', 'nothing read')}")
+        result |= {"status": "failed", "error": said[0]}
+    return result
+
+
+def sanitize(run: Run, tool: str, small: list[dict[str, Any]]) -> dict[str, Any]:
+    path = run.out / f"{tool}.log"
+    with path.open("w") as log:
+        result = run_command(sanitizer_command(tool, small), min(80, run.clock.left() - 3), log)
+    errors, lines = read_sanitizer(path.read_text(errors="replace"))
+    if errors:
+        return {**result, "status": "wrong", "error": f"{errors} reported: {' '.join(lines[1:4])}", "lines": lines}
+    if result["status"] == "ok" and errors is None:
+        return {**result, "status": "failed", "error": "no summary"}
+    return result

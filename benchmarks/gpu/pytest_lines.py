@@ -1,4 +1,4 @@
-"""A plugin of pytest: a JSON line for every test as it ends, so that a run that is cut off has told what it knew."""
+"""A plugin of pytest: a JSON line for every test as it begins and ends; a run that is cut off has told what it knew."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Lines:
     def _say(self, **line: object) -> None:
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._say(test=nodeid, outcome="begun", seconds=0, said="")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":

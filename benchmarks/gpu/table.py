@@ -8,6 +8,9 @@ from typing import Any
 from benchmarks.gpu.cases import BACKENDS, name_of
 from benchmarks.gpu.pool import NOT_RUN
 
+# As many names go into a line.
+MOST = 40
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -35,12 +38,16 @@ def faults(records: Records) -> list[str]:
 
 
 def not_run(records: Records) -> list[str]:
-    """By reason how many and which."""
+    """By reason how many and which, some of them by name: the JSON has all."""
     by_reason: dict[str, list[str]] = {}
     for record in records:
         if record["status"] == NOT_RUN:
             by_reason.setdefault(record["error"], []).append(record["name"])
-    return [f"not run, {why} ({len(names)}): {'; '.join(names)}" for why, names in by_reason.items()]
+    lines = []
+    for why, names in by_reason.items():
+        more = f"; and {len(names) - MOST} more" if len(names) > MOST else ""
+        lines.append(f"{why} ({len(names)}): {'; '.join(names[:MOST])}{more}")
+    return lines
 
 
 def kernels(records: Records) -> list[str]:
