@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu import cases, table
-from benchmarks.gpu.install import Build, find_card, install
+from benchmarks.gpu.install import Build, Card, find_card, install
 from benchmarks.gpu.pool import NO_TIME, NOT_RUN, Clock, Gate, Job, Pool
 
 # Of the budget: by when the extension is built, or left out.
@@ -76,6 +76,9 @@ class Run:
         self.write()
         if installed["status"] != "ok":
             raise RuntimeError(f"not installed: {table.status(installed)} (see {self.part}.log)")
+        return self.start_build(card)
+
+    def start_build(self, card: Card) -> Build:
         return Build(card, self.clock, self.out / "build.log").start()
 
     def built(self, build: Build | None, until: float) -> bool:
