@@ -6,13 +6,13 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp tests/*/*.h tests/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp emulator/*.h emulator/*.cpp tests/*/*.h tests/*/*.cpp)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated demo test test-all sanitize lint format bench bench-quick aot gpu clean
+.PHONY: help extension emulated emulator demo test test-all sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -23,6 +23,9 @@ extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUD
 
 emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run it without a GPU
 	$(PY) tests/cuda/build.py out/emulated
+
+emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
+	$(PY) emulator/build.py
 
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
