@@ -88,5 +88,6 @@ def forecast(answers, card, without):
 if __name__ == "__main__":
     worker.set_up = lambda emulated: None
     fakes = (kernels, parity, machine, kernel_times, operator, model, forecast)
-    worker.HANDLERS.update({fake.__name__: fake for fake in fakes} | {"warm": nothing, "warm_compiled": nothing})
+    worker.HANDLERS.update({fake.__name__: fake for fake in fakes})
+    worker.HANDLERS.update(dict.fromkeys(("warm", "warm_compiled", "stream", "graph"), nothing))
     sys.exit(worker.serve())

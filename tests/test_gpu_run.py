@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_listed(make_gpu):
     left = [job for job in jobs.values() if job["status"] == "not run"]
     assert len(left) > 100 and all(job["error"].startswith("no time") for job in left)
     assert any(job["status"] == "ok" for job in jobs.values())
-    assert "\nNot run\nno time (" in printed and "more" in printed
+    assert re.search(r"\nNot run\n(.+\n)*no time \(\d+\): .+; and \d+ more\n", printed)
     assert found["gpu"]["seconds"] <= 8.5 and found["gpu"]["budget"] == 8
 
 
@@ -289,3 +289,105 @@ def test_tests_that_begin_and_do_not_end_are_told_from_others():
     ]
     found = suite.read_lines("\n".join(map(json.dumps, lines)) + '\n{"test": "c", "out')
     assert {name: each["outcome"] for name, each in found.items()} == {"a": "begun", "b": "failed"}
+
+
+def program(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+
+
+def test_profile(make_gpu, tmp_path, monkeypatch):
+    """Programs in the place of ncu and compute-sanitizer: one knows nothing of the metrics, the other finds a race."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(
+        folder,
+        "ncu",
+        "import pathlib, sys\nlog = pathlib.Path(sys.argv[sys.argv.index('--log-file') + 1])\n"
+        "if '--metrics' in sys.argv: log.write_text('==ERROR== Failed to find metric x'), sys.exit(1)\n"
+        f"log.write_text({NCU!r})\n",
+    )
+    program(
+        folder,
+        "compute-sanitizer",
+        "import sys\nracecheck = 'racecheck' in sys.argv\n"
+        "print('========= COMPUTE-SANITIZER')\n"
+        "if racecheck: print('========= Error: Race reported between a and b')\n"
+        "print('=========', 'RACECHECK SUMMARY: 1 hazard' if racecheck else 'ERROR SUMMARY: 0 errors')\n"
+        "sys.exit(9 * racecheck)\n",
+    )
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    status, found, printed, _ = make_gpu("profile")
+    assert status == 1
+    jobs = by_name(found)
+    assert jobs["ncu triton"]["status"] == "ok" and jobs["ncu triton"]["metrics"].keys() == {
+        "forward",
+        "backward_query",
+    }
+    assert jobs["cuda forward"]["shown"]["M instructions"] == 146.0
+    assert jobs["compute-sanitizer memcheck"]["status"] == "ok"
+    assert jobs["compute-sanitizer racecheck"]["status"] == "wrong"
+    assert "Race reported between a and b" in printed and "cuda backward_query: wait 0.50" in printed
+    assert jobs["cuda graph, layer"]["status"] == jobs["triton stream, batch-training"]["status"] == "ok"
+
+
+def test_without_the_programs_that_watch(make_gpu, monkeypatch):
+    monkeypatch.setattr(profile.shutil, "which", lambda name: None)
+    status, found, printed, _ = make_gpu("profile")
+    assert status == 0 and "ncu is not installed (2): ncu triton; ncu cuda" in printed
+
+
+def test_a_suite_that_hangs_is_cut_off(make_gpu, tmp_path, monkeypatch):
+    """What had begun is named, and what failed before is known."""
+    (tmp_path / "test_it.py").write_text(
+        "import time, pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_hangs(): time.sleep(600)\n"
+        "def test_after(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", str(tmp_path), "-q", "-p", "benchmarks.gpu.pytest_lines"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull]
+    monkeypatch.setattr(suite, "pytest_command", lambda run: command)
+    status, found, printed, took = make_gpu("tests", seconds=12)
+    assert status == 1 and took < 12
+    assert found["gpu"]["tests"] == {"passed": 1, "failed": 1, "skipped": 0, "not run": 1, "cut off": True}
+    told = {name.partition("::")[2]: job for name, job in by_name(found).items()}
+    assert {name: job["status"] for name, job in told.items()} == {
+        "test_wrong": "failed",
+        "test_hangs": "hang",
+        "test_after": "not run",
+    }
+    assert "1 passed, 1 failed, 0 skipped, 1 not run" in printed
+    assert re.search(r"::test_hangs: hang: had not ended", printed)
+
+
+def test_tests_are_guarded_with_what_is_there(make_gpu, tmp_path, monkeypatch, capsys):
+    options = gpu.parse(["tests", "--out", str(tmp_path), "--workers", "5"])
+    one = run.Run(options, FAKE, time.monotonic)
+    there = {"xdist", "pytest_timeout"}
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name if name in there else None)
+    assert suite.pytest_command(one)[-8:] == [
+        *("-n", "5", "--dist", "worksteal"),
+        *("--timeout", "60", "--timeout-method", "thread"),
+    ]
+    there.clear()
+    assert suite.pytest_command(one)[-2:] == ["-o", "faulthandler_timeout=60"]
+    assert "pytest-timeout is not installed" in capsys.readouterr().out
+    one.log.close()
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+def test_the_flow_of_stages_with_what_stands_for_a_gpu(tmp_path):
+    """Every kind of job, by the workers that a card's would be; on a slow machine not all of them."""
+    options = ["--emulated", "--out", str(tmp_path), "--workers", "2", "--seconds", "80"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert {job["status"] for job in found["gpu"]["jobs"]} <= {"ok", "not run"}
+    kinds = {job["kind"] for job in found["gpu"]["jobs"] if job["status"] == "ok"}
+    assert kinds >= {"kernels", "parity", "machine", "kernel_times", "operator"}

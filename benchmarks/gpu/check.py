@@ -18,7 +18,8 @@ TUNE_SECONDS = 60.0
 def check(run: Run) -> None:
     build, budget, sizes = run.set_up(), run.clock.budget, run.sizes
     in_bfloat16, *others = cases.parity_jobs(sizes)
-    correct = [*cases.kernel_jobs(sizes), *in_bfloat16, *cases.warm_jobs(sizes), *itertools.chain(*others)]
+    forecast = Job("forecast", {"kind": "forecast", "card": run.gpu["card"]})
+    correct = [*cases.kernel_jobs(sizes), *in_bfloat16, *cases.warm_jobs(sizes), forecast, *itertools.chain(*others)]
     # Those of the extension begin as soon as it is there.
     correct.sort(key=lambda job: not job.needs)
     run.stage("correctness", correct, CORRECT_UNTIL * budget, gates=run.gates(build))
@@ -44,9 +45,7 @@ def check(run: Run) -> None:
     if lost:
         run.gpu["not_timed"] = sorted(map(list, lost))
         run.say(f"not timed, since they hung or crashed: {', '.join(' '.join(each) for each in sorted(lost))}")
-    forecast = Job("forecast", {"kind": "forecast", "card": run.gpu["card"]})
     run.stage("timing", timing, TIMED_UNTIL * budget, workers=1)
-    run.stage("forecast", [forecast], budget - 1, workers=1)
     rows = table.beside_forecast(run.records("kernel_times"), forecast.result.get("forecasts", ()))
     run.gpu["kernels"] = rows
     run.write()

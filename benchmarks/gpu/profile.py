@@ -120,9 +120,9 @@ def profile(run: Run) -> None:
         run.jobs.append(job)
         job.result = watched(run, "ncu", there or not cases.needs(backend), lambda job=job: count(run, job))
         for kernel, metrics in job.result.get("metrics", {}).items():
-            shown = Job(f"{backend} {kernel}", {"kind": "counters"})
-            shown.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
-            run.jobs.append(shown)
+            counted = Job(f"{backend} {kernel}", {"kind": "counters"})
+            counted.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
+            run.jobs.append(counted)
         run.write()
     for tool in ("memcheck", "racecheck"):
         job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})

@@ -129,9 +129,7 @@ def hooked(backend: str, hook: Callable[[str, Callable[[], Any]], Any]) -> Itera
 @contextlib.contextmanager
 def compiled_only(backend: str) -> Iterator[None]:
     """Triton's kernels are compiled, into its cache on disk, and not launched: what is computed means nothing."""
-    from reattn.backends import triton
-
-    if backend != "triton" or triton.INTERPRETED:
+    if backend != "triton" or triton_interprets():
         yield
         return
 
@@ -141,6 +139,12 @@ def compiled_only(backend: str) -> Iterator[None]:
 
     with hooked("triton", compile_it):
         yield
+
+
+def triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def synchronize() -> None:
@@ -279,7 +283,10 @@ def machine(answers: Answers, without: Any = ()) -> dict[str, Any]:
 
     if EMULATED:
         return {"machine": {"device": "emulated"}, "able": able()}
-    return {"machine": {**told.machine_info(device()), "ceilings": told.ceilings(device())}, "able": able()}
+    found = told.machine_info(device())
+    # A copy of the tree has no history: who made it can tell.
+    found["commit"] = found["commit"] or os.environ.get("REATTN_COMMIT")
+    return {"machine": {**found, "ceilings": told.ceilings(device())}, "able": able()}
 
 
 def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[dict[str, Callable[[], Any]], Any]:
@@ -473,7 +480,7 @@ def near(found: Any, expected: Any) -> None:
     for name, right in expected.items():
         difference = float(torch.linalg.vector_norm((found[name] - right).double()))
         size = float(torch.linalg.vector_norm(right.double()))
-        assert difference <= 1e-3 * size, f"{name}: off by {difference / size:.3g}"
+        assert difference <= 1e-3 * size, f"{name}: off by {difference:.3g} of {size:.3g}"
 
 
 @handler
@@ -578,12 +585,16 @@ def set_up(emulated: bool) -> None:
     global EMULATED
     EMULATED = emulated
     sys.path.insert(0, str(ROOT / "tests"))
+    # As many processes compile as there is room for.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if emulated:
         import conftest  # noqa: F401
     import torch
 
     if emulated:
         torch.set_num_threads(1)
+    # As benchmarks/conftest.py has it.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
 
 
 def serve(emulated: bool = False) -> None:
