@@ -62,8 +62,7 @@ class EagerAttention(nn.Module):
 def build(name: str, model: str, device: torch.device, quick: bool) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"depth": 2, "img_size": 64} if quick else {}
-    with device:
-        built = create_model(model, attention="self" if name == "plain ViT" else "re", **sizes)
+    built = create_model(model, attention="self" if name == "plain ViT" else "re", device=device, **sizes)
     set_backend(built, name if name in OURS else "reference")
     if name in ("eager", "compiled"):
         for block in built.blocks:

@@ -115,7 +115,8 @@ def measure_job(
     begin("compiling", 200.0, False)
     tiles = job.candidates()
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
-        list(pool.map(functools.partial(compile_tile, job), tiles))
+        # What was not compiled here is where it is checked.
+        measure.attempt(lambda: list(pool.map(functools.partial(compile_tile, job), tiles)))
     oracle = Oracle(job.problem, device, distinct=4)
     calls = make_calls(job, device)
     contender = measure.operator(job.problem.norm, "triton")

@@ -47,8 +47,9 @@ class Run:
         self.jobs += jobs
 
         def done(job: Job) -> None:
-            for entry in job.result.pop("benchmarks", ()):
-                self.found["benchmarks"].append(entry)
+            entries = job.result.pop("benchmarks", ())
+            if not self.emulated:
+                self.found["benchmarks"] += entries
             self.write()
             if job.result["status"] not in ("ok", NOT_RUN):
                 self.say(f"{job.name}: {table.status(job.result).partition(chr(10))[0]}")
