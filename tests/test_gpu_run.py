@@ -350,16 +350,18 @@ def test_a_suite_that_hangs_is_cut_off(make_gpu, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-q", "-p", "benchmarks.gpu.pytest_lines"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull]
     monkeypatch.setattr(suite, "pytest_command", lambda run: command)
+    monkeypatch.setattr(suite, "HANG_SECONDS", 1.0)
     status, found, printed, took = make_gpu("tests", seconds=12)
     assert status == 1 and took < 12
-    assert found["gpu"]["tests"] == {"passed": 1, "failed": 1, "skipped": 0, "not run": 1, "cut off": True}
+    counts = {"passed": 1, "failed": 1, "skipped": 0, "had not ended": 1, "not run": 1}
+    assert found["gpu"]["tests"] == {**counts, "cut off": True}
     told = {name.partition("::")[2]: job for name, job in by_name(found).items()}
     assert {name: job["status"] for name, job in told.items()} == {
         "test_wrong": "failed",
         "test_hangs": "hang",
         "test_after": "not run",
     }
-    assert "1 passed, 1 failed, 0 skipped, 1 not run" in printed
+    assert "1 passed, 1 failed, 0 skipped, 1 had not ended, 1 not run" in printed
     assert re.search(r"::test_hangs: hang: had not ended", printed)
 
 

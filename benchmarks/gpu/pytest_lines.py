@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -15,7 +16,7 @@ class Lines:
         self._stream = open(path, "a")  # noqa: SIM115 (as long as the process)
 
     def _say(self, **line: object) -> None:
-        self._stream.write(json.dumps(line) + "\n")
+        self._stream.write(json.dumps({**line, "at": time.time()}) + "\n")
         self._stream.flush()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from benchmarks.gpu.install import ROOT
@@ -16,6 +17,8 @@ from benchmarks.gpu.run import BUILD_UNTIL, Run
 
 # One test's, its compilation included.
 TEST_SECONDS = 60
+# One that had begun as long before the run was cut off is called a hang.
+HANG_SECONDS = 30.0
 
 
 def tests(run: Run) -> None:
@@ -30,7 +33,7 @@ def tests(run: Run) -> None:
     LIVE.add(popen)
     with contextlib.suppress(subprocess.TimeoutExpired):
         popen.wait(run.clock.left() - 6)
-    code = popen.poll()
+    code, end = popen.poll(), time.time()
     end_group(popen)
     collected: set[str] = set()
     for path in run.out.glob("tests.jsonl.*"):
@@ -47,14 +50,17 @@ def tests(run: Run) -> None:
         if each["outcome"] == "failed":
             note(name, "failed", each["said"].strip().rpartition("\n")[2], said=each["said"])
         elif each["outcome"] == "begun":
-            note(name, "hang", f"had not ended when the run was {'cut off' if code is None else 'over'}")
+            took = end - each["at"]
+            status, why = ("hang", "had not ended") if took >= HANG_SECONDS else (NOT_RUN, f"{NO_TIME}: cut off")
+            note(name, status, why, seconds=round(took, 1))
     left = sorted(collected - outcomes.keys())
     for name in left:
         note(name, NOT_RUN, NO_TIME)
     if not collected or (code is not None and left):
         note("pytest", "failed", f"ended with {code}: see {run.part}.log")
     said = [each["outcome"] for each in outcomes.values()]
-    counts = {name: said.count(name) for name in ("passed", "failed", "skipped")} | {"not run": len(left)}
+    counts = {name: said.count(name) for name in ("passed", "failed", "skipped")}
+    counts |= {"had not ended": said.count("begun"), "not run": len(left)}
     run.gpu["tests"] = {**counts, "cut off": code is None}
     run.write()
     run.print_table(("Tests", [", ".join(f"{count} {name}" for name, count in counts.items())]))

@@ -9,7 +9,7 @@ from benchmarks.gpu.cases import BACKENDS, name_of
 from benchmarks.gpu.pool import NOT_RUN
 
 # As many names go into a line.
-MOST = 40
+MOST = 12
 
 Records = Sequence[Mapping[str, Any]]
 
