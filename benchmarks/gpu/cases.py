@@ -110,6 +110,9 @@ def timing_jobs(sizes: Sizes, able: tuple[str, ...]) -> list[Job]:
             request |= {"contenders": (*able, "eager", "plain ViT"), "small": sizes.small, "seconds": sizes.seconds}
             name = f"{sizes.model[0]}, batch {sizes.model[1]}, training"
             jobs.append(Job(name, {"kind": "model", **request}))
+    for shape in sizes.timed:
+        request = {"kind": "kernel_times", "shape": shape, "norm": "none", "seconds": sizes.seconds, "backends": able}
+        jobs.append(Job(f"kernels {name_of(shape)} none", request))
     return jobs
 
 
