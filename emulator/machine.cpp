@@ -56,12 +56,13 @@ inline float truncated(double x) {
   return rounded;
 }
 
-// Who touched two bytes of memory last. Times count up over a launch: of the block, its barriers; of the warp, its own.
+// Who touched a piece of memory last. Times count up over a launch: of the block, its barriers; of the warp, its own.
 struct Touched {
   uint32_t write_time = 0, write_warp_time = 0, read_time = 0, read_warp_time = 0;
   int32_t write_thread = -1, read_thread = -1;  // of readers several: kMany, or kManyOfWarp - warp
 };
-constexpr int kGranule = 2;
+// Bytes that are watched as one; in device memory nothing smaller is written.
+constexpr int kGranule = 1, kDeviceGranule = 2;
 constexpr int32_t kMany = -2, kManyOfWarp = -16;
 
 // In device memory the block counts too.
@@ -1167,11 +1168,11 @@ class Machine {
     uint8_t* place = reinterpret_cast<uint8_t*>(address);
     if (l_.check_races) {
       Range& range = ranges_[last_];
-      if (!range.touched) range.touched = zeroed<TouchedOnDevice>((range.end - range.begin) / kGranule + 2);
+      if (!range.touched) range.touched = zeroed<TouchedOnDevice>((range.end - range.begin) / kDeviceGranule + 2);
       const bool same = writes && std::memcmp(place, data, size_t(bytes)) == 0;
-      for (uint64_t g = (address - range.begin) / kGranule;
-           g <= (address - range.begin + uint64_t(bytes) - 1) / kGranule; g++)
-        if (!same || range.touched[g].by.write_time == 0) touch_on_device(range.touched[g], lane, writes, g * kGranule);
+      for (uint64_t g = (address - range.begin) / kDeviceGranule;
+           g <= (address - range.begin + uint64_t(bytes) - 1) / kDeviceGranule; g++)
+        if (!same || range.touched[g].by.write_time == 0) touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
     }
     return place;
   }
@@ -1300,11 +1301,9 @@ class Machine {
     }
     for (int m = 0; m < i.vector; m++) {
       uint16_t matrix[8][8];
-      uint8_t* rows[8];
-      for (int row = 0; row < 8; row++) {
-        rows[row] = shared(addresses[8 * m + row], 16, 8 * m + row, !loads);
-        if (loads) std::memcpy(matrix[row], rows[row], 16);
-      }
+      if (loads)
+        for (int row = 0; row < 8; row++)
+          std::memcpy(matrix[row], shared(addresses[8 * m + row], 16, 8 * m + row, false), 16);
       for (int lane = 0; lane < kWarp; lane++) {
         const int row = lane / 4, column = lane % 4 * 2;
         uint16_t& first = i.transposed ? matrix[column][row] : matrix[row][column];
@@ -1317,7 +1316,10 @@ class Machine {
         }
       }
       if (!loads)
-        for (int row = 0; row < 8; row++) std::memcpy(rows[row], matrix[row], 16);
+        for (int row = 0; row < 8; row++) {
+          const auto data = reinterpret_cast<const uint8_t*>(matrix[row]);
+          std::memcpy(shared(addresses[8 * m + row], 16, 8 * m + row, true, data), data, 16);
+        }
     }
   }
 

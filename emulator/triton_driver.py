@@ -15,7 +15,7 @@ from triton.backends.driver import DriverBase
 import emulator
 
 # Shared memory that a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+from benchmarks.compile_report import SHARED_LIMIT
 
 _FORMATS = {
     "i1": "B",
