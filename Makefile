@@ -6,13 +6,13 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp emulator/*.h emulator/*.cpp tests/*/*.h tests/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp emulator/*.h emulator/*.cpp tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated emulator demo test test-all sanitize lint format bench bench-quick aot gpu clean
+.PHONY: help extension emulator demo test test-all sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -20,9 +20,6 @@ help: ## list the targets
 # Always run: ninja, not make, knows what has to be compiled again.
 extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUDA one's, where they changed
 	$(PY) setup.py --quiet build_ext --inplace
-
-emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run it without a GPU
-	$(PY) tests/cuda/build.py out/emulated
 
 emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
 	$(PY) emulator/build.py
@@ -32,11 +29,11 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
-test: extension emulated ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
+test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
-test-all: extension emulated ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+test-all: extension emulator ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST)
 
@@ -79,7 +76,7 @@ gpu: ## check and time the kernels on this machine's GPU with GPU_PYTHON (defaul
 	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m benchmarks.gpu $(PART) --out "$(or $(OUT),out/gpu)" $(GPU_FLAGS)
 
 clean: ## remove everything that these targets made, the virtual environment too
-	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so emulator/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without the extension: pip would hide what its build says, and start it from nothing every time.

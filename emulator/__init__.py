@@ -22,13 +22,14 @@ Fault, Program, Report = _machine.Fault, _machine.Program, _machine.Report
 
 class Launched(NamedTuple):
     """A launch that was executed: the kernel's name, the blocks of its grid, threads and bytes of shared memory of a
-    block, and what warps executed."""
+    block beside what the kernel declares itself, what warps executed, and the kernel."""
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     report: Report
+    program: Program
 
 
 class Options:
@@ -79,4 +80,4 @@ def launch(
         count_wavefronts=Options.count_wavefronts,
     )
     if Options.launches is not None:
-        Options.launches.append(Launched(program.name, grid, threads, shared_bytes, report))
+        Options.launches.append(Launched(program.name, grid, threads, shared_bytes, report, program))

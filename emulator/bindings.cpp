@@ -14,9 +14,9 @@ namespace {
 
 struct Result {
   std::map<std::string, uint64_t> instructions;
-  std::vector<std::tuple<std::string, int, uint64_t>> lines;
+  std::vector<std::tuple<int, std::string, uint64_t>> lines;
   std::vector<std::tuple<int, std::string, uint64_t, uint64_t, uint64_t>> shared;
-  uint64_t barriers = 0;
+  uint64_t barriers = 0, device_bytes = 0;
 };
 
 Result run_launch(const Program& program, std::array<int, 3> grid, int threads, int shared_bytes,
@@ -37,23 +37,16 @@ Result run_launch(const Program& program, std::array<int, 3> grid, int threads, 
   }
   Result result;
   result.barriers = report.barriers;
-  std::map<int, uint64_t> lines;
   for (size_t i = 0; i < report.counts.size(); i++) {
     const Count& count = report.counts[i];
     const Instruction& instruction = program.instructions[i];
     if (!count.executed) continue;
     result.instructions[instruction.name] += count.executed;
-    lines[instruction.source] += count.executed;
+    result.lines.emplace_back(instruction.line, instruction.name, count.executed);
+    result.device_bytes += count.device_bytes;
     if (count.accesses)
       result.shared.emplace_back(instruction.line, instruction.name, count.accesses, count.wavefronts,
                                  count.without_conflicts);
-  }
-  for (const auto& [source, executed] : lines) {
-    if (source < 0)
-      result.lines.emplace_back("", 0, executed);
-    else
-      result.lines.emplace_back(program.sources[size_t(source)].first, program.sources[size_t(source)].second,
-                                executed);
   }
   return result;
 }
@@ -66,17 +59,19 @@ PYBIND11_MODULE(_machine, m) {
 
   py::class_<Result>(m, "Report", "What warps executed.")
       .def_readonly("instructions", &Result::instructions, "Warp instructions by opcode.")
-      .def_readonly("lines", &Result::lines, "(file, line, warp instructions) of the source that the PTX names.")
+      .def_readonly("lines", &Result::lines, "(line of the PTX, opcode, warp instructions) of every instruction.")
       .def_readonly(
           "shared", &Result::shared,
           "(line of the PTX, opcode, accesses, wavefronts, wavefronts without bank conflicts) of every instruction"
           " on shared memory, where they were counted.")
+      .def_readonly("device_bytes", &Result::device_bytes, "That lanes loaded, stored or copied of device memory.")
       .def_readonly("barriers", &Result::barriers, "Barriers that blocks met.");
 
   py::class_<Program>(m, "Program", "A kernel of a PTX module. Raises Fault for what the emulator does not know.")
       .def(py::init<const std::string&, const std::string&, bool>(), py::arg("ptx"), py::arg("entry"),
            py::arg("contract") = true)
       .def_readonly("name", &Program::name)
+      .def_readonly("ptx", &Program::ptx, "The module's text.")
       .def_readonly("threads", &Program::threads, "That a block may have at most, 0 where the PTX does not say.")
       .def_readonly("static_shared", &Program::static_shared, "Bytes of shared memory that the kernel declares itself.")
       .def_property_readonly(

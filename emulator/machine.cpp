@@ -60,6 +60,7 @@ inline float truncated(double x) {
 struct Touched {
   uint32_t write_time = 0, write_warp_time = 0, read_time = 0, read_warp_time = 0;
   int32_t write_thread = -1, read_thread = -1;  // of readers several: kMany, or kManyOfWarp - warp
+  uint32_t write_issue = 0;                     // which of the launch's warp instructions wrote
 };
 // Bytes that are watched as one; in device memory nothing smaller is written.
 constexpr int kGranule = 1, kDeviceGranule = 2;
@@ -441,6 +442,9 @@ class Machine {
       case Type::u64:
       case Type::b64:
         return integers<uint64_t>(i, lanes);
+      case Type::s16x2:
+      case Type::u16x2:
+        return pairs(i, lanes);
       case Type::s16:
         return integers<int16_t>(i, lanes);
       case Type::u16:
@@ -588,6 +592,18 @@ class Machine {
       default:
         unknown(i);
     }
+  }
+
+  // Two numbers of 16 bits in a register.
+  void pairs(const Instruction& i, uint32_t lanes) {
+    if (i.op != Op::add && i.op != Op::sub) unknown(i);
+    binary<uint32_t>(i, lanes, [&](uint32_t a, uint32_t b) {
+      const auto half = [&](int bits) {
+        const uint32_t x = a >> bits, y = b >> bits;
+        return (i.op == Op::add ? x + y : x - y) & 0xffff;
+      };
+      return half(0) | half(16) << 16;
+    });
   }
 
   template <class T, class F>
@@ -1104,8 +1120,7 @@ class Machine {
         fail("shared memory at " + std::to_string(g * kGranule) + " that nothing has written", lane);
       if (!l_.check_races) {
         if (writes) touched_[g].write_time = time_;
-      } else if (!data || touched_[g].write_time != time_ ||
-                 std::memcmp(shared_.data() + address, data, size_t(bytes))) {
+      } else if (!data || touched_[g].write_time != time_ || std::memcmp(shared_.data() + address, data, size_t(bytes))) {
         // Several threads may write the same at the same time.
         touch(touched_[g], lane, writes, g * kGranule);
       }
@@ -1121,7 +1136,11 @@ class Machine {
   // Two accesses of different threads, one of them a write, with nothing that orders them in between.
   void touch(Touched& t, int lane, bool writes, uint64_t place) {
     const int32_t me = warp_->number * kWarp + lane;
-    if (t.write_thread >= 0 && t.write_thread != me && same_time(t.write_time, t.write_warp_time, t.write_thread, me))
+    // Of lanes that write with one instruction one gets its way. Triton's do, what they hold differing in the last bits:
+    // sums of a butterfly whose first products were contracted (github.com/triton-lang/triton/issues/7264).
+    const bool together = writes && t.write_issue == uint32_t(executed_) && t.write_thread / kWarp == warp_->number;
+    if (t.write_thread >= 0 && t.write_thread != me && !together &&
+        same_time(t.write_time, t.write_warp_time, t.write_thread, me))
       race(place, t.write_thread, writes ? "writes what" : "reads what", "wrote", lane);
     if (writes) {
       if (t.read_time == time_ && t.read_thread != me && t.read_thread != -1) {
@@ -1131,6 +1150,7 @@ class Machine {
           race(place, t.read_thread, "writes what", "reads", lane);
       }
       t.write_time = time_, t.write_warp_time = warp_->time, t.write_thread = me;
+      t.write_issue = uint32_t(executed_);
       t.read_thread = -1;
     } else {
       if (t.read_time != time_ || t.read_thread == -1)
@@ -1165,6 +1185,7 @@ class Machine {
     }
     if (address % uint64_t(bytes))
       fail("device memory at an address that is no multiple of " + std::to_string(bytes), lane);
+    report_.counts[size_t(at_ - p_.instructions.data())].device_bytes += uint64_t(bytes);
     uint8_t* place = reinterpret_cast<uint8_t*>(address);
     if (l_.check_races) {
       Range& range = ranges_[last_];
@@ -1172,9 +1193,19 @@ class Machine {
       const bool same = writes && std::memcmp(place, data, size_t(bytes)) == 0;
       for (uint64_t g = (address - range.begin) / kDeviceGranule;
            g <= (address - range.begin + uint64_t(bytes) - 1) / kDeviceGranule; g++)
-        if (!same || range.touched[g].by.write_time == 0) touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
+        if (!same || range.touched[g].by.write_time == 0)
+          touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
+        else
+          write_again(range.touched[g], lane);
     }
     return place;
+  }
+
+  // What is there already: whichever block comes last, the one that writes it may read it.
+  void write_again(TouchedOnDevice& t, int lane) {
+    if (t.write_block == int32_t(block_)) return;
+    t.write_block = int32_t(block_);
+    t.by.write_time = time_, t.by.write_warp_time = warp_->time, t.by.write_thread = warp_->number * kWarp + lane;
   }
 
   void touch_on_device(TouchedOnDevice& t, int lane, bool writes, uint64_t place) {

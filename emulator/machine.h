@@ -31,6 +31,7 @@ struct Launch {
 struct Count {
   uint64_t executed = 0;
   uint64_t accesses = 0, wavefronts = 0, without_conflicts = 0;
+  uint64_t device_bytes = 0;  // that its lanes loaded, stored or copied
 };
 
 struct Report {

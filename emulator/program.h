@@ -36,6 +36,8 @@ enum class Type : uint8_t {
   tf32,
   f16x2,
   bf16x2,
+  s16x2,
+  u16x2,
   b64,
   u64,
   s64,
@@ -151,7 +153,7 @@ class Program {
   // Throws Fault where the text holds no such kernel, or an instruction that the emulator does not know.
   Program(const std::string& ptx, const std::string& entry, bool contract);
 
-  std::string name;
+  std::string ptx, name;
   int threads = 0;  // that .reqntid or .maxntid gives, 0 for neither
   std::vector<Parameter> parameters;
   int parameter_bytes = 0;

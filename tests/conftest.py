@@ -17,27 +17,23 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
-# So do the CUDA backend's kernels, compiled for the host.
-EMULATED = ROOT / "out" / "emulated"
-spec = importlib.machinery.PathFinder.find_spec("_cuda", [str(EMULATED)])
-if spec and not torch.cuda.is_available():
-    sys.modules["reattn._cuda"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["reattn._cuda"])
-
-# Without a GPU, Triton's kernels are compiled for one and executed by the emulator; what they compile is kept apart.
+# Without a GPU, kernels are compiled for one and executed by the emulator. What Triton compiles is kept apart.
 EMULATED_ARCH = int(os.environ.get("REATTN_EMULATED_ARCH", "90"))
 _no_emulator = ""
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
     try:
-        from emulator import triton_driver
+        import emulator.cuda
     except ImportError as error:
         _no_emulator = str(error)
     else:
-        from reattn.backends import triton as triton_backend
+        emulator.cuda.install(EMULATED_ARCH)
+        if importlib.util.find_spec("triton"):
+            from emulator import triton_driver
+            from reattn.backends import triton as triton_backend
 
-        triton_driver.install(EMULATED_ARCH)
-        triton_backend.EMULATED = True
+            triton_driver.install(EMULATED_ARCH)
+            triton_backend.EMULATED = True
 
 from parity import FUSED, device_of  # noqa: E402
 
@@ -55,7 +51,7 @@ def pytest_collection_modifyitems(items):
     if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
         skipped["extension"] = "needs the CPU extension"
     if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
-        skipped["cuda"] = "needs the CUDA extension, or `make emulated`"
+        skipped["cuda"] = "needs the CUDA extension, or `make emulator`"
     for item in items:
         if touches_gpu(item):
             item.add_marker("device")

@@ -132,6 +132,7 @@ PYBIND11_MODULE(_cuda, m) {
       " contiguous; other memory is (address, elements); what is absent has address 0.";
 #ifdef REATTN_EMULATED
   m.attr("EMULATED") = true;
+  m.def("set_launcher", &set_launcher);
 #else
   m.attr("EMULATED") = false;
 #endif
