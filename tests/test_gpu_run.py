@@ -135,6 +135,16 @@ def test_measured_stands_beside_forecast(make_gpu):
     assert re.search(r"triton forward +128x12x197x64 +layer +200 +100 +2\.00 +issue", printed)
 
 
+def test_a_contender_that_hangs_while_it_is_timed_costs_no_other(make_gpu):
+    where = {"shape": [128, 12, 197, 64], "norm": "layer", "direction": "forward"}
+    status, found, printed, _ = make_gpu(faults=[{"where": where, "step": "cuda", "do": "hang"}])
+    assert status == 1
+    job = by_name(found)["128x12x197x64 layer forward"]
+    assert job["status"] == "ok" and job["lost"].keys() == {"cuda"}
+    assert job["ms"].keys() == {"triton", "eager", "compiled", "sdpa"}
+    assert "128x12x197x64 layer forward: lost in cuda: hang: killed after" in printed
+
+
 def test_no_card(tmp_path, monkeypatch, capsys):
     def none():
         raise RuntimeError("needs a CUDA device, and neither nvidia-smi nor torch finds one (no such file)")
