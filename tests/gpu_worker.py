@@ -38,7 +38,8 @@ def kernels(answers, without, **request):
 
 def parity(answers, without, **request):
     begin(answers, "running", request)
-    return {}
+    names = ("output", "query gradient", "key gradient", "value gradient")
+    return {"errors": dict.fromkeys(names, 1e-3)}
 
 
 def nothing(answers, without, **request):

@@ -205,9 +205,7 @@ def sizes_of(tensor: Tensor) -> dict[float, float]:
     return {norm: torch.linalg.vector_norm(tensor.double(), norm).item() if tensor.numel() else 0.0 for norm in NORMS}
 
 
-def assert_parity(
-    problem: Problem, backend: str, times: float = 2.0, run: Callable | None = None
-) -> dict[str, float]:
+def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Callable | None = None) -> dict[str, float]:
     """The relative error of every result in the Frobenius norm; fails, naming tensor and errors, if the backend is less
     exact than the dtype allows.
 

@@ -75,7 +75,7 @@ def install(clock: Clock, log: TextIO) -> dict[str, Any]:
         return {"status": "ok", "found": True}
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
     environment = os.environ | {"REATTN_BUILD_CPU": "0", "REATTN_BUILD_CUDA": "0"}
-    return run_command(command, clock.left(60), log, environment)
+    return run_command(command, clock.left(60), log, environment, ROOT)
 
 
 def hashes(root: pathlib.Path = ROOT) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 from benchmarks.gpu.cases import BACKENDS, name_of
 from benchmarks.gpu.pool import NOT_RUN
 
-# As many names go into a line.
-MOST = 12
+# As many names go into a line, as many characters and lines into a list of faults: who reads the end of the output
+# shall find the tables there too.
+MOST, WIDTH, LINES = 12, 300, 25
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -28,13 +29,14 @@ def status(record: Mapping[str, Any]) -> str:
 
 
 def faults(records: Records) -> list[str]:
-    """What is not right, in full; what was not run is listed with its like."""
+    """What is not right, as far as there is room; the JSON has it in full. What was not run is listed with its like."""
     lines = []
     for record in records:
         lines += [f"{record['name']}: lost in {step}: {why}" for step, why in record.get("lost", {}).items()]
         if record["status"] not in ("ok", NOT_RUN):
             lines.append(f"{record['name']}: {status(record)}")
-    return lines
+    shown = [line.replace("\n", "; ")[:WIDTH] for line in lines[:LINES]]
+    return shown + [f"and {len(lines) - LINES} more: see the JSON"] * (len(lines) > LINES)
 
 
 def not_run(records: Records) -> list[str]:
@@ -62,9 +64,10 @@ def kernels(records: Records) -> list[str]:
 
 
 def parity(records: Records) -> list[str]:
-    """A row for each backend and dtype, a column for each norm: how many are right, of how many that were run."""
+    """A row for each backend and dtype, a column for each norm: how many are right, of how many that were run; and the
+    largest relative error of an output and of the gradient of query, key or value."""
     modes = list(dict.fromkeys(record["mode"] for record in records))
-    rows = [["backend", "dtype", *modes]]
+    rows = [["backend", "dtype", *modes, "output off by", "gradients off by"]]
     kinds = dict.fromkeys((r["backend"], r["dtype"], bool(r["dropout_p"])) for r in records)
     for backend, dtype, dropped in sorted(kinds, key=lambda kind: BACKENDS.index(kind[0])):
         of = [r for r in records if (r["backend"], r["dtype"], bool(r["dropout_p"])) == (backend, dtype, dropped)]
@@ -72,6 +75,9 @@ def parity(records: Records) -> list[str]:
         for mode in modes:
             ran = [record for record in of if record["mode"] == mode and record["status"] != NOT_RUN]
             row.append(f"{sum(record['status'] == 'ok' for record in ran)}/{len(ran)}")
+        for names in (("output",), ("query gradient", "key gradient", "value gradient")):
+            off = [record["errors"][name] for record in of if "errors" in record for name in names]
+            row.append(f"{max(off):.1e}" if off else "-")
         rows.append(row)
     return columns(rows)
 
@@ -110,11 +116,17 @@ def beside_forecast(records: Records, forecasts: Records) -> list[dict[str, Any]
 
 
 def forecast_table(rows: Records) -> list[str]:
-    lines = [["kernel", "shape", "norm", "us", "forecast us", "measured / forecast", "binding"]]
-    for row in rows:
-        forecast = row.get("forecast_us")
-        told = ["-", "-", "-"] if not forecast else [f"{forecast:.4g}", f"{row['us'] / forecast:.2f}", row["binding"]]
-        lines.append([f"{row['backend']} {row['kernel']}", row["shape"], row["norm"], f"{row['us']:.4g}", *told])
+    """A row for each backend, shape and norm: microseconds of its kernels, over the forecast and what binds there."""
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    lines = [["us (over forecast, bound by)", *kernels]]
+    for place in dict.fromkeys((row["backend"], row["shape"], row["norm"]) for row in rows):
+        cells = dict.fromkeys(kernels, "-")
+        for row in rows:
+            if (row["backend"], row["shape"], row["norm"]) == place:
+                cells[row["kernel"]] = f"{row['us']:.4g}"
+                if "forecast_us" in row:
+                    cells[row["kernel"]] += f" ({row['us'] / row['forecast_us']:.2f} {row['binding']})"
+        lines.append([" ".join(place), *cells.values()])
     return columns(lines)
 
 

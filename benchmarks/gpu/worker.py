@@ -14,6 +14,7 @@ import os
 import pathlib
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TextIO
@@ -38,6 +39,7 @@ class Answers:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.step = ""
 
     def say(self, **message: Any) -> None:
         self._stream.write(json.dumps(message) + "\n")
@@ -45,6 +47,7 @@ class Answers:
 
     def begin(self, step: str, seconds: float = RUN_SECONDS, optional: bool = False) -> None:
         """Before what may hang; ``optional``: the job can be tried again without it."""
+        self.step = step
         self.say(begin=step, seconds=20 * seconds if EMULATED else seconds, optional=optional)
 
 
@@ -66,6 +69,7 @@ def first_line(error: BaseException) -> str:
 def do(answers: Answers, request: dict[str, Any]) -> dict[str, Any]:
     """The result of a job: that of its handler, or what went wrong."""
     arguments = {name: value for name, value in request.items() if name != "kind"}
+    answers.step = ""
     try:
         return {"status": "ok", **HANDLERS[request["kind"]](answers, **arguments)}
     except AssertionError as error:  # as parity says it
@@ -73,8 +77,9 @@ def do(answers: Answers, request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         import torch
 
-        print(f"{request}: {first_line(error)}", file=sys.stderr, flush=True)
-        result = {"status": "failed", "error": first_line(error)}
+        traceback.print_exc()
+        where = f"in {answers.step}: " if answers.step else ""
+        result = {"status": "failed", "error": where + first_line(error)}
         # After a fault of a kernel nothing works any more in this process.
         if torch.cuda.is_available():
             try:
@@ -180,8 +185,7 @@ def parity(answers: Answers, backend: str, dropout_p: float = 0.0, without: Any 
     answers.begin("running")
     if dropout_p:
         problem = replace(problem, keep=mask())
-    measure.assert_parity(problem, backend)
-    return {}
+    return {"errors": measure.assert_parity(problem, backend)}
 
 
 @handler
@@ -385,7 +389,7 @@ def operator(
             if name in without:
                 faults[name] = "hung or crashed"
                 continue
-            answers.begin(name, BEGIN_TIMING, optional=True)
+            answers.begin(name, BEGIN_TIMING * (2 if name == "compiled" else 1), optional=True)
             ours = name in compare.OURS
             peer = measure.operator(norm, name) if ours else peers.by_name(name, norm, compiler)
             if name not in compare.FLOORS:
