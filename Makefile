@@ -1,21 +1,18 @@
 PYTHON ?= python3
-# The machine's own interpreter for `make gpu`, which sets nothing up and needs no network.
+# The machine's own interpreter for `make gpu`, which needs no network and installs nothing but this package.
 GPU_PYTHON ?= python3
 WORKERS ?= 2
-# Kernels are compiled as the tests meet them: processes share that work.
-GPU_WORKERS ?= 8
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp emulator/*.h emulator/*.cpp tests/*/*.h tests/*/*.cpp tests/*/*.cu)
-GPU_OUT := $(or $(OUT),out/gpu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulator demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
+.PHONY: help extension emulator demo test test-all sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -72,53 +69,11 @@ bench-quick: extension ## the same in small: that everything measured is right a
 aot: $(STAMP) ## compile every kernel for the GPU architectures it is meant for, no GPU needed
 	$(PY) -m benchmarks.compile_report
 
-# For the GPU that is there. What the build says is shown: without the extension its tests would be skipped.
-GPU_INSTALL = REATTN_BUILD_CPU=0 REATTN_BUILD_CUDA=1 \
-    REATTN_CUDA_ARCHS="$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
-    timeout -k 5 100 $(GPU_PYTHON) -m pip install --verbose --no-build-isolation --no-deps -e . 2>&1 | grep -E "reattn:|error|Success"
-
-# The parts, each within nine minutes; `make gpu` runs all of them, `make gpu PART=bench` one. Tests that fail do not keep
-# the others from being run, but the target still fails. What is in the folder already is not measured again.
-PART ?= test bench tune
-gpu: SHELL := bash
-gpu: export PYTHONUNBUFFERED := 1
-gpu: ## test, measure and tune on this machine's GPU with GPU_PYTHON (default python3), results in OUT (default out/gpu)
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device; torch %s sees none" % torch.__version__)'
-	@set -o pipefail; $(GPU_INSTALL)
-	@status=0; for part in $(PART); do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
-
-gpu-test gpu-bench gpu-tune: SHELL := bash
-gpu-test:
-	@mkdir -p "$(GPU_OUT)"
-	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --dist worksteal --durations=10 \
-	    --junitxml="$(GPU_OUT)/tests.xml" 2>&1 | tee "$(GPU_OUT)/tests.log"
-
-# kind:seconds for those that begin; what an earlier run left out for want of time is measured now.
-gpu-bench:
-	@mkdir -p "$(GPU_OUT)/results"
-	@set -o pipefail; status=0; end=$$((SECONDS + 400)); \
-	for each in operator:230 scaling:60 model:60 module:60; do \
-	    kind=$${each%:*}; seconds=$${each#*:}; left=$$((end - SECONDS)); [ $$left -gt 40 ] || { echo "no time left for $$kind: run it again"; continue; }; \
-	    [ $$seconds -lt $$((left - 30)) ] || seconds=$$((left - 30)); \
-	    timeout -s INT -k 10 $$left $(GPU_PYTHON) -m pytest benchmarks/test_$$kind.py --benchmark-only -q --seconds $$seconds \
-	        --measured "$(GPU_OUT)/results" --benchmark-json="$(GPU_OUT)/results/$$kind-$$(date +%s).json" 2>&1 | tee "$(GPU_OUT)/$$kind.log"; \
-	    case $${PIPESTATUS[0]} in 0|5) ;; *) status=1;; esac; \
-	done; \
-	find "$(GPU_OUT)/results" -name '*.json' -empty -delete; \
-	$(GPU_PYTHON) -m benchmarks.report --out "$(GPU_OUT)" "$(GPU_OUT)"/results/*.json || status=1; exit $$status
-
-gpu-tune:
-	@mkdir -p "$(GPU_OUT)"
-	@set -o pipefail; timeout -s INT -k 10 420 $(GPU_PYTHON) -m benchmarks.tune --seconds 270 --out "$(GPU_OUT)/tuning" 2>&1 | tee "$(GPU_OUT)/tuning.log"
-
-# The kernels of torch are none of its business.
-gpu-sanitize: SHELL := bash
-gpu-sanitize: ## run the CUDA backend's kernels on this machine's GPU under compute-sanitizer
-	@set -o pipefail; $(GPU_INSTALL)
-	for tool in memcheck racecheck initcheck; do \
-	    timeout -k 5 140 compute-sanitizer --tool $$tool --error-exitcode 9 --kernel-regex kns=reattn \
-	        $(GPU_PYTHON) -m pytest tests/test_parity.py -q -x -p no:cacheprovider -k "test_shapes and cuda and (17x17 or 50x50)" || exit 1; \
-	done
+# On a GPU that is there for a few minutes: each part ends within 280 s and says what did not fit. GPU_FLAGS=--emulated
+# tries the flow of stages without one.
+PART ?= check
+gpu: ## check and time the kernels on this machine's GPU with GPU_PYTHON (default python3); PART=tune, profile or tests
+	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m benchmarks.gpu $(PART) --out "$(or $(OUT),out/gpu)" $(GPU_FLAGS)
 
 clean: ## remove everything that these targets made, the virtual environment too
 	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so emulator/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache

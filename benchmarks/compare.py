@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import measure, peers
 from benchmarks.machine import ceilings, memory_limit, peak_memory
 from benchmarks.measure import Call, Oracle, Problem
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -46,20 +47,6 @@ class Playback:
 PLAYBACK = Playback()
 # For every module of benchmarks.
 played_back = pytest.mark.benchmark(timer=PLAYBACK.time)
-
-
-class Deadline:
-    """No comparison begins after it, in :func:`time.monotonic`'s seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = math.inf
-
-    def check(self) -> None:
-        if time.monotonic() > self.seconds:
-            pytest.skip("no time left")
-
-
-DEADLINE = Deadline()
 
 
 class Comparison:
@@ -179,7 +166,6 @@ def compare_operator(
     problem: Problem, direction: str, names: tuple[str, ...], device: torch.device, seconds: float, rounds: int = 3
 ) -> Comparison:
     """Contenders by name, ours or of :func:`benchmarks.peers.by_name`, on one problem."""
-    DEADLINE.check()
     backward = direction != "forward"
     right, faults = validated(problem, backward, names, device)
     parameters = measure.make_parameters(problem, device)

@@ -138,15 +138,11 @@ def operator(norm: str, backend: str) -> Peer:
 
 
 def fused_backends(device: torch.device) -> tuple[str, ...]:
-    """Those worth timing, as "auto" orders them: on CUDA triton and cuda, on a CPU the native one, as Triton only
-    interprets there.
-
-    Raises ``RuntimeError`` where none can run, or Triton is set to interpret its kernels on a CUDA machine.
+    """Those worth timing, as "auto" orders them: on CUDA triton and cuda, on a CPU the native one: the others are
+    only emulated there. Raises ``RuntimeError`` where none can run.
     """
-    from reattn.backends import BACKENDS, triton
+    from reattn.backends import BACKENDS
 
-    if device.type == "cuda" and triton.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are for tests, their times mean nothing")
     names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
     reasons = {name: BACKENDS[name].unavailable(device) for name in names}
     able = tuple(name for name, why in reasons.items() if not why)

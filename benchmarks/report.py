@@ -1,9 +1,9 @@
 """What the benchmarks found, in tables and plots, and what changed between two runs of them.
 
 ``python -m benchmarks.report RESULT.json...`` prints Markdown tables of files that ``pytest benchmarks/
---benchmark-json`` wrote; ``--out DIR`` writes them, and plots, to a folder. ``--compare OLD.json NEW.json`` prints what
-changed beyond noise, and exits with 1 if a backend of reattn got slower. ``--docs`` writes docs/benchmarks.md and its
-pictures from benchmarks/results.
+--benchmark-json`` or ``make gpu`` wrote; ``--out DIR`` writes them, and plots, to a folder. ``--compare OLD.json
+NEW.json`` prints what changed beyond noise, and exits with 1 if a backend of reattn got slower. ``--docs`` writes
+docs/benchmarks.md and its pictures from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -121,9 +121,11 @@ def load(path: pathlib.Path) -> Run:
     except ValueError as error:
         raise BadFile(f"{path} is not JSON: {error}") from error
     try:
-        return Run(path, contents["machine_info"]["reattn"], [_entry(each) for each in contents["benchmarks"]])
+        run = Run(path, contents["machine_info"]["reattn"], [_entry(each) for each in contents["benchmarks"]])
+        run.machine["ceilings"]  # is not there where a run ended early
+        return run
     except (KeyError, TypeError) as error:
-        raise BadFile(f"{path} is not a pytest-benchmark file of this suite: {error!r}") from error
+        raise BadFile(f"{path} is not a file of this suite: {error!r}") from error
 
 
 def _entry(benchmark: Mapping[str, Any]) -> Entry:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import CUDA, DEADLINE, DEVICE, FLOORS, OURS, Comparison, played_back
+from benchmarks.compare import CUDA, DEVICE, FLOORS, OURS, Comparison, played_back
 from benchmarks.measure import Call, WrongResult
 from benchmarks.peers import Parameters, official, official_eval
 from reattn import ReAttention
@@ -60,7 +62,7 @@ class EagerAttention(nn.Module):
 def build(name: str, model: str, device: torch.device, quick: bool) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"depth": 2, "img_size": 64} if quick else {}
-    built = create_model(model, attention="self" if name == "plain ViT" else "re", **sizes).to(device)
+    built = create_model(model, attention="self" if name == "plain ViT" else "re", device=device, **sizes)
     set_backend(built, name if name in OURS else "reference")
     if name in ("eager", "compiled"):
         for block in built.blocks:
@@ -119,17 +121,24 @@ def make_call(model: nn.Module, images: Tensor, labels: Tensor, direction: str) 
     return step
 
 
-@functools.lru_cache(maxsize=1)
-def compare(
-    model: str, batch: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
+def make_comparison(
+    model: str,
+    batch: int,
+    direction: str,
+    names: tuple[str, ...],
+    device: torch.device,
+    quick: bool,
+    seconds: float,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
-    DEADLINE.check()
+    """``begin`` is told what comes next: a contender's name, or "timing"."""
     calls, faults = {}, {}
     reference = build("reference", model, device, quick)
     images = torch.randn(batch, 3, *([64, 64] if quick else [224, 224]), device=device)
     labels = torch.randint(1000, (batch,), device=device)
     oracle = Oracle(reference, images[:2])
     for name in names:
+        begin(name)
         built = build(name, model, device, quick)
         if name not in FLOORS:
             _, status = measure.attempt(functools.partial(oracle.check, name, built))
@@ -137,7 +146,29 @@ def compare(
                 faults[name] = status
                 continue
         calls[name] = [make_call(built, images, labels, direction)]
-    return Comparison(calls, faults, device, *((0.0, 1) if quick else (6.0, 3)))
+    begin("timing")
+    return Comparison(calls, faults, device, seconds, 1 if quick else 3)
+
+
+@functools.lru_cache(maxsize=1)
+def compare(
+    model: str, batch: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
+) -> Comparison:
+    return make_comparison(model, batch, direction, names, device, quick, 0.0 if quick else 6.0)
+
+
+def facts_of_model(comparison: Comparison, model: str, batch: int, direction: str, name: str) -> dict[str, Any]:
+    """What the results say of a contender, beside what it was compared in."""
+    described = {"model": model, "batch": batch, "dtype": DTYPE, "direction": direction}
+    if name not in comparison.ms:
+        return described
+    return {
+        **described,
+        **comparison.facts(name),
+        "images_per_s": 1e3 * batch / comparison.ms[name],
+        "ratio_to_eager": comparison.ratio(name, "eager"),
+        "ratio_to_plain_vit": comparison.ratio(name, "plain ViT"),
+    }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -153,13 +184,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_model(benchmark, device, quick, model, batch, direction, names, contender):
     comparison = compare(model, batch, direction, names, device, quick)
-    facts = {}
-    if contender in comparison.ms:
-        facts = {
-            **comparison.facts(contender),
-            "images_per_s": 1e3 * batch / comparison.ms[contender],
-            "ratio_to_eager": comparison.ratio(contender, "eager"),
-            "ratio_to_plain_vit": comparison.ratio(contender, "plain ViT"),
-        }
-    described = {"kind": "model", "model": model, "batch": batch, "dtype": DTYPE, "direction": direction}
-    comparison.report(benchmark, contender, f"{model}-{batch}-{direction}", {**described, **facts})
+    facts = facts_of_model(comparison, model, batch, direction, contender)
+    comparison.report(benchmark, contender, f"{model}-{batch}-{direction}", {"kind": "model", **facts})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.compare import CUDA, DEADLINE, DEVICE, FLOORS, OURS, Comparison, label, played_back
+from benchmarks.compare import CUDA, DEVICE, FLOORS, OURS, Comparison, label, played_back
 from benchmarks.machine import memory_limit
 from benchmarks.measure import Call, Problem, WrongResult
 from reattn import ReAttention
@@ -125,7 +125,6 @@ def make_call(module: nn.Module, x: Tensor, grad: Tensor, direction: str, dtype:
 def compare(
     problem: ModuleProblem, direction: str, names: tuple[str, ...], device: torch.device, quick: bool
 ) -> Comparison:
-    DEADLINE.check()
     torch.manual_seed(0)
     dim = problem.heads * problem.head_dim
     reference = ReAttention(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.compare import CUDA, DEADLINE, DEVICE, Comparison, compare_operator, label, played_back
+from benchmarks.compare import CUDA, DEVICE, Comparison, compare_operator, label, played_back
 from benchmarks.measure import Problem
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -34,7 +34,6 @@ def problem(seqlen: int) -> Problem:
 @functools.cache
 def compare(seqlen: int, direction: str, names: tuple[str, ...], device: torch.device, quick: bool) -> Comparison:
     """All are kept, as a size decides who is measured at the next."""
-    DEADLINE.check()
     faults, smaller = {}, seqlen // 2
     if smaller in SEQLENS:
         before = compare(smaller, direction, names, device, quick)

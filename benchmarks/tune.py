@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import measure
+from benchmarks.gpu import worker
 from benchmarks.machine import machine_info
 from benchmarks.measure import Call, Oracle, Problem
 from reattn.backends.common import MAX_HEAD_DIM, MAX_HEADS
@@ -94,28 +95,44 @@ def make_calls(job: Job, device: torch.device) -> list[Call]:
 
 
 def compile_tile(job: Job, tile: Tile) -> None:
-    """Leaves the compiled kernel in Triton's cache on disk; for a process of its own."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    small = job._replace(problem=Problem(2, *job.problem.shape[1:], job.problem.norm, job.problem.dtype))
-    measure.attempt(with_tile(small, tile, make_calls(small, device)[0]))
+    """Leaves the compiled kernel in Triton's cache on disk, and runs nothing; for a process of its own."""
+    call = worker.operator_call(measure.operator(job.problem.norm, "triton"), job.problem, job.direction != "forward")
+    with worker.compiled_only("triton"):
+        measure.attempt(with_tile(job, tile, call))
 
 
-def measure_job(job: Job, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of the operator by tile, and by tile why it has none."""
+def measure_job(
+    job: Job,
+    device: torch.device,
+    without: Container[str] = (),
+    begin: Callable[[str, float, bool], None] = lambda step, seconds, optional: None,
+) -> dict[str, Any]:
+    """Milliseconds of the operator by tile, and by tile why it has none.
+
+    ``begin`` is told what comes next, how many seconds it may take, and whether it can be left out: the tiles
+    ``without`` are.
+    """
+    begin("compiling", 200.0, False)
     tiles = job.candidates()
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
-        list(pool.map(functools.partial(compile_tile, job), tiles))
+        # What was not compiled here is where it is checked.
+        measure.attempt(lambda: list(pool.map(functools.partial(compile_tile, job), tiles)))
     oracle = Oracle(job.problem, device, distinct=4)
     calls = make_calls(job, device)
     contender = measure.operator(job.problem.norm, "triton")
     faults, right = {}, {}
     for tile in tiles:
+        if _key(tile) in without:
+            faults[_key(tile)] = "hung or crashed"
+            continue
+        begin(_key(tile), 20.0, True)
         check = functools.partial(oracle.check, str(tile), with_tile(job, tile, contender), ours=True)
         _, status = measure.attempt(check)
         if status == "ok":
             right[_key(tile)] = [with_tile(job, tile, call) for call in calls]
         else:
             faults[_key(tile)] = status
+    begin("timing", 90.0, False)
     turns, failed = measure.time_in_turns(right, device)
     return {
         "ms": {key: statistics.median(series) for key, series in turns.items()},

@@ -54,8 +54,20 @@ def pytest_collection_modifyitems(items):
     if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
         skipped["cuda"] = "needs the CUDA extension, or `make emulator`"
     for item in items:
+        if touches_gpu(item):
+            item.add_marker("device")
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skipped[marker]))
+
+
+def touches_gpu(item) -> bool:
+    """Whether the test runs something on the GPU if there is one: it says so, or by its fixtures."""
+    if {"cuda", "gpu"} & {mark.name for mark in item.iter_markers()}:
+        return True
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = params.get("backend", params.get("gpu_backend"))
+    alone = backend is None and "device" not in params and "device" in getattr(item, "fixturenames", ())
+    return backend == "triton" or alone
 
 
 @pytest.fixture(params=FUSED)

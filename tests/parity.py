@@ -205,8 +205,9 @@ def sizes_of(tensor: Tensor) -> dict[float, float]:
     return {norm: torch.linalg.vector_norm(tensor.double(), norm).item() if tensor.numel() else 0.0 for norm in NORMS}
 
 
-def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Callable | None = None) -> None:
-    """Fails, naming tensor and errors, if the backend is less exact than the dtype allows.
+def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Callable | None = None) -> dict[str, float]:
+    """The relative error of every result in the Frobenius norm; fails, naming tensor and errors, if the backend is less
+    exact than the dtype allows.
 
     Its error may be that many times the eager one, or that of simulated rounding. ``run(problem, backend)`` computes
     in place of :func:`compute`.
@@ -216,6 +217,7 @@ def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Calla
     assert found.keys() == exact.keys()
     errors = {name: sizes_of(found[name] - right) for name, right in exact.items()}
     rounding = {name: sizes_of(right) for name, right in exact.items()}
+    relative = {name: errors[name][2] / (rounding[name][2] or 1.0) for name in exact}
     eager = {name: dict.fromkeys(NORMS, 0.0) for name in exact}
     faults: list[str] = []
 
@@ -241,5 +243,6 @@ def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Calla
                 assert math.isfinite(error), f"{name}: eager arithmetic overflows, nothing to compare with"
                 eager[name][norm] = max(eager[name][norm], error)
         if not any_faults():
-            return
+            return relative
     assert not any_faults(estimate_errors(problem, exact, sizes_of)), "\n".join(faults)
+    return relative

@@ -325,11 +325,11 @@ def test_other_devices_are_refused(tmp_path, capsys):
     [
         (None, "No such file or directory"),
         ("{", "is not JSON"),
-        ("[]", "is not a pytest-benchmark file of this suite"),
-        ('{"machine_info": {}, "benchmarks": []}', "is not a pytest-benchmark file of this suite: KeyError('reattn')"),
+        ("[]", "is not a file of this suite"),
+        ('{"machine_info": {}, "benchmarks": []}', "is not a file of this suite: KeyError('reattn')"),
         (
             '{"machine_info": {"reattn": {}}, "benchmarks": [{"extra_info": {}, "stats": {}}]}',
-            "is not a pytest-benchmark file of this suite: KeyError('kind')",
+            "is not a file of this suite: KeyError('kind')",
         ),
     ],
 )

@@ -1,0 +1,179 @@
+"""Hardware counters of single launches, by Nsight Compute, and accesses checked by compute-sanitizer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.gpu import cases, table
+from benchmarks.gpu.pool import NOT_RUN, Job, run_command
+from benchmarks.gpu.run import BUILD_UNTIL, Run
+
+PROFILED = ("forward", "backward_query")
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy", "InstructionStats")
+METRICS = (
+    "gpu__time_duration.sum",
+    "smsp__inst_executed.sum",
+    "smsp__inst_issued.sum",
+    "dram__bytes.sum",
+    "lts__t_bytes.sum",
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "smsp__inst_executed_op_local_ld.sum",
+    "smsp__inst_executed_op_local_st.sum",
+)
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+# Columns of the table, and what they are made of: nanoseconds and counts as `--print-units base` gives them.
+SHOWN = {
+    "us": ("gpu__time_duration.sum", 1e-3),
+    "M instructions": ("smsp__inst_issued.sum", 1e-6),
+    "M shared wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", 1e-6),
+    "M bank conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 1e-6),
+    "device MB": ("dram__bytes.sum", 1e-6),
+    "L2 MB": ("lts__t_bytes.sum", 1e-6),
+    "registers": ("launch__registers_per_thread", 1.0),
+}
+
+
+def worker_command(request: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu.worker", "--job", json.dumps(request)]
+
+
+def ncu_command(request: dict[str, Any], log: pathlib.Path, metrics: Iterable[str] = METRICS) -> list[str]:
+    """Profiled are the kernels' launches between the profiler's start and stop; the card's clocks stay as they are."""
+    kernels = f"regex:^({'|'.join(PROFILED)})_kernel"
+    options = ["--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels]
+    options += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
+    for section in SECTIONS:
+        options += ["--section", section]
+    if chosen := ",".join(metrics):
+        options += ["--metrics", chosen]
+    return ["ncu", *options, *worker_command(request)]
+
+
+def read_ncu(text: str) -> dict[str, dict[str, float | str]]:
+    """By kernel every metric: the lines of CSV in what ncu wrote, a row of names, one of units, one a launch."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = list(csv.reader(lines))
+    if len(rows) < 3:
+        return {}
+    names, found = rows[0], {}
+    for row in rows[2:]:
+        values = dict(zip(names, row, strict=False))
+        kernel = re.search("|".join(PROFILED), values.get("Kernel Name", ""))
+        if kernel:
+            found[kernel[0]] = {name: _number(value) for name, value in values.items() if value != ""}
+    return found
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return text
+
+
+def stalls(metrics: dict[str, Any]) -> dict[str, float]:
+    """Warps stalled for each issue, by reason, the largest first."""
+    found = {match[1]: value for name, value in metrics.items() if (match := STALL.fullmatch(name))}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def shown(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: metrics[metric] * factor for name, (metric, factor) in SHOWN.items() if metric in metrics}
+
+
+def sanitizer_command(tool: str, cases: list[dict[str, Any]]) -> list[str]:
+    """The kernels of torch are none of its business."""
+    watched = worker_command({"kind": "step", "backend": "cuda", "cases": cases})
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=reattn", *watched]
+
+
+def read_sanitizer(text: str) -> tuple[int | None, list[str]]:
+    """How many errors it found, None if it did not get to its summary; and its first lines."""
+    summary = re.search(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
+    lines = [line for line in text.splitlines() if line.startswith("=========")]
+    return (int(summary[1] or summary[2]) if summary else None), lines[:20]
+
+
+def profile(run: Run) -> None:
+    """Streams and graphs, the counters of two launches of each backend, then the accesses of the CUDA kernels."""
+    build = run.set_up()
+    there = run.built(build, BUILD_UNTIL * run.clock.budget)
+    if not run.emulated:
+        until = run.clock.elapsed() + 0.15 * run.clock.budget
+        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until, workers=4, gates=run.gates(build))
+    run.pool.close()
+    wanted = {"kind": "launches", "shape": run.sizes.profiled, "norm": "layer"}
+    small = [
+        {"mode": mode, "heads": 3, "head_dim": 32, "seqlen": 50, "dtype": dtype}
+        for mode, dtype in (("layer", "bfloat16"), ("batch-training", "bfloat16"), ("layer", "float32"))
+    ]
+    for backend in cases.BACKENDS:
+        job = Job(f"ncu {backend}", {**wanted, "backend": backend})
+        run.jobs.append(job)
+        job.result = watched(run, "ncu", there or not cases.needs(backend), lambda job=job: count(run, job))
+        for kernel, metrics in job.result.get("metrics", {}).items():
+            counted = Job(f"{backend} {kernel}", {"kind": "counters"})
+            counted.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
+            run.jobs.append(counted)
+        run.write()
+    for tool in ("memcheck", "racecheck"):
+        job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})
+        run.jobs.append(job)
+        job.result = watched(run, "compute-sanitizer", there, lambda tool=tool: sanitize(run, tool, small))
+        run.say(f"{job.name}: {table.status(job.result)}")
+        run.write()
+    stalled = [
+        f"{record['name']}: {', '.join(f'{name} {value:.2f}' for name, value in list(record['stalls'].items())[:6])}"
+        for record in run.records("counters")
+    ]
+    run.print_table(
+        ("Hardware counters", table.counters(run.records("counters"))),
+        ("Warps stalled for each issue", stalled),
+    )
+
+
+def watched(run: Run, program: str, there: bool, watch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if run.emulated:
+        return {"status": NOT_RUN, "error": "emulated"}
+    if not there:
+        return {"status": NOT_RUN, "error": "CUDA extension not built"}
+    if shutil.which(program) is None:
+        return {"status": NOT_RUN, "error": f"{program} is not installed"}
+    return watch()
+
+
+def count(run: Run, job: Job) -> dict[str, Any]:
+    """Counters of one backend's launches; without those metrics that this ncu may not know, if it refuses them."""
+    path = run.out / f"{job.name.replace(' ', '-')}.csv"
+    result: dict[str, Any] = {}
+    for metrics in (METRICS, ()):
+        result = run_command(ncu_command(job.request, path, metrics), min(60, run.clock.left() - 5), run.log)
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        if metrics_by_kernel := read_ncu(text):
+            return {**result, "metrics": metrics_by_kernel}
+        if result["status"] == NOT_RUN:
+            return result
+        said = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+        said.append(f"no counters: {result.get('error', 'nothing read')}")
+        result |= {"status": "failed", "error": said[0]}
+    return result
+
+
+def sanitize(run: Run, tool: str, small: list[dict[str, Any]]) -> dict[str, Any]:
+    path = run.out / f"{tool}.log"
+    with path.open("w") as log:
+        result = run_command(sanitizer_command(tool, small), min(80, run.clock.left() - 3), log)
+    errors, lines = read_sanitizer(path.read_text(errors="replace"))
+    if errors:
+        return {**result, "status": "wrong", "error": f"{errors} reported: {' '.join(lines[1:4])}", "lines": lines}
+    if result["status"] == "ok" and errors is None:
+        return {**result, "status": "failed", "error": "no summary"}
+    return result
