@@ -162,7 +162,6 @@ def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
 def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
     """The same on the CUDA backend."""
     import emulator.cuda
-
     from reattn.backends import cuda as backend
 
     with (
@@ -175,7 +174,6 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
 def install() -> None:
     """Puts the emulator in the place of a GPU; before reattn is imported."""
     import emulator.cuda
-
     from emulator import triton_driver
 
     emulator.cuda.install(ARCH)

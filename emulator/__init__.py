@@ -1,6 +1,6 @@
-"""Executes what the compilers make of the GPU kernels, their PTX, on the CPU: bit for bit where PTX says what the bits are,
-with every race, stray access and divergent collective as an error. Tests run the Triton and the CUDA backend through it
-where there is no GPU; the cost model takes its counts from it.
+"""Executes what the compilers make of the GPU kernels, their PTX, on the CPU. Results are those of the device, bit for
+bit, where PTX says what the bits are; every race, stray access and divergent collective is an error. Tests run the
+Triton and the CUDA backend through it where there is no GPU; the cost model takes its counts from it.
 
 It is no model of time, and not of ptxas but for one thing: products and sums that PTX lets it contract are contracted.
 What approximate instructions may be off, they are off. Sums of tensor cores are rounded toward zero.

@@ -13,7 +13,7 @@ sys.path.insert(0, str(FOLDER.parent))
 import build_extensions as build  # noqa: E402
 
 OBJECTS = FOLDER.parent / "out" / "emulator"
-# What rounds once on the device shall round once here. It runs where it is compiled, so that it may use all of this CPU.
+# What rounds once on the device shall round once here. It runs where it is compiled: all of this CPU may be used.
 FLAGS = (
     "-std=c++17 -O3 -march=native -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 )

@@ -1125,7 +1125,8 @@ class Machine {
                  " copies to and has not waited for",
              lane);
       if (bytes < kWord || parts_[w].began == block_began_) {
-        const uint32_t first = bytes < kWord ? address % kWord : 0, end = bytes < kWord ? first + uint32_t(bytes) : kWord;
+        const uint32_t first = bytes < kWord ? address % kWord : 0,
+                       end = bytes < kWord ? first + uint32_t(bytes) : kWord;
         if (parts_[w].began != block_began_) parts_[w].bytes.fill(touched_[w]), parts_[w].began = block_began_;
         for (uint32_t byte = first; byte < end; byte++)
           touch_shared(parts_[w].bytes[byte], lane, writes, rewrites, w * kWord + byte);
@@ -1155,8 +1156,8 @@ class Machine {
   // Two accesses of different threads, one of them a write, with nothing that orders them in between.
   void touch(Touched& t, int lane, bool writes, uint64_t place) {
     const int32_t me = warp_->number * kWarp + lane;
-    // Of lanes that write with one instruction one gets its way. Triton's do, what they hold differing in the last bits:
-    // sums of a butterfly whose first products were contracted (github.com/triton-lang/triton/issues/7264).
+    // Of lanes that write with one instruction one gets its way. Triton's do, what they hold differing in the last
+    // bits: sums of a butterfly whose first products were contracted (github.com/triton-lang/triton/issues/7264).
     const bool together = writes && t.write_issue == uint32_t(executed_) && t.write_thread / kWarp == warp_->number;
     if (t.write_thread >= 0 && t.write_thread != me && !together &&
         same_time(t.write_time, t.write_warp_time, t.write_thread, me))

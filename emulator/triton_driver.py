@@ -1,4 +1,4 @@
-"""A driver for Triton whose device is the emulator: kernels are compiled for a GPU and their PTX is executed on CPU tensors."""
+"""A driver for Triton whose device is the emulator: kernels are compiled for a GPU, their PTX runs on CPU tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import emulator
-
-# Shared memory that a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 from benchmarks.compile_report import SHARED_LIMIT
 
 _FORMATS = {
@@ -79,8 +77,8 @@ class Launcher:
         self.shared_bytes = metadata.shared
 
     def __call__(
-        self, grid_x: int, grid_y: int, grid_z: int, stream: int, program: emulator.Program, packed: Any, launch_metadata: Any,
-        enter_hook: Any, exit_hook: Any, *args: Any,
+        self, grid_x: int, grid_y: int, grid_z: int, stream: int, program: emulator.Program, packed: Any,
+        launch_metadata: Any, enter_hook: Any, exit_hook: Any, *args: Any,
     ) -> None:  # fmt: skip
         arguments, memory = bytearray(program.parameters[-1][1] + program.parameters[-1][2]), []
         given = list(_flat(self.types, args))

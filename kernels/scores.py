@@ -25,9 +25,7 @@ def rounded_product(a, b):
     What the largest score is taken from and what the LSE has to be the same number. ptxas would make one instruction of
     product and difference in one place and not in the other, and a score of 1e4 be off by what its rounding is.
     """
-    return tl.inline_asm_elementwise(
-        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -256,8 +256,8 @@ def mix_heads(weights, tile, SHAPE: tl.constexpr):
 def mean_over_heads(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """Mean over the heads of every row, in place of each: row-major in and out, float32. ``dtype``: of the dots.
 
-    In full precision a dot of float32 leaves a layout whose warps lie across several axes, and of that Triton before 3.8
-    computes sums wrongly (github.com/triton-lang/triton/pull/9219): a dot with ones takes the sum's place.
+    In full precision a dot of float32 leaves a layout whose warps lie across several axes, and of that Triton before
+    3.8 computes sums wrongly (github.com/triton-lang/triton/pull/9219): a dot with ones takes the sum's place.
     """
     if dtype == tl.float32 and SHAPE.PRECISION == "ieee":
         ones = load_matrix(None, 0, 0, SHAPE, ONES=True)

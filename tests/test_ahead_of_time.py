@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs, though none is here; the interpreter cannot tell."""
+"""The kernels compile for real GPUs, though none is here; registers and spills are ptxas's."""
 
 import os
 import pathlib

@@ -51,7 +51,7 @@ def test_available_backends():
 
 
 def test_triton_gives_every_reason(monkeypatch):
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "EMULATED", False)
     problem = Problem(CPU, torch.float64, heads=33, head_dim=129, masked=True)
     assert triton.not_supported(problem) == [
         "needs a CUDA device, got cpu",
@@ -106,25 +106,25 @@ def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
         re_attention(query, query, query, torch.eye(3), backend="cpu")
 
 
-@pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.extension)])
-def test_auto_takes_the_first_that_can(interpreted, monkeypatch):
+@pytest.mark.parametrize("emulated", [True, pytest.param(False, marks=pytest.mark.extension)])
+def test_auto_takes_the_first_that_can(emulated, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "INTERPRETED", interpreted)
+    monkeypatch.setattr(triton, "EMULATED", emulated)
     monkeypatch.setattr(cuda, "EMULATED", False)
-    assert choose("auto", Problem(CPU, torch.float32, 12, 64), "") == ("triton" if interpreted else "cpu")
+    assert choose("auto", Problem(CPU, torch.float32, 12, 64), "") == ("triton" if emulated else "cpu")
     assert choose("auto", Problem(CPU, torch.float64, 12, 64), "") == "reference"
     assert choose("auto", Problem(CPU, torch.float32, 33, 64), "") == "reference"
 
 
 def test_auto_without_the_extension(extension_cannot_be_imported, monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "EMULATED", False)
     monkeypatch.setattr(cuda, "EMULATED", False)
     assert choose("auto", Problem(CPU, torch.float32, 12, 64), "") == "reference"
 
 
 def test_environment_overrides_auto(monkeypatch, device):
-    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton, "EMULATED", True)
     problem = Problem(CPU, torch.float32, 12, 64)
     monkeypatch.setenv("REATTN_BACKEND", "reference")
     assert choose("auto", problem, "") == "reference"

@@ -29,7 +29,8 @@ def cases():
         dropout, large = number % 4 == 1, number % 7 == 3
         if mode == "batch-training":
             seqlen_k = max(seqlen_k, 2)
-        name = f"sm_{arch}-{dtype}-{heads}x{head_dim}-{seqlen}x{seqlen_k}-{mode}" + "-dropout" * dropout + "-large" * large
+        name = f"sm_{arch}-{dtype}-{heads}x{head_dim}-{seqlen}x{seqlen_k}-{mode}"
+        name += "-dropout" * dropout + "-large" * large
         yield pytest.param(arch, heads, head_dim, seqlen, seqlen_k, dtype, mode, dropout, large, id=name)
 
 

@@ -85,7 +85,7 @@ def test_instruction_set_that_is_not_there(monkeypatch):
     problem = make_problem()
     with pytest.raises(RuntimeError, match=re.escape(f"backend 'cpu' cannot run this: {reason} (query (2, 3, 17, 16)")):
         re_attention(**problem.tensors, **problem.options, backend="cpu")
-    monkeypatch.setattr("reattn.backends.triton.INTERPRETED", False)
+    monkeypatch.setattr("reattn.backends.triton.EMULATED", False)
     monkeypatch.setattr("reattn.backends.cuda.EMULATED", False)
     assert choose("auto", REQUEST, "") == "reference"
 

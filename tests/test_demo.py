@@ -24,8 +24,7 @@ pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="needs the source tre
 
 
 def start(*arguments):
-    # Kernels in Triton's interpreter, which other tests ask for, would take hours here.
-    kept = {key: value for key, value in os.environ.items() if key not in ("REATTN_BACKEND", "TRITON_INTERPRET")}
+    kept = {key: value for key, value in os.environ.items() if key != "REATTN_BACKEND"}
     return subprocess.Popen(
         [sys.executable, DEMO, "--quick", "--device", "cpu", *map(str, arguments)],
         env=kept,
@@ -134,7 +133,7 @@ def test_backend_is_the_one_asked_for(demo, monkeypatch, asked):
     monkeypatch.setattr(sys, "argv", [str(DEMO), "--device", "cpu"])
     if asked == "argument":
         sys.argv += ["--backend", "triton"]
-    monkeypatch.setattr("reattn.backends.triton.INTERPRETED", False)
+    monkeypatch.setattr("reattn.backends.triton.EMULATED", False)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run this"):
         demo.backend_in_use(demo.parse_arguments())
     monkeypatch.setattr(sys, "argv", [str(DEMO), "--device", "cpu", "--backend", "reference"])

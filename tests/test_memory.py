@@ -57,7 +57,6 @@ def make_large_problem(mode, device, **options):
 )
 def test_largest_tensor(mode, dropout_p, backend, device, largest, monkeypatch):
     """Forward and backward: no larger than the inputs; not even a byte for every element of one head's map."""
-    monkeypatch.setattr(configs, "INTERPRETER_TILE", configs.Tile(128, 64))
     problem = make_large_problem(mode, device, dropout_p=dropout_p)
     with largest:
         compute(problem, backend)

@@ -41,12 +41,11 @@ def chosen(study):
 
 @pytest.fixture(scope="module")
 def run_all(study):
-    """In processes of their own, where kernels are not interpreted, which other tests ask for: it would take hours."""
+    """In processes of their own, which take the backend of this machine."""
 
     def run(chosen, folder):
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("TRITON_INTERPRET", "REATTN_BACKEND"):
-                patch.delenv(name, raising=False)
+            patch.delenv("REATTN_BACKEND", raising=False)
             study.run_all(chosen, folder, workers=1)
 
     return run

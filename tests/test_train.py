@@ -27,8 +27,7 @@ pytestmark = [
 ]
 two_processes = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch built with gloo")
 
-# Kernels in Triton's interpreter, which other tests ask for, would take hours here.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("REATTN_BACKEND", "TRITON_INTERPRET")}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "REATTN_BACKEND"}
 # Two threads in the process that forks would be one too many.
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -413,7 +412,7 @@ def script():
     ],
 )
 def test_bad_arguments(arguments, message, script, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("reattn.backends.triton.INTERPRETED", False)
+    monkeypatch.setattr("reattn.backends.triton.EMULATED", False)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as raised:
         script.parse_arguments([*arguments.split(), "--out", str(tmp_path)])
