@@ -10,12 +10,6 @@
 
 namespace reattn {
 
-class OnDevice {
- public:
-  explicit OnDevice(int) {}
-  ~OnDevice() {}  // as there: a variable that nothing else uses
-};
-
 // The kernel launched next may touch these bytes.
 inline void declare(const void* begin, int64_t bytes) { emulated::Machine::own().declare(begin, bytes); }
 
