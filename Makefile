@@ -15,7 +15,7 @@ GPU_OUT := $(or $(OUT),out/gpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
+.PHONY: help extension emulated older-triton demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -27,6 +27,14 @@ extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUD
 emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run it without a GPU
 	$(PY) tests/cuda/build.py out/emulated
 
+# The release that goes with torch 2.11, for Linux as all of them: the tests compile every kernel with both.
+OLDER_TRITON := 3.6.0
+OLDER_STAMP := $(if $(filter Linux,$(shell uname -s)),out/triton-$(OLDER_TRITON)/.installed)
+older-triton: $(OLDER_STAMP) ## install the oldest supported Triton into out/, beside the one that everything else uses
+out/triton-%/.installed: | $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
@@ -36,7 +44,7 @@ test: extension emulated ## run all but the slow tests in WORKERS processes (def
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
-test-all: extension emulated ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+test-all: extension emulated older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST)
 
@@ -69,8 +77,9 @@ bench: extension ## measure operator, module, models and growth on this machine:
 bench-quick: extension ## the same in small: that everything measured is right and the suite runs
 	$(PY) -m pytest benchmarks/ --benchmark-only -q --quick
 
-aot: $(STAMP) ## compile every kernel for the GPU architectures it is meant for, no GPU needed
+aot: $(STAMP) older-triton ## compile every kernel for the GPU architectures it is meant for, no GPU needed
 	$(PY) -m benchmarks.compile_report
+	PYTHONPATH=out/triton-$(OLDER_TRITON) $(PY) -m benchmarks.compile_report --backend triton
 
 # For the GPU that is there. What the build says is shown: without the extension its tests would be skipped.
 GPU_INSTALL = REATTN_BUILD_CPU=0 REATTN_BUILD_CUDA=1 \

@@ -3,6 +3,7 @@
 ``python -m benchmarks.compile_report`` prints a table of the Triton kernels and one of the CUDA kernels, and fails if a
 default configuration spills registers or does not fit the card. Needs triton for the one, nvcc for the other, and no
 GPU: registers come from ``cuobjdump -res-usage`` or ptxas, spills and tensor-core instructions from ``-sass``.
+The Triton release is the one that is imported: ``make aot`` does it for each that the tests do.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # "batch" in training.
 NORMS = ("layer", "batch", "batch-eval", "none")
+DROPOUT = {"without": False, "with": True}
 
 
 class Case(NamedTuple):
-    """A problem to compile for: an architecture, a dtype, a shape, one of NORMS."""
+    """A problem to compile for: an architecture, a dtype, a shape, one of NORMS, whether with dropout."""
 
     arch: int
     dtype: str
@@ -227,19 +229,21 @@ def local_memory(sass: str) -> tuple[int, int]:
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
-    yield layout.format(
-        "arch", "dtype", "heads", "dim", "norm", "kernel", "tile", "regs", "spill", "in loop", "shared", "HMMA"
-    )
+    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
+    titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "kernel", "tile", "regs", "spill"]
+    yield layout.format(*titles, "in loop", "shared", "HMMA")
     for cost in costs:
-        arch, dtype, heads, head_dim, norm, _ = cost.case
+        arch, dtype, heads, head_dim, norm, dropout = cost.case
         kernel, tile = cost.kernel.removesuffix("_kernel"), "x".join(map(str, cost.tile))
         usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.shared, cost.hmma)
-        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, kernel, tile, *usage)
+        with_dropout = "with" if dropout else "without"
+        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, kernel, tile, *usage)
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
-def cases(archs: list[int], quick: bool, norms: Sequence[str] = NORMS) -> list[Case]:
+def cases(
+    archs: list[int], quick: bool, norms: Sequence[str] = NORMS, dropout: Sequence[str] = tuple(DROPOUT)
+) -> list[Case]:
     """Problems that together meet every row of the tile table; ``quick``: those of the official models, in bfloat16."""
     if quick:
         problems = [("bfloat16", 12, head_dim) for head_dim in (32, 48, 64)]
@@ -247,7 +251,8 @@ def cases(archs: list[int], quick: bool, norms: Sequence[str] = NORMS) -> list[C
         heads = (4, 8, 12, 32)
         problems = [("bfloat16", h, d) for h, d in itertools.product(heads, (32, 48, 64, 128))]
         problems += [("float32", h, d) for h, d in itertools.product(heads, (64, 128))]
-    return [Case(arch, *problem, norm) for arch in archs for problem in problems for norm in norms]
+    variants = [(norm, DROPOUT[name]) for norm in norms for name in dropout]
+    return [Case(arch, *problem, *variant) for arch in archs for problem in problems for variant in variants]
 
 
 class CudaCost(NamedTuple):
@@ -401,13 +406,14 @@ def main() -> int:
     parser.add_argument("--backend", choices=("triton", "cuda"), nargs="+", help="whose kernels; without, both")
     parser.add_argument("--quick", action="store_true", help="only Triton, the official models' shapes, in bfloat16")
     parser.add_argument("--norm", nargs="+", choices=NORMS, default=NORMS, help="of the Triton kernels; without, all")
+    parser.add_argument("--dropout", nargs="+", choices=list(DROPOUT), default=list(DROPOUT), help="as well")
     parser.add_argument("--source", nargs="+", help="sources in csrc/cuda, as forward; without, all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
     faults = 0
     backends = args.backend or (["triton"] if args.quick else ["triton", "cuda"])
     if "triton" in backends:
-        faults += report_triton(cases(args.arch or list(TRITON_ARCHS), args.quick, args.norm), args.jobs)
+        faults += report_triton(cases(args.arch or list(TRITON_ARCHS), args.quick, args.norm, args.dropout), args.jobs)
     if "cuda" in backends:
         faults += report_cuda(args.arch, args.source, args.jobs, required=args.backend is not None)
     return int(faults > 0)
@@ -415,6 +421,8 @@ def main() -> int:
 
 def report_triton(problems: list[Case], jobs: int) -> int:
     """Prints the Triton kernels' table; how many configurations may not be a default."""
+    import triton
+
     faults = 0
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for i, costs in enumerate(pool.map(compile_case, problems)):
@@ -422,7 +430,7 @@ def report_triton(problems: list[Case], jobs: int) -> int:
             print("\n".join(lines if i == 0 else lines[1:]), flush=True)
             faults += sum(bool(cost.faults) for cost in costs)
     archs = ", ".join(f"sm_{arch}" for arch in sorted({case.arch for case in problems}))
-    print(f"{len(problems)} problems compiled for {archs}; {faults} faults")
+    print(f"{len(problems)} problems compiled for {archs} by triton {triton.__version__}; {faults} faults")
     return faults
 
 

@@ -1,5 +1,6 @@
 """The choice of a backend, and the Triton one's configurations: rows of the table, head_dim in chunks, wide offsets."""
 
+import itertools
 import logging
 import re
 
@@ -18,12 +19,13 @@ CPU = torch.device("cpu")
 SMALL_SHARED, LARGE_SHARED = 86, 80
 
 
-def tiles_of(arch, itemsize, heads, head_dim):
-    return tuple(configs.tile(kernel, arch, itemsize, heads, head_dim) for kernel in configs.TABLE)
+def tiles_of(*problem):
+    return tuple(configs.tile(kernel, *problem) for kernel in configs.TABLE)
 
 
 def cases_of_the_table():
-    """Architecture, bytes an element, heads, head_dim: together they use every row, in chunks of head_dim if it can.
+    """Architecture, bytes an element, heads, head_dim, whether with dropout: together they use every row, in chunks of
+    head_dim if it can.
 
     Those of cards with little shared memory are slow.
     """
@@ -31,7 +33,8 @@ def cases_of_the_table():
     for position, rows in enumerate(configs.TABLE.values()):
         for row in rows:
             candidates = [
-                (arch, row.itemsize, row.heads, head_dim)
+                (arch, row.itemsize, row.heads, head_dim, dropout)
+                for dropout in (False, True)
                 for head_dim in (33, 65, 16, 64)
                 for arch in (SMALL_SHARED, LARGE_SHARED)
                 if head_dim <= row.head_dim
@@ -198,9 +201,10 @@ def test_every_backend_answers_the_same_question():
 
 @pytest.mark.parametrize("kernel", configs.TABLE)
 def test_no_row_hides_another(kernel):
-    """Each row of the table serves the largest problem it is for, on some architecture."""
+    """Each row of the table serves the largest problem it is for, on some architecture, with dropout or without."""
     for row in configs.TABLE[kernel]:
-        served = {configs.tile(kernel, arch, *row[:3]) for arch in (SMALL_SHARED, LARGE_SHARED)}
+        cards = itertools.product((SMALL_SHARED, LARGE_SHARED), (False, True))
+        served = {configs.tile(kernel, arch, *row[:3], dropout) for arch, dropout in cards}
         assert row.tile in served, row
 
 
@@ -209,20 +213,20 @@ def test_no_row_hides_another(kernel):
 def test_every_problem_has_a_tile(kernel, itemsize):
     for arch in (80, 86, 89, 90, 100, 120):
         for heads in range(1, MAX_HEADS + 1):
-            for head_dim in (1, 33, MAX_HEAD_DIM):
-                tile = configs.tile(kernel, arch, itemsize, heads, head_dim)
+            for head_dim, dropout in itertools.product((1, 33, MAX_HEAD_DIM), (False, True)):
+                tile = configs.tile(kernel, arch, itemsize, heads, head_dim, dropout)
                 assert tile.BLOCK_M * configs.padded(heads) >= 16
     with pytest.raises(LookupError, match=f"{kernel} has no tile for 33 heads of 64, {itemsize} bytes an element"):
         configs.tile(kernel, 80, itemsize, 33, 64)
 
 
 @pytest.mark.parametrize(
-    ("arch", "itemsize", "heads", "head_dim"), cases_of_the_table(), ids=lambda number: str(number)
+    ("arch", "itemsize", "heads", "head_dim", "dropout"), cases_of_the_table(), ids=lambda number: str(number)
 )
-def test_rows_of_the_table(arch, itemsize, heads, head_dim, device, use_tile):
+def test_rows_of_the_table(arch, itemsize, heads, head_dim, dropout, device, use_tile):
     """Batch norm in training launches every kernel."""
     if device.type == "cpu":
-        use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem))
+        use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem, dropout))
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 17, "seqlen_k": 10, "batch": 1}
     dtype = torch.float16 if itemsize == 2 else torch.float32
     assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device), "triton")
