@@ -28,8 +28,10 @@ import torch
 # Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TRITON_ARCHS = (80, 86, 89, 90, 100)
-# Local-memory instructions inside loops that float32, or more than 16 heads, may have: tiles small enough to need none
-# run longer.
+# Local-memory instructions inside loops that Triton 3.6 may leave, for each instruction there: a tile half as large
+# needs none, and takes half as much again through shared memory. Of float32, or more than 16 heads, how many any may
+# leave: tiles small enough to need none run longer.
+FEW_SPILLS = {"3.6": 1 / 80}
 RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # "batch" in training.
@@ -57,17 +59,21 @@ class Cost(NamedTuple):
     registers: int
     spills: int
     spills_in_loops: int
+    loops: int
     shared: int
     hmma: int
 
     @property
     def faults(self) -> list[str]:
         """Why this configuration may not be a default; empty when it may."""
+        import triton
+
         from reattn.kernels import configs
 
         faults = []
+        few = FEW_SPILLS.get(triton.__version__.rpartition(".")[0], 0) * self.loops
         common = self.case.dtype != "float32" and self.case.heads <= 16
-        if self.spills_in_loops > (0 if common else RARE_SPILLS):
+        if self.spills_in_loops > (few if common else RARE_SPILLS):
             faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")
         if self.shared > SHARED_LIMIT[self.case.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.case.arch]}")
@@ -188,9 +194,9 @@ _POINTEE = {
 }
 
 
-def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
-    """Registers a thread; local-memory instructions, in all and inside loops; shared memory in bytes; HMMA
-    instructions."""
+def read_cubin(compiled: Any) -> tuple[int, int, int, int, int, int]:
+    """Registers a thread; local-memory instructions, in all and inside loops; all instructions inside loops; shared
+    memory in bytes; HMMA instructions."""
     tool = cuobjdump()
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
@@ -201,8 +207,7 @@ def read_cubin(compiled: Any) -> tuple[int, int, int, int, int]:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    spills, in_loops = local_memory(sass)
-    return int(registers[1]), spills, in_loops, compiled.metadata.shared, sass.count("HMMA")
+    return int(registers[1]), *local_memory(sass), compiled.metadata.shared, sass.count("HMMA")
 
 
 def cuobjdump() -> str:
@@ -217,25 +222,26 @@ def cuobjdump() -> str:
         raise SystemExit("needs cuobjdump, which triton ships, or one on the path") from None
 
 
-def local_memory(sass: str) -> tuple[int, int]:
+def local_memory(sass: str) -> tuple[int, int, int]:
     """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is
-    cheap."""
+    cheap; and all instructions inside loops."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?);", sass)]
     jumps = [(at, re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", text)) for at, text in instructions]
     loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
-    local = [at for at, text in instructions if re.search(r"\b(?:LDL|STL)\b", text)]
-    return len(local), sum(any(start <= at <= end for start, end in loops) for at in local)
+    local = {at for at, text in instructions if re.search(r"\b(?:LDL|STL)\b", text)}
+    inside = {at for at, _ in instructions if any(start <= at <= end for start, end in loops)}
+    return len(local), len(local & inside), len(inside)
 
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>8}{:>6}"
+    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>7}{:>8}{:>6}"
     titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "kernel", "tile", "regs", "spill"]
-    yield layout.format(*titles, "in loop", "shared", "HMMA")
+    yield layout.format(*titles, "in loop", "of", "shared", "HMMA")
     for cost in costs:
         arch, dtype, heads, head_dim, norm, dropout = cost.case
         kernel, tile = cost.kernel.removesuffix("_kernel"), "x".join(map(str, cost.tile))
-        usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.shared, cost.hmma)
+        usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.loops, cost.shared, cost.hmma)
         with_dropout = "with" if dropout else "without"
         row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, kernel, tile, *usage)
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
@@ -364,7 +370,7 @@ def read_cuda_cubin(arch: int, source: str, element: str, cubin: pathlib.Path) -
                 in_all["stack frame"],
                 in_all["spill stores"],
                 in_all["spill loads"],
-                *local_memory(text),
+                *local_memory(text)[:2],
                 in_all["smem"],
                 dynamic_shared(arch, source, element, kernel),
                 len(re.findall(r"\bHMMA\b", text)),

@@ -1,10 +1,10 @@
 """Tile configurations: one table, and the choice among its rows.
 
 Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles without
-spilling in a loop, with dropout too unless the row says otherwise; float32 and more heads spill a few registers at most
-(``python -m benchmarks.compile_report`` shows what each row costs, with the Triton release that it imports). Which of
-several such rows is fastest has not been measured on a GPU yet: they were chosen for tall blocks of query rows, since
-keys and values are read again for every block.
+spilling in a loop, with dropout too unless the row says otherwise; float32 and more heads spill a few registers at
+most, and so does Triton 3.6 (``python -m benchmarks.compile_report`` shows what each row costs, with the Triton release
+that it imports). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall
+blocks of query rows, since keys and values are read again for every block.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 8, 64, Tile(32, 16), small=False),
         Row(2, 8, 128, Tile(32, 16, dim=32)),
         Row(2, 16, 32, Tile(16, 16)),
-        Row(2, 16, 48, Tile(16, 16), small=False, dropout=False),
+        Row(2, 16, 48, Tile(16, 16), small=False),
         Row(2, 16, 48, Tile(16, 8)),
-        Row(2, 16, 64, Tile(16, 8), small=False, dropout=False),
+        Row(2, 16, 64, Tile(16, 16), small=False, dropout=False),
         Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
         Row(2, 16, 64, Tile(16, 8, dim=32)),
         Row(2, 16, 128, Tile(16, 8, dim=32), dropout=False),
