@@ -8,14 +8,14 @@ GPU_WORKERS ?= 8
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp tests/*/*.h tests/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benchmarks/*.cpp emulator/*.h emulator/*.cpp tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 GPU_OUT := $(or $(OUT),out/gpu)
 
 # Without the constraints pip would resolve torch to its newest release and fetch gigabytes of it.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulated older-triton demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
+.PHONY: help extension emulator older-triton demo test test-all sanitize lint format bench bench-quick aot gpu gpu-test gpu-bench gpu-tune gpu-sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -24,8 +24,8 @@ help: ## list the targets
 extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUDA one's, where they changed
 	$(PY) setup.py --quiet build_ext --inplace
 
-emulated: $(STAMP) ## compile the CUDA backend for the host, where the tests run it without a GPU
-	$(PY) tests/cuda/build.py out/emulated
+emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
+	$(PY) emulator/build.py
 
 # The release that goes with torch 2.11, for Linux as all of them: the tests compile every kernel with both.
 OLDER_TRITON := 3.6.0
@@ -40,11 +40,11 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 
 # Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
-test: extension emulated ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
+test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
-test-all: extension emulated older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+test-all: extension emulator older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST)
 
@@ -130,7 +130,7 @@ gpu-sanitize: ## run the CUDA backend's kernels on this machine's GPU under comp
 	done
 
 clean: ## remove everything that these targets made, the virtual environment too
-	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so emulator/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without the extension: pip would hide what its build says, and start it from nothing every time.

@@ -1,269 +1,109 @@
-"""``python -m benchmarks.cost_model``: what a call has to do, counted, and the time that takes, beside measured times.
+"""``python -m benchmarks.cost_model``: forecasts of the GPU kernels; on a CPU predicted times beside measured ones.
 
-GPU: the counts of a kernel follow from its tile and its steps; its predicted time is that of the resource it keeps
-busiest, as if that hid all others. CPU: a call is stages one after the other, at rates that ``cpu_stages`` measured;
-its predicted time is their sum on the busiest thread. Prints Markdown.
+GPU: what a kernel does is counted by executing it (``kernel_counts``); its time lies between that of the resource it
+keeps busiest and that of all of them together. CPU: a call is stages one after the other, at rates that ``cpu_stages``
+measured; its predicted time is their sum on the busiest thread. Prints Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import heapq
-import itertools
 import json
 import math
 import pathlib
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.kernel_counts import Counts, ceil_div, read_counts, round_up
 from benchmarks.measure import Problem
-from reattn.kernels import configs
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-BACKENDS = ("triton", "cuda")
-SHAPES = ((128, 12, 197, 32), (128, 12, 197, 33), (128, 12, 197, 64), (32, 12, 577, 32))
-OFFICIAL = [Problem(*shape, norm, torch.bfloat16) for shape in SHAPES for norm in ("batch", "layer")]
+PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+SWEEPS = ("forward", "backward_query", "backward_key")
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def round_up(number: int, multiple: int) -> int:
-    return ceil_div(number, multiple) * multiple
-
-
-class Counts(NamedTuple):
-    """What a kernel does, or what a device can do in a second."""
-
-    device: float  # bytes from and to device memory
-    l2: float  # bytes between L2 and multiprocessors
-    tensor: float  # operations of tensor cores
-    float32: float  # instructions of a lane in float32, a fused multiply-add being one
-    special: float  # exp2 and reciprocal roots
-    shared: float  # bytes from and to shared memory
-
-
-class Device(NamedTuple):
+class Card(NamedTuple):
     """A GPU: figures of its data sheet, the clock being the one that its float32 rate implies."""
 
     name: str
-    arch: int
     multiprocessors: int
     clock: float
     memory: float  # bytes a second
-    mma: float  # operations of mma.sync a second, in 16 bits
-    shared: int  # bytes that a block may have
-
-    def rates(self) -> Counts:
-        """A multiprocessor has 128 lanes, 16 special functions and 128 shared bytes a clock (CUDA guide)."""
-        clocks = self.multiprocessors * self.clock
-        return Counts(self.memory, L2_BYTES * clocks, self.mma, 128 * clocks, 16 * clocks, 128 * clocks)
 
 
-# What L2 delivers no data sheet tells. XLA's cost model has 6.65 TB/s, measured on an H100; others in proportion.
-L2_BYTES = 6.65e12 / (132 * 1.98e9)
-# Of the 989 TFLOP/s that wgmma reaches, mma.sync reaches 62.9 % (arXiv 2501.12084). What it reaches on a B200 was not
-# found, and is taken to be as much for each multiprocessor.
-HOPPER_MMA = 0.629 * 989.4e12
-DEVICES = (
-    Device("A100", 80, 108, 1.41e9, 2.039e12, 312e12, 163 << 10),
-    Device("H100", 90, 132, 1.98e9, 3.35e12, HOPPER_MMA, 227 << 10),
-    Device("H200", 90, 132, 1.98e9, 4.8e12, HOPPER_MMA, 227 << 10),
-    Device("B200", 100, 148, 1.98e9, 8e12, HOPPER_MMA * 148 / 132, 227 << 10),
-)
+CARDS = (Card("H100", 132, 1.98e9, 3.35e12), Card("H200", 132, 1.98e9, 4.8e12))
+# Of the 989 TFLOP/s that wgmma reaches on them, mma.sync reaches 62.9 % (arXiv 2501.12084): operations a second.
+MMA = 0.629 * 989.4e12
+# What L2 delivers no data sheet tells. XLA's cost model has 6.65 TB/s, measured on an H100. A multiprocessor alone gets
+# 64 bytes a clock.
+L2, L2_PORT = 6.65e12, 64
+# What a multiprocessor does in a clock (CUDA C++ Programming Guide, "Arithmetic Instructions"): warp instructions, and
+# special functions of a lane. One wavefront of shared memory or one shuffle goes through its load and store unit.
+ISSUE, SPECIAL, WAVEFRONTS = 4, 16, 1
+# What a launch takes beyond its work.
+START = 2e-6
+
+# Tensors of (batch, heads, seqlen, head_dim) that a kernel has to read or write, once each.
+TENSORS = {"forward": 4, "finish": 3, "grad_sums": 2, "add_up": 0, "backward_query": 5, "backward_key": 6, "unfold": 0}
 
 
-class Step(NamedTuple):
-    """What is done for an element of the maps; ``moved``: its bytes through shared memory, in Triton and in CUDA.
+class Forecast(NamedTuple):
+    """Of a launch on a card.
 
-    Float32, special functions and Triton's bytes are those of loops compiled for sm_90 at head_dim 32.
+    ``seconds``: what it is expected to take, halfway between ``floor``, where the resource that ``binding`` names runs
+    at its full rate and hides all others, and ``serial``, where nothing hides anything. ``bytes_floor``: what device
+    memory alone would take.
     """
 
-    scores: int = 0  # products over head_dim, of own rows with streamed ones
-    products: int = 0  # of maps with streamed rows
-    streams: int = 0  # tensors whose rows come past those of the block
-    mixing: int = 0  # products over the heads
-    special: float = 0
-    float32: int = 0
-    moved: tuple[int, int] = (0, 0)
+    backend: str
+    kernel: str
+    shape: tuple[int, int, int, int]
+    norm: str
+    seconds: float
+    binding: str
+    floor: float
+    serial: float
+    bytes_floor: float
+    counts: Counts
+
+    def for_32(self, number: float) -> float:
+        """Of a number of a block: how many there are for 32 elements of the maps, none of them padding."""
+        batch, heads, seqlen, _ = self.shape
+        return number * self.counts.blocks / (batch * heads * seqlen**2 / 32)
 
 
-LSE = Step(scores=1, streams=1, special=1, float32=6)
-MAPS = Step(scores=1, streams=1, special=1, float32=4, moved=(4, 2))
-RESCALE = Step(float32=2, moved=(0, 6))  # in the place of MAPS where a row stays in shared memory
-MIX = Step(mixing=1, float32=1, moved=(4, 4))
-NORM = Step(special=0.5, float32=5)
-MOMENTS = Step(float32=3)
-STREAM = Step(streams=1)
-MULTIPLY = Step(products=1, moved=(0, 2))
-GRADIENT = Step(scores=1, streams=1, mixing=1, float32=1, moved=(14, 8))
-MIX_AGAIN = Step(mixing=1, moved=(0, 2))
-UNDO_LAYER = Step(float32=10, moved=(13, 2))
-UNDO_BATCH = Step(float32=2, moved=(5, 2))
-SUMS = Step(mixing=1, float32=4, moved=(14, 8))
-LAYER_SUMS = Step(float32=3)
-BATCH_SUMS = Step(float32=5, moved=(9, 0))
-GRAD_SCORES = Step(products=1, float32=2, moved=(0, 8))
-
-# Tensors that a kernel reads in blocks, streams past them, writes; and float32 vectors such as the LSE. Not all kernels
-# sweep over maps: some sum what others left, and finish also makes the output of what the forward kernel left.
-TENSORS = {
-    "forward": (1, 2, 1, 1),
-    "finish": (1, 1, 1, 0),
-    "grad_sums": (2, 0, 0, 0),
-    "add_up": (0, 0, 0, 0),
-    "backward_query": (2, 2, 1, 2),
-    "backward_key": (2, 2, 2, 2),
-    "unfold": (0, 0, 0, 0),
-}
-SWEEPS = tuple(configs.TABLE)
-PADDED_HEADS = 16
-
-
-def steps(kernel: str, norm: str, cuda: bool, resident: bool) -> list[Step]:
-    """Of a kernel, in order; ``resident``: all maps of a block's rows stay in shared memory."""
-    layer, batch = norm == "layer", norm == "batch"
-    mix = [MIX] + [NORM] * layer
-    again = [STREAM] * cuda  # CUDA reads a tensor again to multiply by it, Triton has the tile
-    if kernel == "forward":
-        maps = RESCALE if cuda and resident else MAPS
-        return [LSE, maps, *mix] + [MOMENTS] * batch + [STREAM, MULTIPLY]
-    undo = [GRADIENT] + [UNDO_LAYER] * layer + [UNDO_BATCH] * batch
-    if kernel == "backward_query":
-        sweep = [MAPS] + [MIX_AGAIN] * (layer or batch) + [NORM] * layer + undo
-        sums = [SUMS] + [LAYER_SUMS] * layer + [BATCH_SUMS] * batch
-        return sweep + sums + sweep * (not (cuda and resident)) + [GRAD_SCORES] + again
-    return [MAPS, *mix, *undo, MULTIPLY, GRAD_SCORES] + 2 * again
-
-
-def kernels(norm: str, backward: bool) -> list[str]:
-    """That a call launches."""
-    batch = norm == "batch"
-    gradients = ["grad_sums", "add_up"] * batch + ["backward_query", "backward_key", "unfold"]
-    return ["forward"] + ["finish"] * batch + gradients * backward
-
-
-class Cut(NamedTuple):
-    """Of a kernel: own rows of a block, streamed rows of a tile, whether one tile holds all of them."""
-
-    own: int
-    tile: int
-    resident: bool = False
-
-
-def find_cut(kernel: str, problem: Problem, device: Device, backend: str) -> Cut:
-    """Triton's by its tile table; CUDA's as csrc/cuda/plan.cpp chooses for up to 12 heads of up to 64 in 16 bits."""
-    if backend == "triton":
-        tile = configs.tile(kernel, device.arch, problem.dtype.itemsize, problem.heads, problem.head_dim)
-        return Cut(tile.BLOCK_N, tile.BLOCK_M) if kernel == "backward_key" else Cut(tile.BLOCK_M, tile.BLOCK_N)
-    keys = round_up(problem.seqlen, 16)
-    tall = kernel == "forward" and problem.batch * ceil_div(problem.seqlen, 32) >= device.multiprocessors
-    tiles = [keys] * (kernel != "backward_key") + [64, 32, 16]
-    cuts = [Cut(own, min(tile, keys), tile >= keys) for tile in tiles for own in ((32, 16) if tall else (16,))]
-    return next(cut for cut in cuts if shared_bytes(kernel, problem, cut) <= device.shared)
-
-
-def shared_bytes(kernel: str, problem: Problem, cut: Cut) -> int:
-    """That a block of the CUDA kernel takes, as csrc/cuda/plan.cpp lays it out."""
-    heads, forward = problem.heads, kernel == "forward"
-    maps = heads * (cut.own * (round_up(2 * cut.tile, 16) | 16) + 16)
-    parts = [maps] * {"backward_query": 2, "backward_key": 3}.get(kernel, 1)
-    parts += [heads * 32 * (2 * round_up(problem.head_dim, 16) + 16), 2 * 16 * 48 + 16, 5 * 16 * 4]
-    parts += [heads * cut.own * ceil_div(cut.tile, 64) * 4] * (forward and cut.resident)
-    parts += [19 * 16 * 4] * (kernel == "backward_query")
-    parts += [heads * 2 * 16 * 4] * (forward and problem.norm == "batch")
-    return sum(round_up(part, 128) for part in parts)
-
-
-def loaded_dim(problem: Problem, backend: str) -> int:
-    """Columns that are read: head_dim, or that of a padded copy."""
-    return round_up(problem.head_dim, 8 if backend == "cuda" else 16)
-
-
-def blocks(kernel: str, problem: Problem, device: Device, backend: str) -> int:
-    """That a kernel has."""
-    batch, heads, seqlen, _ = problem.shape
-    if kernel in SWEEPS:
-        return batch * ceil_div(seqlen, find_cut(kernel, problem, device, backend).own)
-    if kernel in ("add_up", "unfold"):
-        return heads + (kernel == "unfold")
-    splits = max(min(ceil_div(4 * device.multiprocessors, batch * heads), ceil_div(seqlen, 64)), 1)
-    return batch * heads * splits + (kernel == "finish")
-
-
-def partial_sums(kernel: str, problem: Problem, device: Device, backend: str) -> int:
-    """Float32 numbers that the blocks of a kernel leave for another one to add."""
-    numbers = {
-        "forward": 2 * problem.heads * (problem.norm == "batch"),
-        "grad_sums": 2,
-        "backward_query": (PADDED_HEADS + 3) * PADDED_HEADS,
+def forecast(counts: Counts, card: Card) -> Forecast:
+    """By what the multiprocessor does that has most blocks, and by what all of them move."""
+    clocks = ceil_div(counts.blocks, card.multiprocessors) / card.clock
+    moved = counts.blocks * counts.global_bytes
+    times = {
+        "issue": clocks * counts.instructions / ISSUE,
+        "special": clocks * counts.special * 32 / SPECIAL,
+        "shared": clocks * (counts.wavefronts + counts.shuffles) / WAVEFRONTS,
+        "tensor": clocks * counts.tensor / (MMA / card.multiprocessors / card.clock),
+        "L2": max(moved / L2, clocks * counts.global_bytes / L2_PORT),
+        "memory": TENSORS[counts.kernel] * math.prod(counts.shape) * 2 / card.memory,
     }
-    return numbers.get(kernel, 0) * blocks(kernel, problem, device, backend)
+    binding = max(times, key=times.__getitem__)
+    floor, serial = START + times[binding], START + sum(times.values())
+    place = counts.backend, counts.kernel, counts.shape, counts.norm
+    return Forecast(*place, (floor + serial) / 2, binding, floor, serial, times["memory"], counts)
 
 
-def sums_read(kernel: str, problem: Problem, device: Device, backend: str) -> tuple[float, float]:
-    """Bytes of partial sums that a kernel reads from device memory, and from L2: some are read by several blocks."""
-    left_by = {"finish": "forward", "add_up": "grad_sums", "unfold": "backward_query"}.get(kernel)
-    if left_by is None:
-        return 0.0, 0.0
-    numbers, heads = partial_sums(left_by, problem, device, backend), problem.heads
-    if kernel == "unfold":  # a row of the matrix and a vector for each head; all vectors
-        times = (2 * heads + 3) / (PADDED_HEADS + 3)
-    else:  # sums of one head, and by one block of all heads
-        times = (blocks(kernel, problem, device, backend) - (kernel == "finish")) / heads + (kernel == "finish")
-    return 4.0 * numbers, 4.0 * numbers * times
+def forecasts(card: str) -> list[Forecast]:
+    """For every launch of a training step at the headline shapes in bfloat16, from the committed counts.
 
-
-def count(kernel: str, problem: Problem, device: Device, backend: str) -> Counts:
-    """What all blocks of a kernel do together, padding included; for 9 to 16 heads, in CUDA up to 12."""
-    cuda, (batch, heads, seqlen, head_dim) = backend == "cuda", problem.shape
-    rows, itemsize = batch * heads * seqlen, problem.dtype.itemsize
-    own, streamed, written, vectors = TENSORS[kernel]
-    stored = written * rows * head_dim * itemsize + vectors * rows * 4
-    stored += 4 * partial_sums(kernel, problem, device, backend)
-    if kernel not in SWEEPS:
-        read, again = sums_read(kernel, problem, device, backend)
-        moved = (own + streamed) * rows * head_dim * itemsize + stored
-        return Counts(moved + read, moved + again, 0, (own + streamed) * rows * head_dim, 0, 0)
-    cut = find_cut(kernel, problem, device, backend)
-    done = steps(kernel, problem.norm, cuda, cut.resident)
-    scores, products, streams, mixing, special, float32 = (sum(step[i] for step in done) for i in range(6))
-    # What streams is written once and read for each product. Triton reads own rows from shared memory again, CUDA holds
-    # them in registers.
-    operands = (streams + scores + products) / cut.own + (0 if cuda else scores / cut.tile)
-    depth = round_up(head_dim, 16)
-    positions = batch * round_up(seqlen, cut.own) * round_up(seqlen, cut.tile)
-    maps = positions * (heads if cuda else PADDED_HEADS)
-    tensor = rows * loaded_dim(problem, backend) * itemsize
-    return Counts(
-        device=(own + streamed) * tensor + stored,
-        l2=ceil_div(seqlen, cut.own) * streams * tensor + own * tensor + stored,
-        tensor=2 * depth * (scores + products) * maps + 2 * PADDED_HEADS * mixing * positions * PADDED_HEADS,
-        float32=float32 * maps,
-        special=special * maps,
-        shared=maps * (operands * depth * itemsize + sum(step.moved[cuda] for step in done)),
-    )
-
-
-def gpu_time(kernel: str, problem: Problem, device: Device, backend: str) -> tuple[float, str]:
-    """Seconds, and the resource that takes them. Multiprocessors have one block at a time, at the end some none."""
-    counts, rates = count(kernel, problem, device, backend), device.rates()
-    number = blocks(kernel, problem, device, backend)
-    idle = round_up(number, device.multiprocessors) / number
-    times = {name: getattr(counts, name) / getattr(rates, name) for name in Counts._fields}
-    return max((time if name == "device" else time * idle, name) for name, time in times.items())
-
-
-def copy_time(kernel: str, problem: Problem, device: Device, backend: str) -> float:
-    """Seconds for padded copies of tensors whose rows cannot be read 16 bytes at a time: zeroed, read and written."""
-    copied = {"forward": 3, "grad_sums": int(backend == "cuda"), "backward_query": 4}
-    loaded, head_dim = loaded_dim(problem, backend), problem.head_dim
-    columns = (loaded + 2 * head_dim) * (loaded > head_dim)
-    rows = problem.batch * problem.heads * problem.seqlen
-    return copied.get(kernel, 0) * rows * columns * problem.dtype.itemsize / device.memory
+    ``card``: a name that holds that of one in CARDS, as torch gives it. Raises ValueError for another one.
+    """
+    found = [each for each in CARDS if each.name in card]
+    if not found:
+        raise ValueError(f"card is {card!r}; there are figures for {', '.join(each.name for each in CARDS)}")
+    return [forecast(counts, found[0]) for counts in read_counts()]
 
 
 # A core of the AMD EPYC (Zen 3, AVX2) of benchmarks/results/amd-epyc-zen3, as cpu_stages measured it.
@@ -421,12 +261,11 @@ def cpu_stages(problem: Problem, backward: bool, clock: float, threads: int) -> 
 
 
 class Result(NamedTuple):
-    """Of a committed file: a call of the operator on one of our backends, and the plain attention that took turns."""
+    """Of a committed file: a call of the operator on the CPU, and the plain attention that took turns."""
 
     folder: str
     device: str
     threads: int
-    backend: str
     problem: Problem
     backward: bool
     ms: float
@@ -441,25 +280,24 @@ class Result(NamedTuple):
 
 
 def results(folder: pathlib.Path = RESULTS) -> list[Result]:
-    """Of every device, at the shapes of the operator's benchmarks and as the sequence grows."""
+    """Of every CPU, at the shapes of the operator's benchmarks and as the sequence grows."""
     found = []
     for path in sorted(folder.glob("*/*.json")):
         contents = json.loads(path.read_text())
         machine = contents["machine_info"]["reattn"]
         for facts in (benchmark["extra_info"] for benchmark in contents["benchmarks"]):
-            backend, operator = facts["contender"], facts["kind"] in ("operator", "scaling")
-            if operator and backend in (*BACKENDS, "cpu"):
+            if facts["kind"] in ("operator", "scaling") and facts["contender"] == "cpu":
                 sizes = [facts[name] for name in ("batch", "heads", "seqlen", "head_dim", "norm")]
                 problem = Problem(*sizes, getattr(torch, facts["dtype"]))
                 times = facts["ms"], facts["ms"] / (facts["ratio_to_sdpa"] or math.nan)
-                call = backend, problem, facts["direction"] != "forward", *times
+                call = problem, facts["direction"] != "forward", *times
                 found.append(Result(path.parent.name, machine["device"], machine["threads"], *call))
     return found
 
 
 def cpu_results(folder: pathlib.Path = RESULTS) -> list[Result]:
     """Those that the model is for."""
-    found = [each for each in results(folder) if each.backend == "cpu" and each.problem.dtype == torch.float32]
+    found = [each for each in results(folder) if each.problem.dtype == torch.float32]
     return [each for each in found if each.problem.norm != "batch" and each.folder == MODELLED]
 
 
@@ -468,6 +306,7 @@ def predict(result: Result) -> Stages:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    assert all(len(row) == len(columns) for row in rows), (columns, rows)
     return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)] + [""]
 
 
@@ -475,31 +314,47 @@ def name(problem: Problem) -> list[str]:
     return ["x".join(map(str, problem.shape)), problem.norm]
 
 
-def count_table(device: Device) -> list[str]:
+def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
+    """Of every launch at a shape: what it does for 32 elements of the maps, microseconds on the first of CARDS, and
+    those expected on the others."""
+    found = [[each for each in forecasts(card.name) if each.shape == shape] for card in CARDS]
     rows = []
-    for problem, backend in itertools.product(OFFICIAL[:2], BACKENDS):
-        for kernel in kernels(problem.norm, True):
-            cut = find_cut(kernel, problem, device, backend) if kernel in SWEEPS else None
-            values = [f"{value / 1e9:.3g}" for value in count(kernel, problem, device, backend)]
-            rows.append([*name(problem), backend, kernel, f"{cut.own} x {cut.tile}" if cut else "-", *values])
-    units = ["device GB", "L2 GB", "tensor GFLOP", "float32 G", "special G", "shared GB"]
-    return [f"Counts, {device.name}:", "", *table(["problem", "norm", "backend", "kernel", "tile", *units], rows)]
+    for each, *others in zip(*found, strict=True):
+        counts = each.counts
+        numbers = [counts.instructions, counts.wavefronts + counts.shuffles, counts.conflict_free + counts.shuffles]
+        cells = [f"{each.for_32(number):.1f}" if each.kernel in SWEEPS else "-" for number in numbers]
+        waves = counts.blocks / (CARDS[0].multiprocessors * counts.resident)
+        cells += [f"{counts.blocks * counts.global_bytes / 1e6:.0f}", f"{counts.blocks}", f"{counts.resident}"]
+        cells.append(f"{waves:.1f}")
+        times = each.bytes_floor, each.floor, each.seconds, each.serial, *(other.seconds for other in others)
+        cells += [each.binding, *(f"{1e6 * time:.0f}" for time in times)]
+        rows.append([each.norm, each.backend, each.kernel, *cells])
+    columns = [
+        "x".join(map(str, shape)),
+        "backend",
+        "kernel",
+        "instructions",
+        "wavefronts",
+        "without conflicts",
+        "L2 MB",
+    ]
+    columns += ["blocks", "at a time", "waves", "binds", "bytes", "floor", "**expected**", "serial"]
+    return table(columns + [f"on an {card.name}" for card in CARDS[1:]], rows)
 
 
-def gpu_table(measured: list[Result]) -> list[str]:
+def call_table() -> list[str]:
+    """Microseconds that the launches of a call are expected to take together."""
+    found = [(card.name, forecasts(card.name)) for card in CARDS]
     rows = []
-    for problem, backend, device in itertools.product(OFFICIAL, BACKENDS, DEVICES):
-        times = {kernel: gpu_time(kernel, problem, device, backend) for kernel in kernels(problem.norm, True)}
-        cells = [f"{1e6 * times[kernel][0]:.0f} {times[kernel][1]}" if kernel in times else "-" for kernel in TENSORS]
-        for backward in (False, True):
-            launched = kernels(problem.norm, backward)
-            total = sum(times[kernel][0] + copy_time(kernel, problem, device, backend) for kernel in launched)
-            call = backend, problem, backward
-            ms = [result.ms for result in measured if device.name in result.device and result[3:6] == call]
-            cells.append(", measured ".join(f"{number:.0f}" for number in (1e6 * total, *(1e3 * each for each in ms))))
-        rows.append([*name(problem), backend, device.name, *cells])
-    columns = ["problem", "norm", "backend", "device", *TENSORS, "all of forward", "and backward"]
-    return ["Predicted microseconds, and what takes them:", "", *table(columns, rows)]
+    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in found[0][1]):
+        cells = []
+        for _, launches in found:
+            mine = [each for each in launches if (each.shape, each.norm, each.backend) == call]
+            forward = sum(each.seconds for each in mine if each.kernel in ("forward", "finish"))
+            cells += [f"{1e6 * time:.0f}" for time in (forward, sum(each.seconds for each in mine))]
+        rows.append(["x".join(map(str, call[0])), call[1], call[2], *cells])
+    columns = [f"{name}, {what}" for name, _ in found for what in ("forward", "with backward")]
+    return table(["forecast", "norm", "backend", *columns], rows)
 
 
 def cpu_table(measured: list[Result]) -> list[str]:
@@ -514,8 +369,30 @@ def cpu_table(measured: list[Result]) -> list[str]:
     return [f"Float32, {measured[0].device}, {measured[0].threads} threads:", "", *table(columns, rows)]
 
 
+def tables() -> list[str]:
+    """Lines of Markdown."""
+    shapes = dict.fromkeys(each.shape for each in read_counts())
+    gpu = [line for shape in shapes for line in kernel_table(shape)] + call_table()
+    title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
+    return [title, "", *gpu, *cpu_table(cpu_results())]
+
+
+def updated(page: str, lines: list[str]) -> str:
+    """A page with the rows of those tables that it shows, which it knows by their columns."""
+    for columns, rows in re.findall(r"(\|.*\n)((?:\|.*\n)+)", "\n".join([*lines, ""])):
+        page = re.sub(re.escape(columns) + r"(?:\|.*\n)+", lambda _, new=columns + rows: new, page)
+    return page
+
+
 def main() -> None:
-    print("\n".join([*count_table(DEVICES[1]), *gpu_table(results()), *cpu_table(cpu_results())]).rstrip())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--docs", action="store_true", help="bring the tables of docs/performance.md up to date instead"
+    )
+    if parser.parse_args().docs:
+        PAGE.write_text(updated(PAGE.read_text(), tables()))
+    else:
+        print("\n".join(tables()).rstrip())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .tiles import (
     poison_rows,
     store_partial_sums,
     store_rows,
+    sum_by_halves,
     to_head_major,
     to_row_major,
     which_block,
@@ -119,14 +120,14 @@ def backward_query_kernel(
 
     # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
     delta = tl.where(row_mask, delta / mass, 0.0)
-    grad_shift = tl.sum(grad_shift, axis=0)
-    grad_gamma = tl.sum(grad_gamma, axis=0)
+    grad_shift = sum_by_halves(grad_shift)
+    grad_gamma = sum_by_halves(grad_gamma)
     grad_weight = tl.sum(grad_weight, axis=0)
     if SHAPE.PACK > 1:
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
         reached = lse
         if SHAPE.NORM == "layer":
-            reached = over_heads(lse)
+            reached = over_heads(lse, SHAPE)
         delta = tl.where(is_finite(reached), delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
@@ -144,7 +145,7 @@ def backward_query_kernel(
     if SHAPE.NORM != "none":
         index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
         tl.store(grad_gamma_ptr + index, grad_gamma)
-        tl.store(grad_beta_ptr + index, tl.sum(grad_beta, axis=0))
+        tl.store(grad_beta_ptr + index, sum_by_halves(grad_beta))
 
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
     for column_start in range(0, k.seqlen, BLOCK_N):

@@ -93,8 +93,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
 SUMS_TILE = Tile(0, 0, 4)
 UNFOLD_BLOCK = 32
 
-# The interpreter's time goes by the number of tiles, hardly by their size.
-INTERPRETER_TILE = Tile(32, 32)
 
 # Architectures whose blocks have 163 KB of shared memory, and on which the larger tiles do not spill (on sm_100 they
 # do); others are held to 99 KB.

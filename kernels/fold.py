@@ -121,7 +121,7 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
     normed = mix_heads(weights, centred, SHAPE) + shift
     unit, inverse_rms = normed, normed
     if SHAPE.NORM == "layer":
-        inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, SHAPE) + norm.eps)
+        inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, weights.dtype, SHAPE) + norm.eps)
         unit = normed * inverse_rms
     if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
         normed = unit * gamma + beta
@@ -132,17 +132,17 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
 def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: tl.constexpr):
     """The gradient of the mixed tile from that of the normalised one: row-major."""
     _, _, gamma, _ = mixing
-    _, common, along = unmixing
+    weights, common, along = unmixing
     grad_mixed = grad_normed
     if SHAPE.NORM == "layer":
         # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
         # rounded.
         scaled = grad_normed * gamma
-        scaled -= mean_over_heads(scaled, SHAPE)
+        scaled -= mean_over_heads(scaled, weights.dtype, SHAPE)
         if SHAPE.HEADS < SHAPE.HEADS_PADDED:
             head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
             scaled = tl.where((head < SHAPE.HEADS)[None, :, None], scaled, 0.0)
-        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, SHAPE))
+        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, weights.dtype, SHAPE))
     if SHAPE.NORM == "batch":
         grad_mixed = grad_normed * gamma
         if SHAPE.TRAINING:

@@ -13,6 +13,7 @@ from .tiles import (
     poison_rows,
     rows_inside,
     store_rows,
+    sum_by_halves,
     to_head_major,
     which_block,
     zero_rows,
@@ -51,8 +52,9 @@ def forward_kernel(
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, False)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
-    # Fewer sums than rows, which would take registers: those of rows that a thread has alike.
-    SUMS: tl.constexpr = min(BLOCK_M // SHAPE.PACK, 8)
+    # Fewer sums than rows, which would take registers: those of rows that a thread has alike. Of float32 no thread has
+    # any.
+    SUMS: tl.constexpr = BLOCK_M // SHAPE.PACK if dtype == tl.float32 else min(BLOCK_M // SHAPE.PACK, 8)
     sums = tl.full((SUMS, HEADS_PACKED), 0.0, dtype=tl.float32)
     squares = sums
     for start in range(0, k.seqlen, BLOCK_N):
@@ -84,14 +86,16 @@ def forward_kernel(
 @triton.jit
 def sum_rows(tile, ROWS: tl.constexpr):
     """[.., HEADS] -> [ROWS, HEADS]: sums of every ROWS-th row."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
+    if tile.shape[0] > ROWS:
+        tile = tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
+    return tile
 
 
 @triton.jit
 def store_head_sums(ptr, first, sums, lse, row_mask, SHAPE: tl.constexpr):
     """This program's sums by head, [BLOCK_M / PACK, PACK * HEADS_PADDED] by row and head, to column first + head of
     (.., programs); NaN if the softmax of a row is."""
-    total = tl.sum(tl.reshape(sums, (sums.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
+    total = sum_by_halves(tl.reshape(sums, (sums.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED)))
     if SHAPE.PACK > 1:
         broken = tl.sum(tl.sum(tl.where(is_finite(lse) | ~row_mask, 0, 1), axis=1), axis=0)
         total = tl.where(broken > 0, float("nan"), total)

@@ -97,6 +97,8 @@ def finish_kernel(
         share = tl.cast(momentum, tl.float64)
         if batches_ptr is not None:
             batches = tl.load(batches_ptr) + 1
+            # All threads read what one of them writes.
+            tl.debug_barrier()
             tl.store(batches_ptr, batches)
             share = tl.where(share < 0, 1.0 / batches.to(tl.float64), share)
         for head in range(SHAPE.HEADS):
@@ -112,6 +114,7 @@ def finish_kernel(
                     bias += tl.load(norm.bias + head).to(tl.float64)
                 old_mean = tl.load(norm.running_mean + head).to(tl.float64)
                 old_var = tl.load(norm.running_var + head).to(tl.float64)
+                tl.debug_barrier()
                 # A batch of no positions leaves them as they are.
                 share = tl.where(counted > 0, share, 0.0)
                 unbiased = tl.where(counted > 0, variance * (counted / (counted - 1.0)), old_var)

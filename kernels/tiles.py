@@ -253,11 +253,20 @@ def mix_heads(weights, tile, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def mean_over_heads(tile, SHAPE: tl.constexpr):
-    """Mean over the heads of every row, in place of each: row-major in and out."""
-    by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
-    mean = tl.sum(by_row, axis=1, keep_dims=True) * (1.0 / SHAPE.HEADS)
-    return tl.reshape(tl.broadcast_to(mean, by_row.shape), tile.shape)
+def mean_over_heads(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """Mean over the heads of every row, in place of each: row-major in and out, float32. ``dtype``: of the dots.
+
+    In full precision a dot of float32 leaves a layout whose warps lie across several axes, and of that Triton before 3.8
+    computes sums wrongly (github.com/triton-lang/triton/pull/9219): a dot with ones takes the sum's place.
+    """
+    if dtype == tl.float32 and SHAPE.PRECISION == "ieee":
+        ones = load_matrix(None, 0, 0, SHAPE, ONES=True)
+        means = mix_heads(ones, tile, SHAPE) * (1.0 / SHAPE.HEADS)
+    else:
+        by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
+        mean = tl.sum(by_row, axis=1, keep_dims=True) * (1.0 / SHAPE.HEADS)
+        means = tl.reshape(tl.broadcast_to(mean, by_row.shape), tile.shape)
+    return means
 
 
 @triton.jit
@@ -270,12 +279,25 @@ def is_finite(tile):
 def poison_rows(tile, lse, SHAPE: tl.constexpr):
     """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: head-major."""
     if SHAPE.PACK > 1:
-        tile = tl.where(is_finite(over_heads(lse))[:, :, None], tile, float("nan"))
+        tile = tl.where(is_finite(over_heads(lse, SHAPE))[:, :, None], tile, float("nan"))
     return tile
 
 
 @triton.jit
-def over_heads(lse):
+def over_heads(lse, SHAPE: tl.constexpr):
     """The LSE, with infinity in every head of a row where it is not finite in one: [HEADS_PADDED, BLOCK_M]."""
-    finite = tl.min(tl.where(is_finite(lse), 1, 0), axis=0, keep_dims=True) > 0
-    return tl.where(finite, lse, float("inf"))
+    broken = sum_by_halves(tl.where(is_finite(lse), 0.0, 1.0))
+    return tl.where(broken[None, :] == 0.0, lse, float("inf"))
+
+
+@triton.jit
+def sum_by_halves(tile):
+    """The sum over the rows, [ROWS, N] -> [N], for layouts of which ``tl.sum`` would be wrong; see
+    ``mean_over_heads``."""
+    if tile.shape[0] == 1:
+        total = tl.reshape(tile, (tile.shape[1],))
+    else:
+        halves = tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1]))
+        upper, lower = tl.split(tl.permute(halves, (1, 2, 0)))
+        total = sum_by_halves(upper + lower)
+    return total

@@ -9,9 +9,7 @@ import sys
 import pytest
 import torch
 
-# Before anything imports reattn: Triton decides when its kernels are defined.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+ROOT = pathlib.Path(__file__).parents[1]
 
 # The extension that `make sanitize` builds takes the place of the one in reattn/, in this process alone.
 if folder := os.environ.get("REATTN_CPU_FOLDER"):
@@ -19,23 +17,28 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
-# So do the CUDA backend's kernels, compiled for the host.
-EMULATED = pathlib.Path(__file__).parents[1] / "out" / "emulated"
-spec = importlib.machinery.PathFinder.find_spec("_cuda", [str(EMULATED)])
-if spec and not torch.cuda.is_available():
-    sys.modules["reattn._cuda"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["reattn._cuda"])
+# Without a GPU, kernels are compiled for one and executed by the emulator. What Triton compiles is kept apart.
+EMULATED_ARCH = int(os.environ.get("REATTN_EMULATED_ARCH", "90"))
+_no_emulator = ""
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
+    try:
+        import emulator.cuda
+    except ImportError as error:
+        _no_emulator = str(error)
+    else:
+        emulator.cuda.install(EMULATED_ARCH)
+        if importlib.util.find_spec("triton"):
+            from emulator import triton_driver
+            from reattn.backends import triton as triton_backend
+
+            triton_driver.install(EMULATED_ARCH)
+            triton_backend.EMULATED = True
 
 from parity import FUSED, device_of  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-
-
-def pytest_configure(config):
-    # Lanes that are masked when they are stored may overflow before; NumPy, which interprets the kernels, speaks of it.
-    for what in ("overflow encountered", "invalid value encountered"):
-        config.addinivalue_line("filterwarnings", f"ignore:{what}:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):
@@ -48,7 +51,7 @@ def pytest_collection_modifyitems(items):
     if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
         skipped["extension"] = "needs the CPU extension"
     if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
-        skipped["cuda"] = "needs the CUDA extension, or `make emulated`"
+        skipped["cuda"] = "needs the CUDA extension, or `make emulator`"
     for item in items:
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skipped[marker]))

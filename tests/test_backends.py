@@ -329,8 +329,6 @@ def tuning(monkeypatch, use_tile):
     use_tile(TABLES)
     monkeypatch.setenv("REATTN_AUTOTUNE", "1")
     monkeypatch.setattr(configs, "candidates", lambda *problem: [SPOILT, RIGHT])
-    monkeypatch.setattr(triton, "unavailable", lambda device: [])
-    monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(triton, "_run", spoil)
     monkeypatch.setattr(triton.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(triton, "_tuned_tiles", chosen := {})

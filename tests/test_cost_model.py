@@ -1,162 +1,151 @@
-"""The cost model: its counts against other arithmetic and the compiler's, its predictions against committed times."""
+"""The cost model: what it counts of GPU kernels against the kernels and other arithmetic, its predictions for a CPU
+against committed times."""
 
 import json
 import re
+import sys
 
+import networkx
 import pytest
 import torch
 
-from benchmarks import cost_model
-from benchmarks.cost_model import BACKENDS, DEVICES, OFFICIAL, RESULTS, SWEEPS, Core, Stages, count, find_cut
+from benchmarks import compile_report, cost_model, kernel_counts, sass
+from benchmarks.cost_model import CARDS, RESULTS, Core, Stages, forecast
+from benchmarks.kernel_counts import Counts, read_counts
 from benchmarks.measure import Problem
 
-A100, H100, H200, B200 = DEVICES
+H100, H200 = CARDS
 EPYC = RESULTS / "amd-epyc-zen3"
 # GHz that a core of a shared host may seem to have.
 SLOWEST, FASTEST = 1.2e9, 3.6e9
 MEASURED = cost_model.cpu_results()
 
 
-def bfloat16(*shape, norm="layer"):
-    return Problem(*shape, norm, torch.bfloat16)
-
-
 def float32(*shape):
     return Problem(*shape, "layer", torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_products_without_padding(backend):
-    """Forward is products over head_dim with keys, in Triton twice, and with values, and one over the heads."""
-    batch, heads, seqlen, head_dim = shape = (3, 16 if backend == "triton" else 12, 64, 32)
-    found = count("forward", bfloat16(*shape, norm="batch"), H100, backend)
-    times = 3 if backend == "triton" else 2
-    products = 2 * times * batch * heads * seqlen**2 * head_dim
-    assert found.tensor == products + 2 * 16 * 16 * batch * seqlen**2
-    assert found.special == (times - 1) * batch * heads * seqlen**2
+def committed(backend, shape=(128, 12, 197, 64), norm="layer"):
+    return {each.kernel: each for each in read_counts() if each[:1] + each[2:4] == (backend, shape, norm)}
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+def need_compiler(backend):
+    made_with = json.loads(kernel_counts.COUNTS.read_text())["made with"][backend]
+    if (here := kernel_counts.version(backend)) != made_with:
+        pytest.skip(f"the counts are of what {made_with} compiles, here is {here}")
+
+
+@pytest.mark.parametrize("backend", kernel_counts.BACKENDS)
+def test_committed_counts_are_of_the_kernels_that_there_are(backend):
+    """A training step, counted again."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulator takes the place of a GPU")
+    pytest.importorskip("emulator", exc_type=ImportError)
+    if backend == "cuda" and sys.modules.get("reattn._cuda") is not sys.modules.get("emulator._cuda", ""):
+        pytest.skip("needs the CUDA backend in the emulator")
+    need_compiler(backend)
+    shape, norm = (1, 12, 197, 64), "batch"
+    found = {each.kernel: each for each in kernel_counts.count(backend, shape, norm)}
+    assert found == committed(backend, shape, norm), "run python -m benchmarks.kernel_counts, and cost_model --docs"
+
+
+def test_every_launch_is_counted():
+    launches = {
+        "layer": ["forward", "backward_query", "backward_key", "unfold"],
+        "batch": ["forward", "finish", "grad_sums", "add_up", "backward_query", "backward_key", "unfold"],
+    }
+    for backend in kernel_counts.BACKENDS:
+        for shape in kernel_counts.SHAPES:
+            for norm in kernel_counts.NORMS:
+                assert list(committed(backend, shape, norm)) == launches.get(norm, launches["layer"])
+
+
+def test_tensor_operations():
+    """Forward is products over head_dim with keys, in Triton twice, and with values, and one over the heads: 32 rows,
+    197 keys being 208, by instructions for 16 heads in Triton, of which 12 are multiplied in CUDA."""
+    product, mixing = 2 * 32 * 208 * 64, 2 * 32 * 208 * 16 * 16
+    assert committed("cuda")["forward"].tensor == 2 * 12 * product + mixing
+    blocks, rows = committed("triton")["forward"].blocks / 128, 197
+    own = {7: 32, 13: 16}[blocks]
+    assert -(-rows // own) == blocks
+    assert committed("triton")["forward"].tensor == (3 * 16 * product + mixing) * own / 32
+
+
 @pytest.mark.parametrize(("backend", "sweeps"), [("triton", 2), ("cuda", 1)])
-def test_bytes_of_forward(backend, sweeps, norm):
-    """The formula of docs/performance.md for what every block of 32 query rows reads, and each tensor once; with batch
-    norm two sums of each block and head."""
-    tensor, lse = 128 * 12 * 197 * 64 * 2, 128 * 12 * 197 * 4
-    problem = bfloat16(128, 12, 197, 64, norm=norm)
-    found, sums = count("forward", problem, H100, backend), 2 * 12 * 128 * 7 * 4 * (norm == "batch")
-    assert find_cut("forward", problem, H100, backend).own == 32
-    assert found.l2 == 7 * (sweeps + 1) * tensor + 2 * tensor + lse + sums
-    assert found.device == 4 * tensor + lse + sums
+def test_bytes_of_forward(backend, sweeps):
+    """Keys in every sweep, and values; a block's own queries and outputs."""
+    found = committed(backend)["forward"]
+    rows = 12 * ((sweeps + 1) * 197 + 2 * 197 / (found.blocks / 128))
+    assert found.global_bytes == pytest.approx(2 * 64 * rows, rel=0.06)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_statistics_are_an_epilogue(backend):
-    """What they cost beyond a sweep: reading and writing tensors once, and a few sums."""
-    problem = bfloat16(128, 12, 197, 64, norm="batch")
-    tensor = 128 * 12 * 197 * 64 * 2
-    assert cost_model.kernels("batch", False) == ["forward", "finish"]
-    assert cost_model.kernels("layer", True) == ["forward", "backward_query", "backward_key", "unfold"]
-    for kernel, tensors in (("finish", 3), ("grad_sums", 2), ("add_up", 0), ("unfold", 0)):
-        found = count(kernel, problem, H100, backend)
-        assert found.device == pytest.approx(tensors * tensor, abs=3e6)
-        assert found.tensor == found.shared == 0
-    layer = count("forward", bfloat16(*problem.shape), H100, backend)
-    assert count("forward", problem, H100, backend).tensor == layer.tensor
+def test_instructions_of_a_kernel_counted_by_hand():
+    """What stands in a loop of the Triton kernel runs for each of 13 tiles of keys, all else once, in 8 warps."""
+    pytest.importorskip("triton")
+    need_compiler("triton")
+    case = compile_report.Case(90, "bfloat16", 12, 32, "layer")
+    kernel, *launch = next(each for each in compile_report.recorded_launches(case) if "forward" in each[0].__name__)
+    tile = launch[-1]
+    ptx = compile_report.compile_launch(kernel, *launch, 90).asm["ptx"]
+    blocks, flow = sass.disassemble(sass.assemble(ptx))["forward_kernel"]
+    reached = {next(iter(blocks)), *networkx.descendants(flow, next(iter(blocks)))}
+    loops = [part for part in networkx.strongly_connected_components(flow.subgraph(reached)) if len(part) > 1]
+    loops += [{label} for label in reached if flow.has_edge(label, label)]
+    in_loops = sum(len(blocks[label]) for loop in loops for label in loop)
+    once = sum(len(blocks[label]) for label in reached) - in_loops
+    expected = tile.num_warps * (once + -(-197 // tile.BLOCK_N) * in_loops)
+    assert in_loops > once / 2
+    assert committed("triton", (128, 12, 197, 32))["forward"].instructions == pytest.approx(expected, rel=0.03)
 
 
-def test_sums_that_blocks_leave():
-    """Each block of backward_query leaves a 16 x 16 matrix and three vectors, of which a row of theta needs 16 each."""
-    problem = bfloat16(128, 12, 197, 32)
-    sums = 128 * 13 * (16 * 16 + 3 * 16)
-    assert cost_model.partial_sums("backward_query", problem, H100, "triton") == sums
-    device, l2 = cost_model.sums_read("unfold", problem, H100, "triton")
-    assert device == 4 * sums and l2 == pytest.approx(4 * 128 * 13 * (12 * 2 * 16 + 3 * 16))
-
-
-def test_tensor_operations_are_those_compiled():
-    """HMMA instructions of a warp for each pair of tiles, from the committed compile report."""
-    lines = (RESULTS / "compile_report.txt").read_text().splitlines()
-    rows = [line.split() for line in lines if re.match(r"\s*sm_90 bfloat16 +12 ", line)]
-    checked = set()
-    for _, dtype, heads, dim, norm, kernel, tile, *_, hmma in rows:
-        if kernel not in SWEEPS or norm not in ("layer", "batch"):
-            continue
-        block_m, block_n, warps, *_ = map(int, tile.split("x"))
-        # Nothing is padded but the heads.
-        problem = Problem(1, int(heads), 32, int(dim), norm, getattr(torch, dtype))
-        tiles = 32 // block_m * (32 // block_n)
-        operations = 2 * 16 * 8 * 16 * int(hmma) * warps
-        assert count(kernel, problem, H100, "triton").tensor == operations * tiles, (kernel, norm, dim)
-        checked.add((kernel, norm, dim))
-    assert len(checked) == 3 * 2 * 3
-
-
-# Bytes of the shared-memory instructions in loops of the SASS for sm_90 and head_dim 64, an element of the maps.
-COMPILED = {
-    ("forward", "batch"): 49,
-    ("backward_query", "batch"): 178,
-    ("backward_key", "batch"): 90.5,
-    ("forward", "layer"): 49,
-    ("backward_query", "layer"): 186,
-    ("backward_key", "layer"): 100.5,
-}
-
-
-@pytest.mark.parametrize(("kernel", "norm"), COMPILED)
-def test_shared_memory_is_that_compiled(kernel, norm):
-    found = count(kernel, bfloat16(1, 16, 32, 64, norm=norm), H100, "triton")
-    assert found.shared / (16 * 32 * 32) == pytest.approx(COMPILED[kernel, norm], rel=0.05)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_cuts_are_those_of_the_extension(device):
-    from reattn.backends import cuda
-
-    for problem in [*OFFICIAL, bfloat16(1, 12, 197, 64), bfloat16(8, 6, 50, 48), bfloat16(2, 3, 1024, 16)]:
-        depth = cost_model.loaded_dim(problem, "cuda")
-        sizes = (2, problem.heads, depth, problem.batch, problem.seqlen, problem.seqlen)
-        flags = (False, problem.norm == "batch")
-        for kernel in SWEEPS:
-            card = device.shared, device.multiprocessors
-            plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, kernel), sizes, *flags, *card)
-            cut = find_cut(kernel, problem, device, "cuda")
-            assert cut == (plan.own, plan.tile, plan.resident)
-            assert cost_model.shared_bytes(kernel, problem, cut) == plan.bytes
-
-
-def test_copies_of_unaligned_rows():
-    rows = 128 * 12 * 197
-    seconds = cost_model.copy_time("forward", bfloat16(128, 12, 197, 33), H100, "triton")
-    assert seconds == pytest.approx(3 * rows * (48 + 33 + 33) * 2 / 3.35e12)
-    assert cost_model.copy_time("forward", bfloat16(128, 12, 197, 32), H100, "triton") == 0
+LAUNCH = Counts("cuda", "forward", (128, 12, 197, 64), "layer", 896, 384, 160, 200_000, 0, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("slowed", "resource"),
-    [({"memory": 1e9}, "device"), ({"mma": 1e9}, "tensor"), ({}, "shared")],
-    ids=lambda case: str(case),
+    ("busy", "binding", "seconds"),
+    [
+        ({"instructions": 400_000}, "issue", 7 * 100_000 / 1.98e9),
+        ({"special": 10_000}, "special", 7 * 20_000 / 1.98e9),
+        ({"wavefronts": 20_000, "shuffles": 10_000}, "shared", 7 * 30_000 / 1.98e9),
+        ({"tensor": 10**9}, "tensor", 7 * 132 * 10**9 / (0.629 * 989.4e12)),
+        ({"global_bytes": 10**7}, "L2", 896 * 10**7 / 6.65e12),
+        # A few blocks draw on a part of what L2 delivers.
+        ({"global_bytes": 10**7, "blocks": 1}, "L2", 10**7 / (64 * 1.98e9)),
+        ({}, "memory", 4 * 128 * 12 * 197 * 64 * 2 / 3.35e12),
+    ],
 )
-def test_slowest_resource_takes_the_time(slowed, resource):
-    device, problem = H100._replace(**slowed), bfloat16(128, 12, 197, 64)
-    seconds, binding = cost_model.gpu_time("forward", problem, device, "triton")
-    least = getattr(count("forward", problem, device, "triton"), resource) / getattr(device.rates(), resource)
-    assert binding == resource
-    # 896 blocks are 6.8 for each of 132 multiprocessors, and 7 for some.
-    assert seconds == pytest.approx(least if resource == "device" else least * 7 * 132 / 896)
+def test_what_binds(busy, binding, seconds):
+    """896 blocks are 6.8 for each of 132 multiprocessors, and 7 for some."""
+    found = forecast(LAUNCH._replace(**busy), H100)
+    memory = found.bytes_floor if busy else 0
+    assert found.binding == binding
+    assert found.floor == pytest.approx(cost_model.START + seconds)
+    assert found.serial == pytest.approx(cost_model.START + seconds + memory)
+    assert found.seconds == pytest.approx((found.floor + found.serial) / 2)
 
 
-def test_measured_times_stand_beside_predicted_ones(tmp_path):
-    facts = {"batch": 128, "heads": 12, "seqlen": 197, "head_dim": 64, "norm": "layer", "dtype": "bfloat16"}
-    facts |= {"kind": "operator", "contender": "triton", "direction": "forward", "ms": 1.25, "ratio_to_sdpa": None}
-    machine = {"reattn": {"device": "NVIDIA H100 80GB HBM3", "threads": 8}}
-    (tmp_path / "h100").mkdir()
-    contents = {"machine_info": machine, "benchmarks": [{"extra_info": facts}]}
-    (tmp_path / "h100" / "operator.json").write_text(json.dumps(contents))
-    measured = cost_model.results(tmp_path)
-    (row,) = [line for line in cost_model.gpu_table(measured) if "measured" in line]
-    assert "128x12x197x64 | layer | triton | H100" in row
-    assert ", measured 1250 |" in row
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared_bytes", "blocks"),
+    [(384, 168, 0, 1), (256, 128, 0, 2), (256, 255, 0, 1), (128, 64, 80_000, 2), (1024, 16, 0, 2), (32, 16, 0, 32)],
+)
+def test_blocks_at_a_time(threads, registers, shared_bytes, blocks):
+    launch = LAUNCH._replace(threads=threads, registers=registers, shared_bytes=shared_bytes)
+    assert launch.resident == blocks
+
+
+def test_forecasts_by_card():
+    on_h100, on_h200 = (cost_model.forecasts(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
+    assert len(on_h100) == len(on_h200) == len(read_counts())
+    for slow, fast in zip(on_h100, on_h200, strict=True):
+        assert fast.counts == slow.counts and 0 < fast.bytes_floor <= slow.bytes_floor or not slow.bytes_floor
+        assert slow.floor <= slow.seconds <= slow.serial and fast.seconds <= slow.seconds
+    with pytest.raises(ValueError, match="card is 'NVIDIA L4'; there are figures for H100, H200"):
+        cost_model.forecasts("NVIDIA L4")
+
+
+def test_counts_for_32_elements():
+    launch = LAUNCH._replace(blocks=10, shape=(1, 12, 32, 64), instructions=96)
+    assert forecast(launch, H100).for_32(launch.instructions) == 10 * 96 / (12 * 32)
 
 
 def test_threads_take_units_as_they_come():
@@ -202,7 +191,7 @@ def test_stages_are_those_measured():
 
 def test_old_results_of_batch_norm_are_left_out():
     """They are of kernels that computed scores twice; every other norm counts."""
-    everything = [r for r in cost_model.results() if r.backend == "cpu" and r.problem.dtype == torch.float32]
+    everything = [r for r in cost_model.results() if r.problem.dtype == torch.float32]
     left_out = [r for r in everything if r not in MEASURED]
     left_out = [r for r in left_out if r.folder == cost_model.MODELLED]
     assert left_out and all(r.problem.norm == "batch" for r in left_out)
@@ -254,19 +243,24 @@ def test_a_wrong_constant_shows(constant, factor, monkeypatch):
     assert max(map(deviation, MEASURED)) > 0.25
 
 
-def test_prints_every_problem(capsys):
+def test_prints_every_problem(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cost_model"])
     cost_model.main()
     printed = capsys.readouterr().out
-    for problem in OFFICIAL:
-        for backend in BACKENDS:
-            for device in DEVICES:
-                assert f"| {' | '.join([*cost_model.name(problem), backend, device.name])} |" in printed
+    for each in read_counts():
+        assert f"| {each.norm} | {each.backend} | {each.kernel} |" in printed
+        assert f"| {'x'.join(map(str, each.shape))} | {each.norm} | {each.backend} |" in printed
     assert printed.count("| forward + backward |") == sum(result.backward for result in MEASURED)
 
 
-@pytest.mark.skipif(not (RESULTS.parents[1] / "docs").is_dir(), reason="needs the source tree")
-def test_page_shows_what_is_printed(capsys):
-    cost_model.main()
-    printed = {line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
-    page = (RESULTS.parents[1] / "docs" / "performance.md").read_text().splitlines()
-    assert len(printed) > 100 and printed <= set(page)
+def test_updates_the_tables_of_a_page():
+    page = "before\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n\n| c |\n| --- |\n| 5 |\n"
+    lines = ["| a | b |", "| --- | --- |", "| 6 | 7 |", "", "| d |", "| --- |", "| 8 |", ""]
+    assert cost_model.updated(page, lines) == page.replace("| 1 | 2 |\n| 3 | 4 |", "| 6 | 7 |")
+
+
+@pytest.mark.skipif(not cost_model.PAGE.exists(), reason="needs the source tree")
+def test_page_shows_what_is_printed():
+    page, lines = cost_model.PAGE.read_text(), cost_model.tables()
+    assert cost_model.updated(page, lines) == page, "run python -m benchmarks.cost_model --docs"
+    assert len({line for line in lines if line.startswith("| ")} & set(page.splitlines())) > 80

@@ -1,6 +1,7 @@
-"""The CUDA C++ backend: every plan, any order of its threads, what it refuses, failures, and what only a GPU shows."""
+"""The CUDA C++ backend: every plan, any order of its blocks, what it refuses, failures, and what only a GPU shows."""
 
 import functools
+import math
 import os
 import random
 import re
@@ -21,9 +22,12 @@ from reattn.backends import choose, cpu, cuda, triton
 from reattn.backends.contract import Inputs
 from reattn.problem import Problem
 
+if cuda.EMULATED:
+    import emulator.cuda
+
 pytestmark = pytest.mark.cuda
 modes = pytest.mark.parametrize("mode", MODES)
-emulated = pytest.mark.skipif(not cuda.EMULATED, reason="needs the kernels compiled for the host")
+emulated = pytest.mark.skipif(not cuda.EMULATED, reason="needs the emulator")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 KERNELS = ("forward", "backward_query", "backward_key")
 MOST_SHARED = 232448
@@ -97,6 +101,13 @@ def use_cut(monkeypatch):
 def use_card(monkeypatch):
     """The shared memory and multiprocessors that the backend sees."""
     return lambda *card: monkeypatch.setattr(cuda, "_describe", lambda device: card)
+
+
+@pytest.fixture
+def use_launcher():
+    """What the extension calls with each launch, in the emulator's place."""
+    yield cuda._cuda.set_launcher
+    cuda._cuda.set_launcher(emulator.cuda.launch)
 
 
 def keys_for(cut):
@@ -221,15 +232,72 @@ ORDERED = {
 @emulated
 @pytest.mark.parametrize("cut", ORDERED)
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
-def test_order_of_threads_changes_nothing(mode, cut, use_cut, monkeypatch):
-    """Bitwise, with the blocks, warps and lanes of a block in the order that the number makes of them."""
+def test_order_of_blocks_changes_nothing(mode, cut, use_cut):
+    """Bitwise. Within a block any two threads that it could make a difference to are a race, which is an error."""
     problem = make_problem(mode, **ORDERED[cut], seqlen=35, seqlen_k=40, batch=1, dropout_p=0.1)
     use_cut(cut)
-    monkeypatch.delenv("REATTN_EMULATED_ORDER", raising=False)
     expected = compute(problem, "cuda")
-    for order in ("0", "1", "2", "12345"):
-        monkeypatch.setenv("REATTN_EMULATED_ORDER", order)
-        assert_same(compute(problem, "cuda"), expected)
+    for reorder in (list.reverse, random.Random(0).shuffle):
+        reorder(blocks := list(range(1000)))
+        with emulator.executing(blocks=blocks) as launches:
+            assert_same(compute(problem, "cuda"), expected)
+        assert 1 < max(math.prod(launched.grid) for launched in launches) < 1000
+
+
+@emulated
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("mode", "heads"), [("batch-training", 5), ("layer", 13)])
+def test_compute_capability(mode, heads, dtype, monkeypatch):
+    """The kernels for 7.5, without asynchronous copies, without the larger products, without bfloat16."""
+    monkeypatch.setattr(emulator.cuda, "arch", 75)
+    assert_parity(make_problem(mode, heads=heads, seqlen=19, dtype=FLOATS[dtype]), "cuda")
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("heads", "dtype", "mode", "instantiation"),
+    [
+        (12, torch.float16, "batch-training", "reattn::Half, 16, 2, true"),
+        (12, torch.float16, "layer", "reattn::Half, 16, 2, false"),
+        (13, torch.bfloat16, "none", "reattn::BFloat16, 32, 1, false"),
+        (12, torch.float32, "batch-training", "float, 16, 1, true"),
+    ],
+)
+def test_what_is_launched(heads, dtype, mode, instantiation, use_launcher):
+    """The kernels by the names that they are compiled by, with parameters of their size."""
+    launches = []
+    use_launcher(lambda *launch: launches.append(launch))
+    compute(make_problem(mode, heads=heads, batch=8, dtype=dtype), "cuda")
+    element, padded, *_ = instantiation.split(", ")
+    expected = [("forward", f"forward_kernel<{instantiation}>")]
+    if mode == "batch-training":
+        expected += [("sums", f"{name}_kernel<{element}>") for name in ("finish", "grad_sums", "add_up")]
+    expected += [(f"backward_{of}", f"backward_{of}_kernel<{element}, {padded}>") for of in ("query", "key")]
+    expected += [("sums", f"unfold_kernel<{element}>")]
+    assert [launch[:2] for launch in launches] == [(source, f"reattn::{name}") for source, name in expected]
+    for source, name, grid, threads, shared_bytes, params, memory in launches:
+        ((_, offset, size),) = emulator.cuda.compiled(source, name, 80).parameters
+        assert (offset, size) == (0, len(params))
+        assert min(grid) > 0 and threads % 32 == 0 and shared_bytes > 0
+        assert memory and all(address and size > 0 for address, size in memory)
+
+
+@emulated
+def test_what_a_launch_raises(use_launcher):
+    """Comes out of the call as it is, and nothing is left for the next one."""
+    problem = make_problem("layer")
+    expected = compute(problem, "cuda")
+    error = KeyError("not that one")
+
+    def fail(*launch):
+        raise error
+
+    use_launcher(fail)
+    with pytest.raises(KeyError) as raised:
+        compute(problem, "cuda")
+    assert raised.value is error
+    use_launcher(emulator.cuda.launch)
+    assert_same(compute(problem, "cuda"), expected)
 
 
 @pytest.fixture
@@ -408,7 +476,7 @@ def test_failed_launch(use_card, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("REATTN_FUZZ", "24"))))
-def test_random_problems(seed, use_card, monkeypatch):
+def test_random_problems(seed, use_card):
     """Where so many are compared, a gradient that comes out right by luck in eager arithmetic is no rarity."""
     draw = random.Random(seed)
     problem, made_of = random_problem(draw, "cuda", most_queries=40)
@@ -421,8 +489,7 @@ def test_random_problems(seed, use_card, monkeypatch):
         use_card(*card)
         if not cuda.not_supported(call):
             break
-    monkeypatch.setenv("REATTN_EMULATED_ORDER", order := str(draw.randint(0, 99)))
-    print(f"seed {seed}: { {'card': card, 'order': order} | made_of }")
+    print(f"seed {seed}: { {'card': card} | made_of }")
     assert_parity(problem, "cuda", times=4)
 
 

@@ -180,7 +180,7 @@ def python_files(folder):
 def test_sdist_holds_what_a_checkout_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for room in ("reattn", "kernels", "tests", "benchmarks", "examples"):
+    for room in ("reattn", "kernels", "emulator", "tests", "benchmarks", "examples"):
         assert {f"{room}/{name}" for name in python_files(ROOT / room)} <= names
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert {"Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= names

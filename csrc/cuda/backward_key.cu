@@ -48,12 +48,13 @@ __global__ void __launch_bounds__(kMaxThreads) backward_key_kernel(const __grid_
   });
 }
 
+#ifndef __CUDACC_RTC__
 template <class T>
 void backward_key(const Params& p, const Launch& how) {
-  if (padded_heads(p.heads) == 16) return start(backward_key_kernel<T, 16>, "backward_key", p, how);
-  start(backward_key_kernel<T, 32>, "backward_key", p, how);
+  choose_backward(p, [&](auto padded) { start(backward_key_kernel<T, padded>, "backward_key", p, how); });
 }
 
 template void backward_key<REATTN_ELEMENT>(const Params& p, const Launch& how);
+#endif
 
 }  // namespace reattn

@@ -71,12 +71,13 @@ __global__ void __launch_bounds__(kMaxThreads) backward_query_kernel(const __gri
                         [&](int i, int head) { store_rows<T>(p, p.grad_query, place, head, grad_query[i], p.scale); });
 }
 
+#ifndef __CUDACC_RTC__
 template <class T>
 void backward_query(const Params& p, const Launch& how) {
-  if (padded_heads(p.heads) == 16) return start(backward_query_kernel<T, 16>, "backward_query", p, how);
-  start(backward_query_kernel<T, 32>, "backward_query", p, how);
+  choose_backward(p, [&](auto padded) { start(backward_query_kernel<T, padded>, "backward_query", p, how); });
 }
 
 template void backward_query<REATTN_ELEMENT>(const Params& p, const Launch& how);
+#endif
 
 }  // namespace reattn

@@ -131,6 +131,7 @@ PYBIND11_MODULE(_cuda, m) {
       " contiguous; other memory is (address, elements); what is absent has address 0.";
 #ifdef REATTN_EMULATED
   m.attr("EMULATED") = true;
+  m.def("set_launcher", &set_launcher);
 #else
   m.attr("EMULATED") = false;
   m.def("cuda_versions", &cuda_versions, "(of the driver, 0 without one; of the runtime within), 13000 for CUDA 13.0");

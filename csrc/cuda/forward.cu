@@ -38,19 +38,14 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_const
   if constexpr (kSum) Mixing<T, kPadded>(p, place).store_moments();
 }
 
-template <class T, bool kSum>
-void start_forward(const Params& p, const Launch& how) {
-  if constexpr (sizeof(T) == 2)
-    if (p.plan.own == 32) return start(forward_kernel<T, 16, 2, kSum>, "forward", p, how);
-  if (padded_heads(p.heads) == 16) return start(forward_kernel<T, 16, 1, kSum>, "forward", p, how);
-  start(forward_kernel<T, 32, 1, kSum>, "forward", p, how);
-}
-
+#ifndef __CUDACC_RTC__
 template <class T>
 void forward(const Params& p, const Launch& how) {
-  p.fold.batch_statistics() ? start_forward<T, true>(p, how) : start_forward<T, false>(p, how);
+  choose_forward<T>(
+      p, [&](auto padded, auto tiles, auto sum) { start(forward_kernel<T, padded, tiles, sum>, "forward", p, how); });
 }
 
 template void forward<REATTN_ELEMENT>(const Params& p, const Launch& how);
+#endif
 
 }  // namespace reattn

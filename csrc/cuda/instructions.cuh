@@ -1,23 +1,5 @@
-// What a warp or a block does together, and memory: all that the kernels ask of the hardware. A test compiles the
-// kernels for the host instead, against another definition of what stands here (tests/cuda/emulated.h).
+// What a warp or a block does together, and memory: all that the kernels ask of the hardware.
 #pragma once
-
-#ifdef REATTN_EMULATED
-#include "emulated.h"
-#define __grid_constant__
-
-namespace reattn {
-
-inline int recomputed(int number) { return number; }
-
-template <class T>
-inline void multiply_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float upper, float lower) {
-  d[0] = d[1] = upper, d[2] = d[3] = lower;
-  multiply_add<T>(d, a, b);
-}
-
-}  // namespace reattn
-#else
 
 #include <cstdint>
 #include <type_traits>
@@ -286,4 +268,3 @@ __device__ __forceinline__ void multiply_from(float (&d)[4], const uint32_t (&a)
 }
 
 }  // namespace reattn
-#endif

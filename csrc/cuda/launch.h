@@ -1,21 +1,12 @@
-// Starting a kernel, and what the host has to know of a device.
+// Starting a kernel, and what the host has to know of a device. Nothing where NVRTC compiles the kernels alone.
 #pragma once
 
+#ifndef __CUDACC_RTC__
+#include "dispatch.h"
 #include "kernels.h"
 
 #ifdef REATTN_EMULATED
-#include "emulated_launch.h"
-
-namespace reattn {
-
-struct Device {
-  int shared_bytes, multiprocessors;
-};
-inline Device describe(int) { return {emulated::kMostShared, 4}; }
-inline int count_devices() { return 1; }
-inline void check_kernel(void (*)(Params)) {}
-
-}  // namespace reattn
+#include "cuda_host.h"
 #else
 
 #include <cuda_runtime.h>
@@ -78,7 +69,7 @@ void launch(void (*kernel)(Params), const char* name, int64_t blocks_x, int bloc
         name);
 }
 
-// Memory that the next kernel may read or write; tests check every access.
+// Memory that the next kernel may read or write; the emulator checks every access.
 inline void declare(const void*, int64_t) {}
 
 // Throws where the current device has no code of this kernel to run.
@@ -112,3 +103,4 @@ void start(Kernel kernel, const char* name, const Params& p, const Launch& how) 
 }
 
 }  // namespace reattn
+#endif

@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(kSumThreads) unfold_kernel(const __grid_consta
   if (p.grad_norm_bias) write(p.grad_norm_bias + g, float(p.fold.grad_norm(totals[2 * padded + g])));
 }
 
+#ifndef __CUDACC_RTC__
 template <class T>
 void add_up(const Params& p, const Launch& how) {
   start(add_up_kernel<T>, "add_up", p, how);
@@ -256,5 +257,6 @@ template void finish<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void grad_sums<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void unfold<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void check_device<REATTN_ELEMENT>();
+#endif
 
 }  // namespace reattn

@@ -67,35 +67,30 @@ def beyond_limits(problem: Problem) -> list[str]:
     return reasons
 
 
-def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_heads_last(like: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
-    dtype of ``like`` unless another is given."""
+    dtype of ``like``."""
     batch, heads, seqlen, head_dim = like.shape
     row = heads * head_dim
     # In one operation: at batch 1 every one of them shows.
-    return like.new_empty_strided(like.shape, (seqlen * row, head_dim, row, 1), dtype=dtype)
+    return like.new_empty_strided(like.shape, (seqlen * row, head_dim, row, 1))
 
 
-def empty_outputs(problem: Problem, query: Tensor, dtype: torch.dtype | None = None) -> Outputs:
-    """Uninitialised, for these queries; ``dtype``: of the output, where it is not the query's."""
+def empty_outputs(problem: Problem, query: Tensor) -> Outputs:
+    """Uninitialised, for these queries."""
     batch, heads, _, head_dim = query.shape
     sums, values = ((2 * heads + 1,), (batch, heads, head_dim)) if problem.batch_statistics else (0, 0)
     return Outputs(
-        empty_heads_last(query, dtype),
+        empty_heads_last(query),
         query.new_empty(query.shape[:3], dtype=torch.float32),
         query.new_empty(sums, dtype=torch.float64),
         query.new_empty(values, dtype=torch.float32),
     )
 
 
-def empty_gradients(inputs: Inputs, into: Maps | None, dtype: torch.dtype | None = None) -> Gradients:
-    """Uninitialised: of query, key and value the tensors given or new ones, in ``dtype`` if that is another; of the
-    parameters in float32."""
-    if into is not None and dtype in (None, inputs.query.dtype):
-        maps = into
-    else:
-        key = empty_heads_last(inputs.key, dtype)
-        maps = empty_heads_last(inputs.query, dtype), key, empty_heads_last(inputs.value, dtype)
+def empty_gradients(inputs: Inputs, into: Maps | None) -> Gradients:
+    """Uninitialised: of query, key and value the tensors given or new ones; of the parameters in float32."""
+    maps = into or tuple(map(empty_heads_last, inputs[:3]))
     empty = inputs.theta.new_empty
     parameters = [empty(0 if tensor is None else tensor.shape, dtype=torch.float32) for tensor in inputs[3:7]]
     return Gradients(*maps, *parameters)
@@ -106,13 +101,8 @@ def zeroed(gradients: Gradients) -> Gradients:
     return Gradients(*(gradient.zero_() for gradient in gradients))
 
 
-def as_inputs(gradients: Gradients, inputs: Inputs, into: Maps | None) -> Gradients:
-    """The gradients in the dtypes of the inputs, and where they were to go; as a rule they are, and nothing is
-    copied."""
-    if into is not None and gradients.query is not into[0]:
-        for tensor, gradient in zip(into, gradients, strict=False):
-            tensor.copy_(gradient)
-        gradients = Gradients(*into, *gradients[3:])
+def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
+    """The gradients in the dtypes of the inputs; as a rule they are, and nothing is copied."""
     return Gradients(
         *(
             gradient if tensor is None or tensor.dtype is gradient.dtype else gradient.to(tensor.dtype)

@@ -122,7 +122,7 @@ def backward(
     """See :class:`reattn.backends.contract.FusedBackend`."""
     gradients = common.empty_gradients(inputs, into)
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), inputs, into)
+        return common.as_inputs(common.zeroed(gradients), inputs)
     outputs = outputs._replace(lse=outputs.lse.contiguous())
     call, kept, _ = _call(problem, inputs, outputs, update=False)
     call.query, call.key, call.value, call.grad = *map(_argument, inputs[:3]), _argument(grad)
@@ -133,7 +133,7 @@ def backward(
         if getattr(inputs, name) is not None:
             setattr(call, f"grad_{name}", address(getattr(gradients, name)))
     _cpu.backward(call)
-    return common.as_inputs(gradients, inputs, into)
+    return common.as_inputs(gradients, inputs)
 
 
 def _sized_call(problem: Problem, query: Tensor, seqlen_k: int) -> Any:

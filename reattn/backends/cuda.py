@@ -196,7 +196,7 @@ def backward(
     """See :class:`reattn.backends.contract.FusedBackend`."""
     given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), given, into)
+        return common.as_inputs(common.zeroed(gradients), given)
     grad = _aligned(grad)
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
@@ -223,7 +223,7 @@ def backward(
     _cuda.unfold(call, blocks)
     if sign != 1:
         gradients.query.mul_(sign)
-    return common.as_inputs(gradients, given, into)
+    return common.as_inputs(gradients, given)
 
 
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:

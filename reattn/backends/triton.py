@@ -27,16 +27,16 @@ try:
     from reattn.kernels import sums as sums_kernels
     from reattn.kernels.tiles import Norm, View
 
-    INTERPRETED = triton.knobs.runtime.interpret
     _import_error = ""
 except ImportError as error:
-    INTERPRETED = False
     _import_error = str(error)
 
 logger = logging.getLogger("reattn")
 
 DEVICE = "cuda"
 MIN_CAPABILITY = (8, 0)
+# Where tests execute the compiled kernels without a GPU, they take CPU tensors.
+EMULATED = False
 
 
 def unavailable(device: torch.device) -> list[str]:
@@ -48,8 +48,10 @@ def unavailable(device: torch.device) -> list[str]:
             return ["AMD GPUs are not supported"]
         if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
             return [f"needs compute capability 8.0 or higher, got {'.'.join(map(str, capability))}"]
-    elif not (INTERPRETED and device.type == "cpu"):
+    elif not (EMULATED and device.type == "cpu"):
         return [f"needs a CUDA device, got {device.type}"]
+    if triton.knobs.runtime.interpret:
+        return ["TRITON_INTERPRET is set, and Triton's interpreter computes in bfloat16 wrongly"]
     return []
 
 
@@ -62,7 +64,7 @@ def not_supported(problem: Problem) -> list[str]:
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = inputs.query.shape
-    outputs = common.empty_outputs(problem, inputs.query, _interpretable_dtype(inputs.query))
+    outputs = common.empty_outputs(problem, inputs.query)
     query, key, value = map(_aligned, inputs[:3])
     norm = _norm(problem, inputs)
 
@@ -95,17 +97,14 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         _add_up(problem, norm, sums, outputs.statistics, query, key)
     elif sums is not None:
         _finish(problem, inputs._replace(value=value), outputs, outputs.statistics, sums)
-    return outputs._replace(out=outputs.out.to(inputs.query.dtype))
+    return outputs
 
 
 @on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    out = _interpretable(unfinished.out)
     final = torch.empty_like(unfinished.statistics)
-    _finish(problem, inputs._replace(value=_aligned(inputs.value)), unfinished._replace(out=out), final, None)
-    if out is not unfinished.out:
-        unfinished.out.copy_(out)
+    _finish(problem, inputs._replace(value=_aligned(inputs.value)), unfinished, final, None)
     return final
 
 
@@ -195,9 +194,9 @@ def backward(
     into: Maps | None = None,
 ) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    given, gradients = inputs, common.empty_gradients(inputs, into, _interpretable_dtype(inputs.query))
+    given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
-        return common.as_inputs(common.zeroed(gradients), given, into)
+        return common.as_inputs(common.zeroed(gradients), given)
     batch, heads, seqlen, _ = inputs.query.shape
     grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
     if problem.batch_statistics and sums is None:
@@ -280,7 +279,7 @@ def backward(
         BLOCK=configs.UNFOLD_BLOCK,
         SHAPE=shape,
     )
-    return common.as_inputs(gradients, given, into)
+    return common.as_inputs(gradients, given)
 
 
 _LOG2E = math.log2(math.e)
@@ -293,7 +292,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     Strides that are multiples of 16 are what the JIT specialises on. Rows are read many times, so that one copy costs
     less than reading head_dim 33 element by element.
     """
-    tensor = _interpretable(tensor)
     batch, heads, seqlen, head_dim = tensor.shape
     *strides, dim_stride = tensor.stride()
     if head_dim % 16 == 0 and dim_stride == 1 and not any(s % 16 for s in strides) and tensor.data_ptr() % 16 == 0:
@@ -305,17 +303,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _with_rows(tensor: Tensor) -> Tensor:
     """The tensor with contiguous rows."""
-    tensor = _interpretable(tensor)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def _interpretable(tensor: Tensor) -> Tensor:
-    """float32 for bfloat16 under the interpreter, whose bfloat16 arithmetic is wrong; else the tensor as it is."""
-    return tensor.to(_interpretable_dtype(tensor))
-
-
-def _interpretable_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
 def _view(tensor: Tensor) -> View:
@@ -352,7 +340,7 @@ def _splits(out: Tensor) -> int:
 def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
     """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
     heads = problem.heads
-    tf32 = tensors[0].dtype == torch.float32 and tensors[0].is_cuda and _tf32_allowed()
+    tf32 = tensors[0].dtype == torch.float32 and _tf32_allowed()
     # The farthest offset within a tile; rows and heads outside are computed, though not touched.
     extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N))
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
@@ -376,15 +364,17 @@ def _tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-@functools.cache
 def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else MIN_CAPABILITY
+    if device.type != "cuda":
+        return triton.runtime.driver.active.get_current_target().arch
+    major, minor = _capability(device)
     return 10 * major + minor
 
 
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
-    if INTERPRETED:
-        return configs.INTERPRETER_TILE
     sizes = problem.dtype.itemsize, problem.heads, problem.head_dim
     return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
 
@@ -409,7 +399,7 @@ def _tiled(
         return launch(tile, _shape(problem, tile, *tensors))
 
     tile = _table_tile(kernel, problem)
-    if os.environ.get("REATTN_AUTOTUNE") != "1" or INTERPRETED or not all(tensor.numel() for tensor in tensors):
+    if os.environ.get("REATTN_AUTOTUNE") != "1" or not all(tensor.numel() for tensor in tensors):
         return run(tile)
     shape = _shape(problem, tile, *tensors)
     absent = tuple(tensor is None for tensor in inputs)

@@ -1,0 +1,211 @@
+"""``python -m benchmarks.kernel_counts``: what a block of each GPU kernel does, counted by executing it; no GPU needed.
+
+Compiles what a training step launches at the headline shapes for an H100 or H200 and executes one block of each
+kernel's PTX in the emulator: how often each line of it ran, wavefronts of shared memory with and without bank
+conflicts, bytes of global memory. What was issued follows from the machine code (``sass``). Writes
+results/kernel_counts.json, which ``cost_model`` reads. Needs triton, NVRTC and the emulator, which ``make emulator``
+builds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from benchmarks import sass
+
+if TYPE_CHECKING:
+    import emulator
+
+COUNTS = pathlib.Path(__file__).parent / "results" / "kernel_counts.json"
+ARCH, SHARED_BYTES, MULTIPROCESSORS = 90, 232448, 132
+SHAPES = ((128, 12, 197, 32), (128, 12, 197, 64), (32, 12, 577, 32), (1, 12, 197, 64))
+NORMS = ("layer", "batch", "none")
+BACKENDS = ("triton", "cuda")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return ceil_div(number, multiple) * multiple
+
+
+class Counts(NamedTuple):
+    """Of a kernel's launch: blocks, what a block has, and what one of them does."""
+
+    backend: str
+    kernel: str
+    shape: tuple[int, int, int, int]
+    norm: str
+    blocks: int
+    threads: int
+    registers: int  # of a thread
+    shared_bytes: int
+    instructions: int  # of a warp, that are issued
+    special: int
+    shuffles: int
+    tensor: int  # operations of tensor cores
+    wavefronts: int  # of shared memory
+    conflict_free: int  # wavefronts that there would be without bank conflicts
+    global_bytes: int  # that lanes load, store or copy
+
+    @property
+    def resident(self) -> int:
+        """Blocks that fit on a multiprocessor of compute capability 9.0 at a time."""
+        each_warp = round_up(self.registers, 8) * 32
+        by_registers = 65536 // (each_warp * ceil_div(self.threads, 32))
+        return min(by_registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads, 32)
+
+
+def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
+    """What this module wrote."""
+    rows = json.loads(path.read_text())["counts"]
+    return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+
+
+def count(backend: str, shape: tuple[int, int, int, int], norm: str) -> list[Counts]:
+    """Of every launch of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training.
+
+    Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
+    """
+    import emulator
+
+    run = {"triton": run_triton, "cuda": run_cuda}[backend]
+    with emulator.executing(blocks=[0], check_races=False, count_wavefronts=True) as launches:
+        run(shape, norm)
+    return [_counts(launch, backend, shape, norm) for launch in launches]
+
+
+def _counts(launch: emulator.Launched, backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
+    program, report = launch.program, launch.report
+    # Of the two that triton ships, NVRTC's PTX needs the newer one; Triton takes the other one for this architecture.
+    cubin = sass.assemble(program.ptx, "ptxas" if backend == "triton" else "ptxas-blackwell")
+    # Instructions that share a line run together.
+    issued = sass.executed(sass.disassemble(cubin)[program.name], {line: times for line, _, times in report.lines})
+    return Counts(
+        backend=backend,
+        kernel=re.search(r"([a-z_]+)_kernel", program.name)[1],
+        shape=shape,
+        norm=norm,
+        blocks=math.prod(launch.grid),
+        threads=launch.threads,
+        registers=sass.registers(cubin)[program.name],
+        shared_bytes=launch.shared_bytes + program.static_shared,
+        instructions=round(issued.total()),
+        special=round(sum(times for opcode, times in issued.items() if opcode.startswith("MUFU"))),
+        shuffles=sum(times for _, opcode, times in report.lines if opcode.startswith("shfl")),
+        tensor=sum(_operations(opcode) * times for _, opcode, times in report.lines),
+        wavefronts=sum(wavefronts for *_, wavefronts, _ in report.shared),
+        conflict_free=sum(least for *_, least in report.shared),
+        global_bytes=report.device_bytes,
+    )
+
+
+def _operations(opcode: str) -> int:
+    """Of tensor cores in an instruction of PTX."""
+    shape = re.match(r"mma\.\S*\.m(\d+)n(\d+)k(\d+)\.", opcode)
+    return 2 * math.prod(map(int, shape.groups())) if shape else 0
+
+
+def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str) -> None:
+    """Both directions on the CPU's memory. Only the first sample has numbers: blocks of others are not executed."""
+    from reattn.backends import common
+    from reattn.backends.contract import Inputs
+    from reattn.problem import Problem
+
+    batch, heads, seqlen, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.zeros(batch, seqlen, 3, heads, head_dim, dtype=torch.bfloat16)
+    qkv[0].normal_(generator=generator)
+    inputs = Inputs(*qkv.permute(2, 0, 3, 1, 4), torch.eye(heads), torch.zeros(heads))
+    if norm != "none":
+        inputs = inputs._replace(norm_weight=torch.ones(heads), norm_bias=torch.zeros(heads))
+    if norm == "batch":
+        running = torch.zeros(heads), torch.ones(heads), torch.zeros((), dtype=torch.int64)
+        inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+    named = None if norm == "none" else norm
+    problem = Problem.of(inputs.query, norm=named, training=norm == "batch", scale=head_dim**-0.5)
+    outputs = backend.forward(problem, inputs)
+    backend.backward(problem, common.empty_heads_last(inputs.query).zero_(), inputs, outputs, None)
+
+
+def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
+    """A training step on the Triton backend."""
+    import triton
+
+    from emulator import triton_driver
+    from reattn.backends import common
+    from reattn.backends import triton as backend
+
+    before = triton.runtime.driver.active.arch
+    triton_driver.install(ARCH)
+    try:
+        with (
+            mock.patch.object(backend, "_arch", lambda device: ARCH),
+            mock.patch.object(backend, "_splits", lambda out: common.splits(out, MULTIPROCESSORS)),
+        ):
+            train_step(backend, shape, norm)
+    finally:
+        triton_driver.install(before)
+
+
+def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
+    """The same on the CUDA backend."""
+    import emulator.cuda
+
+    from reattn.backends import cuda as backend
+
+    with (
+        mock.patch.object(emulator.cuda, "arch", ARCH),
+        mock.patch.object(backend, "_describe", lambda device: (SHARED_BYTES, MULTIPROCESSORS)),
+    ):
+        train_step(backend, shape, norm)
+
+
+def install() -> None:
+    """Puts the emulator in the place of a GPU; before reattn is imported."""
+    import emulator.cuda
+
+    from emulator import triton_driver
+
+    emulator.cuda.install(ARCH)
+    triton_driver.install(ARCH)
+
+
+def version(backend: str) -> str:
+    """Of the compiler that the counts are of."""
+    if backend == "triton":
+        import triton
+
+        return f"triton {triton.__version__}"
+    from emulator import nvrtc
+
+    return "NVRTC " + ".".join(map(str, nvrtc.version()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    install()
+    rows = []
+    for backend, shape, norm in itertools.product(BACKENDS, SHAPES, NORMS):
+        rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm)]
+        print(backend, shape, norm, flush=True)
+    made_with = {backend: version(backend) for backend in BACKENDS}
+    head = f'{{"made with": {json.dumps(made_with)},\n"counts": [\n'
+    COUNTS.write_text(head + ",\n".join(rows) + "\n]}\n")
+    print(COUNTS)
+
+
+if __name__ == "__main__":
+    main()

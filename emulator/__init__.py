@@ -1,0 +1,83 @@
+"""Executes what the compilers make of the GPU kernels, their PTX, on the CPU: bit for bit where PTX says what the bits are,
+with every race, stray access and divergent collective as an error. Tests run the Triton and the CUDA backend through it
+where there is no GPU; the cost model takes its counts from it.
+
+It is no model of time, and not of ptxas but for one thing: products and sums that PTX lets it contract are contracted.
+What approximate instructions may be off, they are off. Sums of tensor cores are rounded toward zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+try:
+    from emulator import _machine
+except ImportError as error:
+    raise ImportError(f"{error}; `make emulator` compiles it") from None
+
+Fault, Program, Report = _machine.Fault, _machine.Program, _machine.Report
+
+
+class Launched(NamedTuple):
+    """A launch that was executed: the kernel's name, the blocks of its grid, threads and bytes of shared memory of a
+    block beside what the kernel declares itself, what warps executed, and the kernel."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    report: Report
+    program: Program
+
+
+class Options:
+    """How launches are executed; ``executing`` sets it for a while."""
+
+    blocks: list[int] | None = None
+    check_races = True
+    count_wavefronts = False
+    launches: list[Launched] | None = None
+
+
+@contextlib.contextmanager
+def executing(
+    *, blocks: list[int] | None = None, check_races: bool = True, count_wavefronts: bool = False
+) -> Iterator[list[Launched]]:
+    """Collects the launches within. ``blocks``: the numbers of those that are executed, the others are left out;
+    ``check_races=False`` is quicker; ``count_wavefronts`` fills ``Report.shared``."""
+    before = dict(vars(Options))
+    Options.launches = launches = []
+    Options.blocks, Options.check_races, Options.count_wavefronts = blocks, check_races, count_wavefronts
+    try:
+        yield launches
+    finally:
+        for name in ("blocks", "check_races", "count_wavefronts", "launches"):
+            setattr(Options, name, before[name])
+
+
+def launch(
+    program: Program,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    arguments: bytes,
+    memory: list[tuple[int, int]],
+) -> None:
+    """Executes a launch. ``memory``: (address, bytes) of what the kernel may touch. Raises ``Fault``."""
+    blocks = Options.blocks
+    if blocks is not None:
+        blocks = [block for block in blocks if block < grid[0] * grid[1] * grid[2]]
+    report = program.run(
+        grid=grid,
+        threads=threads,
+        shared_bytes=shared_bytes,
+        arguments=arguments,
+        memory=memory,
+        blocks=blocks,
+        check_races=Options.check_races,
+        count_wavefronts=Options.count_wavefronts,
+    )
+    if Options.launches is not None:
+        Options.launches.append(Launched(program.name, grid, threads, shared_bytes, report, program))
