@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 8, 64, Tile(32, 16), small=False),
         Row(2, 8, 128, Tile(32, 16, dim=32)),
         Row(2, 16, 32, Tile(16, 16)),
-        Row(2, 16, 48, Tile(16, 16), small=False),
+        Row(2, 16, 48, Tile(16, 16), small=False, dropout=False),
         Row(2, 16, 48, Tile(16, 8)),
         Row(2, 16, 64, Tile(16, 16), small=False, dropout=False),
         Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
