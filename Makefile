@@ -12,7 +12,7 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benc
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulator demo test test-all sanitize lint format bench bench-quick aot gpu clean
+.PHONY: help extension emulator older-triton demo test test-all sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -24,6 +24,14 @@ extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUD
 emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
 	$(PY) emulator/build.py
 
+# The release that goes with torch 2.11, for Linux as all of them: the tests compile every kernel with both.
+OLDER_TRITON := 3.6.0
+OLDER_STAMP := $(if $(filter Linux,$(shell uname -s)),out/triton-$(OLDER_TRITON)/.installed)
+older-triton: $(OLDER_STAMP) ## install the oldest supported Triton into out/, beside the one that everything else uses
+out/triton-%/.installed: | $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
@@ -33,7 +41,7 @@ test: extension emulator ## run all but the slow tests in WORKERS processes (def
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
-test-all: extension emulator ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+test-all: extension emulator older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST)
 
@@ -66,8 +74,9 @@ bench: extension ## measure operator, module, models and growth on this machine:
 bench-quick: extension ## the same in small: that everything measured is right and the suite runs
 	$(PY) -m pytest benchmarks/ --benchmark-only -q --quick
 
-aot: $(STAMP) ## compile every kernel for the GPU architectures it is meant for, no GPU needed
+aot: $(STAMP) older-triton ## compile every kernel for the GPU architectures it is meant for, no GPU needed
 	$(PY) -m benchmarks.compile_report
+	PYTHONPATH=out/triton-$(OLDER_TRITON) $(PY) -m benchmarks.compile_report --backend triton
 
 # On a GPU that is there for a few minutes: each part ends within 280 s and says what did not fit. GPU_FLAGS=--emulated
 # tries the flow of stages without one.

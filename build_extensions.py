@@ -338,6 +338,10 @@ class CudaExtension(Extension):
             # The last of several programs: those before it, as ccache, start it.
             nvcc += ["-ccbin", [word for word in words if not word.startswith("-")][-1]]
             nvcc += [f"-Xcompiler={word}" for word in words if word.startswith("-")]
+        # pip's nvcc looks for libraries in lib64, and pip's packages have them in lib.
+        toolkit = Path(nvcc[0]).resolve().parents[1]
+        if not (toolkit / "lib64").exists() and (toolkit / "lib" / "libcudart_static.a").is_file():
+            nvcc.append(f"-L{toolkit / 'lib'}")
         probe = folder / "probe.cu"
         probe.write_text(CUDA_PROBE)
         run_nvcc(nvcc, *CUDA_FLAGS.split(), *CUDA_LINK_FLAGS.split(), str(probe), "-o", str(folder / "probe_cuda"))
@@ -348,7 +352,7 @@ class BuildExtensions(build_ext):
     """Builds the extensions that this machine can build; the package works without the others."""
 
     def run(self) -> None:
-        built = []
+        built, left_out = [], {}
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
             library.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
@@ -364,10 +368,21 @@ class BuildExtensions(build_ext):
                 if wish == "1":
                     raise CompileError(f"{extension.label} not built, though {extension.switch}=1: {reason}") from None
                 say(f"{extension.label} not built: {reason}")
+                left_out[extension.name] = reason
+        self.keep(left_out)
         self.extensions = self.distribution.ext_modules = built
         # The command that packs a wheel decided before the build whether its contents depend on the machine.
         if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
             wheel.root_is_pure = not built
+
+    def keep(self, reasons: dict[str, NotBuilt]) -> None:
+        """Leaves in the package why extensions were not built: pip hides what a build says."""
+        path = Path(self.get_ext_fullpath(self.extensions[0].name)).with_name("not_built.txt")
+        path.unlink(missing_ok=True)
+        if reasons:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [f"{name}: {reason}\n" for name, reason in reasons.items()]
+            path.write_text("".join(lines), encoding="utf-8")
 
     def build(self, extension: CpuExtension | CudaExtension, library: Path) -> None:
         """Writes the extension's build.ninja, runs it, and puts the result where it belongs."""

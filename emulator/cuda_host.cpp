@@ -102,7 +102,7 @@ void unfold(const Params& p, const Launch& how) {
   start_kernel<T>("sums", "unfold", p, how);
 }
 template <class T>
-void check_device(int) {}
+void check_device() {}
 
 #define REATTN_ENTRIES(T)                                              \
   template void forward<T>(const Params& p, const Launch& how);        \
@@ -112,7 +112,7 @@ void check_device(int) {}
   template void finish<T>(const Params& p, const Launch& how);         \
   template void grad_sums<T>(const Params& p, const Launch& how);      \
   template void unfold<T>(const Params& p, const Launch& how);         \
-  template void check_device<T>(int);
+  template void check_device<T>();
 
 REATTN_ENTRIES(Half)
 REATTN_ENTRIES(BFloat16)

@@ -17,12 +17,6 @@ struct Device {
 inline Device describe(int) { return {232448, 4}; }
 inline int count_devices() { return 1; }
 
-class OnDevice {
- public:
-  explicit OnDevice(int) {}
-  ~OnDevice() {}  // as there: a variable that nothing else uses
-};
-
 // launcher(source, name, grid, threads, shared_bytes, params, memory): the kernel that NVRTC calls `name` of
 // csrc/cuda/<source>.cu, (blocks in x, in y), the bytes of its Params, and [(address, bytes)] that it may touch. What
 // it raises comes out of the call that launched.

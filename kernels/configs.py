@@ -1,9 +1,10 @@
 """Tile configurations: one table, and the choice among its rows.
 
 Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles without
-spilling in a loop; float32 and more heads spill a few registers at most (``python -m benchmarks.compile_report`` shows
-what each row costs). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for
-tall blocks of query rows, since keys and values are read again for every block.
+spilling in a loop, with dropout too unless the row says otherwise; float32 and more heads spill a few registers at
+most, and so does Triton 3.6 (``python -m benchmarks.compile_report`` shows what each row costs, with the Triton release
+that it imports). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall
+blocks of query rows, since keys and values are read again for every block.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A tile, and the largest problem it is for: bytes an element, heads, head_dim; and whether 100 KB of shared
-    memory do."""
+    """A tile, and the largest problem it is for: bytes an element, heads, head_dim; whether 100 KB of shared memory do;
+    and whether registers suffice for dropout, which takes some dozen more."""
 
     itemsize: int
     heads: int
     head_dim: int
     tile: Tile
     small: bool = True
+    dropout: bool = True
 
 
 # By kernel; the first row that holds the problem is taken.
@@ -42,7 +44,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 4, 64, Tile(32, 32, 8, 2)),
         Row(2, 8, 64, Tile(32, 16, 8, 2)),
         Row(2, 16, 32, Tile(32, 16, 8, 2)),
-        Row(2, 16, 64, Tile(32, 16, 8, 2), small=False),
+        Row(2, 16, 64, Tile(32, 16, 8, 2), small=False, dropout=False),
         Row(2, 16, 64, Tile(16, 16)),
         Row(2, 16, 128, Tile(16, 16, dim=64)),
         Row(2, 32, 128, Tile(16, 16, dim=16)),
@@ -55,26 +57,33 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, 8, 64, Tile(32, 16)),
         Row(2, 16, 32, Tile(16, 16)),
         Row(2, 16, 64, Tile(16, 16), small=False),
-        Row(2, 16, 64, Tile(16, 16, dim=32)),
-        Row(2, 16, 128, Tile(16, 16, dim=32)),
-        Row(2, 32, 128, Tile(8, 16, dim=16)),
+        Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
+        Row(2, 16, 64, Tile(8, 16)),
+        Row(2, 16, 128, Tile(16, 16, dim=32), dropout=False),
+        Row(2, 16, 128, Tile(16, 16, dim=16)),
+        Row(2, 32, 128, Tile(8, 16, dim=16), dropout=False),
+        Row(2, 32, 128, Tile(4, 16, dim=16)),
         Row(4, 4, 128, Tile(32, 16, dim=16)),
         Row(4, 16, 128, Tile(16, 16, dim=16)),
         Row(4, 32, 128, Tile(4, 16, dim=16)),
     ),
     "backward_key": (
-        Row(2, 4, 32, Tile(32, 32)),
+        Row(2, 4, 32, Tile(32, 32), dropout=False),
         Row(2, 4, 64, Tile(32, 16)),
-        Row(2, 8, 32, Tile(16, 32)),
+        Row(2, 8, 32, Tile(16, 32), dropout=False),
         Row(2, 8, 64, Tile(32, 16), small=False),
         Row(2, 8, 128, Tile(32, 16, dim=32)),
         Row(2, 16, 32, Tile(16, 16)),
-        Row(2, 16, 64, Tile(16, 16), small=False),
-        Row(2, 16, 64, Tile(16, 16, dim=32)),
-        Row(2, 16, 128, Tile(16, 8, dim=32)),
+        Row(2, 16, 48, Tile(16, 16), small=False, dropout=False),
+        Row(2, 16, 48, Tile(16, 8)),
+        Row(2, 16, 64, Tile(16, 16), small=False, dropout=False),
+        Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
+        Row(2, 16, 64, Tile(16, 8, dim=32)),
+        Row(2, 16, 128, Tile(16, 8, dim=32), dropout=False),
+        Row(2, 16, 128, Tile(16, 4, dim=32)),
         Row(2, 32, 128, Tile(16, 8, dim=16)),
         Row(4, 4, 128, Tile(32, 16, dim=16)),
-        Row(4, 16, 64, Tile(16, 16, dim=16)),
+        Row(4, 16, 64, Tile(16, 16, dim=16), dropout=False),
         Row(4, 16, 128, Tile(16, 8, dim=16)),
         Row(4, 32, 128, Tile(16, 2, dim=16)),
     ),
@@ -90,11 +99,11 @@ UNFOLD_BLOCK = 32
 _LARGE_SHARED = (80, 87, 90)
 
 
-def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int) -> Tile:
+def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int, dropout: bool = False) -> Tile:
     """The table's tile for a problem, on an architecture (80 for sm_80)."""
     for row in TABLE[kernel]:
         fits = row.itemsize == itemsize and heads <= row.heads and head_dim <= row.head_dim
-        if fits and (row.small or arch in _LARGE_SHARED):
+        if fits and (row.small or arch in _LARGE_SHARED) and (row.dropout or not dropout):
             return row.tile
     raise LookupError(f"{kernel} has no tile for {heads} heads of {head_dim}, {itemsize} bytes an element")
 

@@ -109,10 +109,10 @@ def use_tile(monkeypatch):
     def use(tile):
         choose = tile if callable(tile) else lambda *problem: tile
 
-        def tiled(kernel, query, launch):
-            return launch(choose(kernel, 80, query.element_size(), query.shape[1], query.shape[3]))
+        def table_tile(kernel, problem):
+            return choose(kernel, 80, problem.dtype.itemsize, problem.heads, problem.head_dim)
 
-        monkeypatch.setattr(triton, "_tiled", tiled)
+        monkeypatch.setattr(triton, "_table_tile", table_tile)
 
     assert configs.tile
     return use

@@ -1,5 +1,6 @@
 """The choice of a backend, and the Triton one's configurations: rows of the table, head_dim in chunks, wide offsets."""
 
+import itertools
 import logging
 import re
 
@@ -9,7 +10,7 @@ from parity import assert_parity, compute, make_problem
 
 import reattn
 from reattn import backends, re_attention
-from reattn.backends import BACKENDS, available_backends, choose, cpu, cuda, triton
+from reattn.backends import BACKENDS, available_backends, choose, common, cpu, cuda, triton
 from reattn.backends.common import MAX_HEAD_DIM, MAX_HEADS
 from reattn.kernels import configs
 from reattn.problem import Problem
@@ -18,12 +19,13 @@ CPU = torch.device("cpu")
 SMALL_SHARED, LARGE_SHARED = 86, 80
 
 
-def tiles_of(arch, itemsize, heads, head_dim):
-    return tuple(configs.tile(kernel, arch, itemsize, heads, head_dim) for kernel in configs.TABLE)
+def tiles_of(*problem):
+    return tuple(configs.tile(kernel, *problem) for kernel in configs.TABLE)
 
 
 def cases_of_the_table():
-    """Architecture, bytes an element, heads, head_dim: together they use every row, in chunks of head_dim if it can.
+    """Architecture, bytes an element, heads, head_dim, whether with dropout: together they use every row, in chunks of
+    head_dim if it can.
 
     Those of cards with little shared memory are slow.
     """
@@ -31,7 +33,8 @@ def cases_of_the_table():
     for position, rows in enumerate(configs.TABLE.values()):
         for row in rows:
             candidates = [
-                (arch, row.itemsize, row.heads, head_dim)
+                (arch, row.itemsize, row.heads, head_dim, dropout)
+                for dropout in (False, True)
                 for head_dim in (33, 65, 16, 64)
                 for arch in (SMALL_SHARED, LARGE_SHARED)
                 if head_dim <= row.head_dim
@@ -78,8 +81,26 @@ def test_triton_says_why_it_cannot_be_imported(monkeypatch):
 
 @pytest.fixture
 def extension_cannot_be_imported(monkeypatch):
-    monkeypatch.setattr(cpu, "_import_error", "undefined symbol: reattn")
-    return "the CPU extension was not built or cannot be imported (undefined symbol: reattn)"
+    reason = "the CPU extension cannot be imported (undefined symbol: reattn)"
+    monkeypatch.setattr(cpu, "_import_error", reason)
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("error", "kept", "reason"),
+    [
+        (ModuleNotFoundError("No module named _cuda"), True, "was not built: no nvcc found"),
+        (ModuleNotFoundError("No module named _cuda"), False, "cannot be imported (No module named _cuda)"),
+        (ImportError("undefined symbol: reattn"), True, "cannot be imported (undefined symbol: reattn)"),
+    ],
+    ids=["not built", "not there", "broken"],
+)  # fmt: skip
+def test_why_an_extension_is_missing(error, kept, reason, tmp_path, monkeypatch):
+    """What its build had to say, where that is why."""
+    monkeypatch.setattr(common, "NOT_BUILT", tmp_path / "not_built.txt")
+    if kept:
+        common.NOT_BUILT.write_text("reattn._cpu: no working GCC or Clang\nreattn._cuda: no nvcc found\n")
+    assert common.why_not_imported("reattn._cuda", error) == f"the CUDA extension {reason}"
 
 
 @pytest.mark.extension
@@ -180,9 +201,10 @@ def test_every_backend_answers_the_same_question():
 
 @pytest.mark.parametrize("kernel", configs.TABLE)
 def test_no_row_hides_another(kernel):
-    """Each row of the table serves the largest problem it is for, on some architecture."""
+    """Each row of the table serves the largest problem it is for, on some architecture, with dropout or without."""
     for row in configs.TABLE[kernel]:
-        served = {configs.tile(kernel, arch, *row[:3]) for arch in (SMALL_SHARED, LARGE_SHARED)}
+        cards = itertools.product((SMALL_SHARED, LARGE_SHARED), (False, True))
+        served = {configs.tile(kernel, arch, *row[:3], dropout) for arch, dropout in cards}
         assert row.tile in served, row
 
 
@@ -191,20 +213,20 @@ def test_no_row_hides_another(kernel):
 def test_every_problem_has_a_tile(kernel, itemsize):
     for arch in (80, 86, 89, 90, 100, 120):
         for heads in range(1, MAX_HEADS + 1):
-            for head_dim in (1, 33, MAX_HEAD_DIM):
-                tile = configs.tile(kernel, arch, itemsize, heads, head_dim)
+            for head_dim, dropout in itertools.product((1, 33, MAX_HEAD_DIM), (False, True)):
+                tile = configs.tile(kernel, arch, itemsize, heads, head_dim, dropout)
                 assert tile.BLOCK_M * configs.padded(heads) >= 16
     with pytest.raises(LookupError, match=f"{kernel} has no tile for 33 heads of 64, {itemsize} bytes an element"):
         configs.tile(kernel, 80, itemsize, 33, 64)
 
 
 @pytest.mark.parametrize(
-    ("arch", "itemsize", "heads", "head_dim"), cases_of_the_table(), ids=lambda number: str(number)
+    ("arch", "itemsize", "heads", "head_dim", "dropout"), cases_of_the_table(), ids=lambda number: str(number)
 )
-def test_rows_of_the_table(arch, itemsize, heads, head_dim, device, use_tile):
+def test_rows_of_the_table(arch, itemsize, heads, head_dim, dropout, device, use_tile):
     """Batch norm in training launches every kernel."""
     if device.type == "cpu":
-        use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem))
+        use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem, dropout))
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 17, "seqlen_k": 10, "batch": 1}
     dtype = torch.float16 if itemsize == 2 else torch.float32
     assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device), "triton")
@@ -280,19 +302,126 @@ def test_offsets_beyond_two_to_the_31(mode, device, recorded_shapes):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_tuning_takes_the_fastest_tile_once(monkeypatch, caplog):
-    key = ("forward", 80, 2, 12, 32)
-    tiles = configs.candidates("forward", 2, 12)
-    assert configs.tile(*key) in tiles
-    fastest, launched = tiles[len(tiles) // 2], []
+# The table's tile, and those that tuning tries beside it: the faster, the less right.
+TABLES, RIGHT, SPOILT = configs.Tile(16, 16), configs.Tile(16, 32), configs.Tile(32, 16)
+MILLISECONDS = {TABLES: 3.0, RIGHT: 2.0, SPOILT: 1.0}
+SMALL = {"seqlen": 20, "batch": 1}
 
-    def timed(launch, **options):
+
+@pytest.fixture
+def tuning(monkeypatch, use_tile):
+    """Tunes in times that are given; returns how a kernel's launches with SPOILT are spoilt, and the choices by key."""
+    spoilt, launched, run = {}, [], triton._run
+
+    def spoil(kernel, grid, tile, *args, **constants):
+        launched.append(tile)
+        how = spoilt.get(kernel.__name__) if tile == SPOILT else None
+        if isinstance(how, Exception):
+            raise how
+        run(kernel, (grid[0] - (how == "a block left out"), *grid[1:]), tile, *args, **constants)
+        if callable(how):
+            how(*args)
+
+    def do_bench(launch, **options):
         launch()
-        return 1.0 if launched[-1] == fastest else 2.0
+        return MILLISECONDS[launched[-1]]
 
-    monkeypatch.setattr(triton.triton.testing, "do_bench", timed)
-    monkeypatch.setattr(triton, "_tuned_tiles", {})
+    use_tile(TABLES)
+    monkeypatch.setenv("REATTN_AUTOTUNE", "1")
+    monkeypatch.setattr(configs, "candidates", lambda *problem: [SPOILT, RIGHT])
+    monkeypatch.setattr(triton, "_run", spoil)
+    monkeypatch.setattr(triton.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(triton, "_tuned_tiles", chosen := {})
+    return spoilt, chosen
+
+
+def assert_tuned(problem, chosen, caplog, **tiles):
+    """Every kernel with its tile, and results that are those of the table's, whatever was tried; returns the log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("REATTN_AUTOTUNE")
+        expected = compute(problem, "triton")
     with caplog.at_level(logging.INFO, logger="reattn"):
-        assert [triton._tuned(key, launched.append) for _ in range(2)] == [fastest] * 2
-    assert launched == tiles
-    assert len(caplog.records) == 1
+        found = compute(problem, "triton")
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-3), name
+    assert {key[0]: tile for key, tile in chosen.items()} == dict.fromkeys(configs.TABLE, SPOILT) | tiles
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("mode", ["layer", "batch-training"])
+def test_tuning_takes_the_fastest_tile_once(mode, tuning, caplog, device):
+    """One that is spoilt no more than the others here."""
+    problem = make_problem(mode, **SMALL, device=device)
+    for _ in range(2):
+        lines = assert_tuned(problem, tuning[1], caplog)
+        assert len(lines) == 3 and all(line.startswith("tuned ") for line in lines)
+
+
+WAYS_TO_SPOIL = {
+    "forward_kernel": {
+        "a block left out": "a block left out",
+        "one row of the output": lambda q, k, v, out, *_: out.ptr[0, 0, 3].mul_(1.1),
+        "one LSE": lambda q, k, v, out, norm, lse, *_: lse[0, 2, 5].add_(0.02),
+        "infinite": lambda q, k, v, out, *_: out.ptr[0, 0, 3, 0].fill_(float("inf")),
+        "too many registers": triton.triton.runtime.errors.OutOfResources(300, 255, "registers"),
+        "not compiled": RuntimeError("PassManager::run failed"),
+    },
+    "backward_query_kernel": {
+        "a block left out": "a block left out",
+        "delta": lambda q, k, v, grad, grad_q, norm, lse, delta, *_: delta[0, 0, 0].add_(1),
+        "a partial sum": lambda *args: args[9][:, 0].add_(5),
+        "the products": lambda *args: args[12].mul_(1.1),
+    },
+    "backward_key_kernel": {
+        "a block left out": "a block left out",
+        "the value's gradient": lambda q, k, v, grad, grad_k, grad_v, *_: grad_v.ptr.mul_(1.05),
+    },
+}
+
+
+@pytest.mark.parametrize(("kernel", "how"), [(kernel, how) for kernel, ways in WAYS_TO_SPOIL.items() for how in ways])
+def test_tuning_refuses_a_tile_that_is_wrong(kernel, how, tuning, caplog, monkeypatch, device):
+    """And names it; the fastest of those that are right is taken."""
+    spoilt, chosen = tuning
+    spoilt[kernel] = WAYS_TO_SPOIL[kernel][how]
+    name = kernel.removesuffix("_kernel")
+    monkeypatch.setattr(configs, "candidates", lambda kernel, *problem: [SPOILT, RIGHT] if kernel == name else [])
+    problem = make_problem("batch-training", **SMALL, device=device, dtype=torch.float16)
+    lines = assert_tuned(problem, chosen, caplog, **dict.fromkeys(configs.TABLE, TABLES) | {name: RIGHT})
+    (refusal,) = (line for line in lines if "refused" in line)
+    assert name in refusal and str(SPOILT) in refusal and str(RIGHT) not in refusal
+
+
+def test_tuning_where_the_tables_tile_does_not_run(tuning, use_tile, device):
+    """What it raises is raised, as it is without tuning."""
+    spoilt, chosen = tuning
+    spoilt["forward_kernel"] = triton.triton.runtime.errors.OutOfResources(300, 255, "registers")
+    use_tile(SPOILT)
+    with pytest.raises(triton.triton.runtime.errors.OutOfResources, match="registers"):
+        compute(make_problem("layer", **SMALL, device=device), "triton")
+    assert not chosen
+
+
+def test_tuning_again_for_another_kernel(tuning, monkeypatch, device):
+    """What compiles another kernel is another problem; another length is not."""
+    _, chosen = tuning
+    monkeypatch.setattr(triton, "_run", lambda *launch, **constants: None)
+    monkeypatch.setattr(triton, "_difference", lambda *tensors: 0.0)
+    monkeypatch.setattr(triton.triton.testing, "do_bench", lambda launch, **options: 1.0)
+    problems = [
+        make_problem(mode, **SMALL, device=device) for mode in ("layer", "batch-training", "batch-eval", "none")
+    ]
+    problems += [make_problem(**SMALL, device=device, **other) for other in ({"heads": 4}, {"head_dim": 40})]
+    problems += [make_problem(**SMALL, device=device, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+    problems += [problems[0].with_options(dropout_p=0.1), problems[0].with_tensors(bias=None)]
+    for number, problem in enumerate(problems, 1):
+        compute(problem, "triton")
+        assert len(chosen) == 3 * number
+    make_shape = configs.shape
+    for number, change in enumerate(({"WIDE": True}, {"PRECISION": "tf32"}), len(problems) + 1):
+        monkeypatch.setattr(configs, "shape", lambda *args, new=change, **kw: make_shape(*args, **kw)._replace(**new))
+        compute(problems[0], "triton")
+        assert len(chosen) == 3 * number
+    monkeypatch.setattr(configs, "shape", make_shape)
+    compute(make_problem("layer", seqlen=21, device=device), "triton")
+    assert len(chosen) == 3 * number

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -331,12 +332,13 @@ def raising(message):
     return fail
 
 
-NOT_BUILT = "the CUDA extension was not built or cannot be imported (undefined symbol: reattn)"
+NOT_BUILT = "the CUDA extension cannot be imported (undefined symbol: reattn)"
 NO_DRIVER = "no CUDA device: cudaErrorInsufficientDriver (CUDA driver version is insufficient)"
+NO_MEMORY = "no CUDA device: cudaErrorMemoryAllocation (out of memory)"
 # Whose attribute, what it is instead; what is then said of a tensor on a GPU.
 MACHINES = {
-    "not built": (cuda, "_import_error", "undefined symbol: reattn", NOT_BUILT),
-    "no driver": (getattr(cuda, "_cuda", None), "count_devices", raising(NO_DRIVER), NO_DRIVER),
+    "not built": (cuda, "_import_error", NOT_BUILT, NOT_BUILT),
+    "fault": (getattr(cuda, "_cuda", None), "count_devices", raising(NO_MEMORY), NO_MEMORY),
     "no device": (getattr(cuda, "_cuda", None), "count_devices", lambda: 0, "no CUDA device"),
     "AMD": (torch.version, "hip", "6.4", "AMD GPUs are not supported"),
     "Volta": (
@@ -357,17 +359,60 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_machines_that_do_not_run_it(machine, forget, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     *attribute, reason = MACHINES[machine]
     monkeypatch.setattr(*attribute)
     assert cuda.unavailable(GPU) == [reason]
     assert cuda.not_supported(Problem(GPU, torch.float16, 33, 16)) == [reason, "takes at most 32 heads, got 33"]
 
 
+@pytest.mark.parametrize(
+    ("versions", "has"), [((12080, 13000), "the one installed is for CUDA 12.8"), ((0, 13010), "none is installed")]
+)
+def test_driver_that_is_too_old(versions, has, forget, monkeypatch):
+    """Whatever runs instead, the reason says which one the extension needs."""
+    monkeypatch.setattr(cuda._cuda, "count_devices", raising(NO_DRIVER))
+    monkeypatch.setattr(cuda._cuda, "cuda_versions", lambda: versions, raising=False)
+    needs = "no CUDA device: the extension needs an NVIDIA driver for CUDA 13 or newer"
+    assert cuda.unavailable(GPU) == [f"{needs}, {has}"]
+
+
+@emulated
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_calls_are_on_the_device_of_their_tensors(mode, monkeypatch):
+    """torch's guard makes it current before anything is launched."""
+    current, launched = [], []
+
+    @contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def on_device(function):
+        return lambda problem, *args: function(problem._replace(device=GPU), *args)
+
+    def record(name, launch):
+        return lambda *args: (launched.append((name, list(current))), launch(*args))
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    for name in ("forward", "add_up", "finish", "grad_sums", "backward_query", "backward_key", "unfold"):
+        monkeypatch.setattr(cuda._cuda, name, record(name, getattr(cuda._cuda, name)))
+    for name in ("forward", "finish", "grad_sums", "backward"):
+        monkeypatch.setattr(cuda, name, on_device(getattr(cuda, name)))
+    problem = make_problem(mode)
+    compute(problem, "cuda")
+    assert {name for name, _ in launched} >= {"forward", "backward_query", "backward_key", "unfold"}
+    assert all(devices[:1] == [GPU] for _, devices in launched)
+    assert not current
+
+
 def test_machines_that_run_it(forget, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     for capability in ((7, 5), (9, 0), (12, 1)):
         cuda._find_card_faults.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        monkeypatch.setattr(cuda._cuda, "check_device", lambda device: None)
+        monkeypatch.setattr(cuda._cuda, "check_device", lambda: None)
         assert cuda.not_supported(Problem(GPU, torch.bfloat16, 32, 128)) == []
 
 

@@ -1,5 +1,7 @@
 """How the CUDA extension is built, mostly with a stand-in for nvcc, and what its kernels cost for real."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import pytest
 
 pytest.importorskip("setuptools")
 
+from setuptools.dist import Distribution  # noqa: E402
 from setuptools.errors import OptionError  # noqa: E402
-from test_packaging import COMPILES, ROOT, is_clutter, pytestmark, run_python, said  # noqa: E402, F401
+from test_packaging import COMPILER, COMPILES, ROOT, is_clutter, pytestmark, run_python, said  # noqa: E402, F401
 
 import build_extensions  # noqa: E402
 from benchmarks import compile_report  # noqa: E402
 
+NOT_BUILT = "reattn/not_built.txt"
 EXTENSION = f"reattn/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 CUDA_VARIABLES = ("CUDA_HOME", "CUDA_PATH", "CXX", "NVCC_CCBIN")
 
@@ -50,6 +54,68 @@ BINDINGS = """
 {declarations}
 PYBIND11_MODULE(_cuda, module) {
 {definitions}
+}
+"""
+
+# The runtime, as far as launch.h knows it: a thread may be on any of two devices, and calls are counted.
+RUNTIME = """
+#include <atomic>
+#include <cstdint>
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct dim3 { explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {} unsigned x, y; };
+inline thread_local int current = 0;
+inline std::atomic<int> allowed{0}, refused{0}, launched{0};
+inline cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  return *value = 1000 + device, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  if (current == 7) return ++refused, cudaErrorInvalidValue;
+  return bytes == 1000 + current ? (++allowed, cudaSuccess) : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, int, cudaStream_t) {
+  return ++launched, cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12080, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+"""
+LAUNCHES = """
+#include <cstdio>
+#include <thread>
+#include <vector>
+#include "launch.h"
+using namespace reattn;
+void first(Params) {}
+void second(Params) {}
+int main() {
+  std::vector<std::thread> threads;
+  for (int device : {0, 1, 0, 1})
+    threads.emplace_back([device] {
+      current = device;
+      for (int i = 0; i < 100; ++i) {
+        launch(first, "first", 1, 1, 32, 500, 0, Params{});
+        launch(second, "second", 1, 1, 32, 500, 0, Params{});
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  current = 7;
+  for (int i = 0; i < 2; ++i) try {
+      launch(first, "first", 1, 1, 32, 500, 0, Params{});
+    } catch (const std::runtime_error& error) {
+      std::puts(error.what());
+    }
+  const auto [driver, runtime] = cuda_versions();
+  std::printf("%d %d %d %d %d\\n", allowed.load(), refused.load(), launched.load(), driver, runtime);
 }
 """
 
@@ -192,6 +258,8 @@ def test_without_nvcc(tree):
     assert finished.returncode == 0, finished.stderr
     assert said(finished.stderr, "CUDA") == [f"CUDA extension not built: {reason}"]
     assert not (tree / EXTENSION).exists()
+    kept = (tree / NOT_BUILT).read_text().splitlines()
+    assert kept == ["reattn._cpu: REATTN_BUILD_CPU=0", f"reattn._cuda: {reason}"]
     finished = build_in_place(tree, CUDA_HOME="/nonexistent", REATTN_BUILD_CUDA="1")
     assert finished.returncode != 0
     assert f"CUDA extension not built, though REATTN_BUILD_CUDA=1: {reason}" in finished.stderr
@@ -213,6 +281,8 @@ def test_command_lines(tree, stand_in):
     assert said(finished.stderr, "CUDA") == []
     assert said(finished.stderr, "CPU")[-1].startswith("CPU extension not built: ")
     assert (tree / EXTENSION).exists()
+    (kept,) = (tree / NOT_BUILT).read_text().splitlines()
+    assert kept.startswith("reattn._cpu: ")
     kernels = {}
     for words in compilations(stand_in):
         if "-DREATTN_ELEMENT" in " ".join(words):
@@ -229,6 +299,64 @@ def test_command_lines(tree, stand_in):
     before = compilations(stand_in)
     assert "no work to do" in build_in_place(tree, **environment).stdout
     assert compilations(stand_in) == before
+
+
+def test_reasons_are_of_the_last_build(tmp_path):
+    command = build_extensions.BuildExtensions(Distribution({"ext_modules": [build_extensions.CudaExtension()]}))
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    command.keep({"reattn._cuda": build_extensions.NotBuilt("no nvcc")})
+    assert (tmp_path / NOT_BUILT).read_text() == "reattn._cuda: no nvcc\n"
+    command.keep({})
+    assert not (tmp_path / NOT_BUILT).exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"), [(["lib"], True), (["lib", "lib64"], False), ([], False)], ids=["pip's", "NVIDIA's", "none"]
+)
+def test_where_the_runtime_lies(folders, named, stand_in, tmp_path, monkeypatch):
+    """pip's nvcc does not know where pip put the libraries."""
+    for folder in folders:
+        (stand_in / folder).mkdir()
+        (stand_in / folder / "libcudart_static.a").touch()
+    monkeypatch.setenv("CUDA_HOME", str(stand_in))
+    command = build_extensions.CudaExtension().find_compiler(tmp_path)
+    assert command == [str(stand_in / "bin" / "nvcc"), *[f"-L{stand_in / 'lib'}"] * named]
+    assert (f"-L{stand_in / 'lib'}" in (stand_in / "log").read_text()) == named
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_toolkit_from_pip_links(tmp_path, monkeypatch):
+    """A toolkit with its libraries where pip's packages have them."""
+    said = subprocess.run([NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    real = Path(re.search("^#\\$ TOP=(.+)$", said, re.MULTILINE)[1]).resolve()
+    toolkit, folder = tmp_path / "toolkit", tmp_path / "build"
+    # nvcc goes by where its own file is, links followed.
+    shutil.copytree(real / "bin", toolkit / "bin")
+    for name in ("include", "nvvm"):
+        (toolkit / name).symlink_to(real / name)
+    (toolkit / "lib").symlink_to((real / "lib64").resolve())
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.delenv("LIBRARY_PATH", raising=False)
+    folder.mkdir()
+    build_extensions.CudaExtension().find_compiler(folder)
+    assert (folder / "probe_cuda").is_file()
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs GCC or Clang")
+def test_shared_memory_is_asked_for_once(tmp_path):
+    """Once a kernel and device, by whichever thread; and again where it was refused."""
+    (tmp_path / "cuda_runtime.h").write_text("#pragma once\n" + RUNTIME)
+    (tmp_path / "launches.cpp").write_text(LAUNCHES)
+    includes = [f"-I{folder}" for folder in (tmp_path, ROOT / "csrc" / "cuda", ROOT / "csrc")]
+    program = tmp_path / "launches"
+    command = [COMPILER, "-std=c++17", "-pthread", *includes, tmp_path / "launches.cpp", "-o", program]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    *errors, counts = subprocess.run([program], capture_output=True, text=True).stdout.splitlines()
+    assert errors == ["first: cudaErrorInvalidValue (invalid argument)"] * 2
+    assert counts == "4 2 800 12080 13000"
 
 
 @needs_ninja

@@ -196,7 +196,8 @@ def test_wheel_holds_one_package(wheel):
     sources = {f"reattn/{name}" for name in python_files(ROOT / "reattn")}
     kernels = {f"reattn/kernels/{name}" for name in python_files(ROOT / "kernels")}
     assert "reattn/kernels/__init__.py" in kernels
-    assert packaged == sources | kernels | {"reattn/py.typed"} | ({EXTENSION} if COMPILES else set())
+    others = {"reattn/py.typed", "reattn/not_built.txt"}
+    assert packaged == sources | kernels | others | ({EXTENSION} if COMPILES else set())
     assert {name.partition("/")[0] for name in names - packaged} == {f"reattn-{reattn.__version__}.dist-info"}
 
 
@@ -260,7 +261,7 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
     ],
 )
 def test_wheel_without_extensions(settings, reason, sdist, poison, tmp_path):
-    """It is for every machine, it works, and `pip --verbose` tells in one line why each is left out."""
+    """It is for every machine, it works, and tells in one line why each is left out: so does `pip --verbose`."""
     settings = {"CUDA_HOME": "/nonexistent/cuda", **settings}
     finished = pip_wheel(sdist, tmp_path, "--verbose", **poison, **settings)
     assert finished.returncode == 0, finished.stderr
@@ -283,6 +284,11 @@ def test_wheel_without_extensions(settings, reason, sdist, poison, tmp_path):
         "torch.Size([1, 2, 3, 4",
         f"{tmp_path / 'site' / 'reattn' / '__init__.py'}\n",
     ]
+    finished = run_python("-m", "reattn.info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    report = finished.stdout.splitlines()
+    for name, extension, why in (("cpu", "CPU", reason), ("cuda", "CUDA", "no nvcc in /nonexistent/cuda/bin")):
+        (line,) = (line for line in report if line.startswith(f"backend {name} "))
+        assert f"the {extension} extension was not built: {why}" in line
 
 
 def test_extension_that_is_asked_for(stub_tree):

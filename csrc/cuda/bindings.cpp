@@ -21,7 +21,7 @@ using TensorArgument = std::tuple<Address, std::array<int64_t, 3>>;
 
 // A call by its parts, of which each launch uses some: see reattn.backends.contract and params.h.
 struct Call {
-  int device, dtype, batch;
+  int dtype, batch;
   uint64_t stream;
   Params p;
   std::vector<std::pair<const void*, int64_t>> memory;  // that the kernels may touch
@@ -30,9 +30,9 @@ struct Call {
 constexpr int kElementBytes[] = {4, 2, 2};  // float32, bfloat16, float16
 
 // sizes: batch, heads, seqlen, seqlen_k, head_dim, and the columns of inputs that may be read.
-Call make_call(int device, uint64_t stream, int dtype, int norm, const std::array<int, 6>& sizes) {
+Call make_call(uint64_t stream, int dtype, int norm, const std::array<int, 6>& sizes) {
   Call call{};
-  call.device = device, call.stream = stream, call.dtype = dtype, call.batch = sizes[0];
+  call.stream = stream, call.dtype = dtype, call.batch = sizes[0];
   Params& p = call.p;
   p.heads = sizes[1], p.query.rows = sizes[2], p.key.rows = sizes[3], p.head_dim = sizes[4], p.depth = sizes[5];
   p.keep_scale = 1;
@@ -67,10 +67,9 @@ void address(Class& type, const char* name, Get get) {
   });
 }
 
-// A kernel for the call's dtype, on its device.
+// A kernel for the call's dtype, on the current device.
 void run(void (*const (&kernels)[3])(const Params&, const Launch&), const Call& call, const Params& p, int64_t blocks,
          int chunks = 1) {
-  const OnDevice device(call.device);
   for (const auto& [begin, bytes] : call.memory) declare(begin, bytes);
   kernels[call.dtype](p, {blocks, chunks, call.stream});
 }
@@ -135,6 +134,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("set_launcher", &set_launcher);
 #else
   m.attr("EMULATED") = false;
+  m.def("cuda_versions", &cuda_versions, "(of the driver, 0 without one; of the runtime within), 13000 for CUDA 13.0");
 #endif
   py::class_<Plan>(m, "Plan", "How a kernel cuts a problem; see csrc/cuda/params.h.")
       .def_readonly("own", &Plan::own)
@@ -146,8 +146,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("bytes", &Plan::bytes);
 
   py::class_<Call> call(m, "Call", "A call by its parts: see reattn.backends.contract and csrc/cuda/params.h.");
-  call.def(py::init(&make_call), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("norm"),
-           py::arg("sizes"));
+  call.def(py::init(&make_call), py::arg("stream"), py::arg("dtype"), py::arg("norm"), py::arg("sizes"));
   tensor(call, "query", &Params::query, true, true);
   tensor(call, "key", &Params::key, false, true);
   tensor(call, "value", &Params::value, false, true);
@@ -221,7 +220,8 @@ PYBIND11_MODULE(_cuda, m) {
       "(bytes of shared memory that a block may have, multiprocessors)");
   m.def("padded_heads", &padded_heads);
   m.def("count_devices", &count_devices);
-  m.def("check_device", &check_device<Half>, "Raises where the extension holds nothing that this device can run.");
+  m.def("check_device", &check_device<Half>,
+        "Raises where the extension holds nothing that the current device can run.");
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &run_forward, without_gil);
   m.def("add_up", &run_add_up, without_gil);

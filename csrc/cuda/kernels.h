@@ -29,6 +29,6 @@ void backward_key(const Params& p, const Launch& how);
 template <class T>
 void unfold(const Params& p, const Launch& how);
 template <class T>
-void check_device(int device);
+void check_device();
 
 }  // namespace reattn

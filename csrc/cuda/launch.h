@@ -12,8 +12,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace reattn {
 
@@ -23,22 +26,6 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) +
                            ")");
 }
-
-// The device that a call works on; the one before is current again afterwards.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    device_ = device;
-  }
-  ~OnDevice() {
-    if (device_ != before_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, device_ = 0;
-};
 
 struct Device {
   int shared_bytes;  // that a block may have
@@ -56,15 +43,25 @@ inline Device describe(int device) {
           attribute(cudaDevAttrMultiProcessorCount, device)};
 }
 
+// Lets a kernel have all the shared memory of the current device, the first time that it is launched there. Always the
+// same limit: another thread may launch this kernel with more at the same time.
+inline void allow_shared_memory(const void* function, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*> > allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, function})) return;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, describe(device).shared_bytes),
+        name);
+  allowed.emplace(device, function);
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const char* name, int64_t blocks_x, int blocks_y, int threads, int shared_bytes,
             uint64_t stream, const Params& params) {
   const auto function = reinterpret_cast<const void*>(kernel);
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  // Always the same limit: another thread may launch this kernel with more at the same time.
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, describe(device).shared_bytes),
-        name);
+  allow_shared_memory(function, name);
   Params copy = params;
   void* arguments[] = {&copy};
   check(cudaLaunchKernel(function, dim3(unsigned(blocks_x), blocks_y), dim3(threads), arguments, shared_bytes,
@@ -85,6 +82,14 @@ inline int count_devices() {
   int count = 0;
   check(cudaGetDeviceCount(&count), "no CUDA device");
   return count;
+}
+
+// Of the driver, 0 if there is none, and of the runtime in this library: 13000 for CUDA 13.0.
+inline std::pair<int, int> cuda_versions() {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  return {driver, runtime};
 }
 
 }  // namespace reattn

@@ -246,10 +246,9 @@ void unfold(const Params& p, const Launch& how) {
   start(unfold_kernel<T>, "unfold", p, how);
 }
 
-// Throws where there is nothing for this device to run.
+// Throws where there is nothing for the current device to run.
 template <class T>
-void check_device(int device) {
-  const OnDevice current(device);
+void check_device() {
   check_kernel(unfold_kernel<T>);
 }
 
@@ -257,7 +256,7 @@ template void add_up<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void finish<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void grad_sums<REATTN_ELEMENT>(const Params& p, const Launch& how);
 template void unfold<REATTN_ELEMENT>(const Params& p, const Launch& how);
-template void check_device<REATTN_ELEMENT>(int device);
+template void check_device<REATTN_ELEMENT>();
 #endif
 
 }  // namespace reattn

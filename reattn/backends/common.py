@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # In the order of the extensions.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = (None, "layer", "batch")
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
+
+
+def on_its_device(function: Callable[Concatenate[Problem, P], R]) -> Callable[Concatenate[Problem, P], R]:
+    """Kernels are launched on the current device: the one of the call's tensors.
+
+    torch's guard makes it current, and touches no other: a context takes some hundred MB on each device that has one.
+    """
+
+    @functools.wraps(function)
+    def call(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(problem.device) if problem.device.type == "cuda" else nullcontext():
+            return function(problem, *args, **kwargs)
+
+    return call
+
+
+# What build_extensions.py leaves beside the extensions: a line for each that it did not build.
+NOT_BUILT = pathlib.Path(__file__).parents[1] / "not_built.txt"
+
+
+def why_not_imported(name: str, error: ImportError) -> str:
+    """Why an extension, "reattn._cpu" as an example, cannot be imported: what its build had to say, or the error."""
+    label = name.removeprefix("reattn._").upper()
+    if isinstance(error, ModuleNotFoundError) and NOT_BUILT.is_file():
+        for line in NOT_BUILT.read_text(encoding="utf-8").splitlines():
+            extension, _, reason = line.partition(": ")
+            if extension == name:
+                return f"the {label} extension was not built: {reason}"
+    return f"the {label} extension cannot be imported ({error})"
 
 
 def beyond_limits(problem: Problem) -> list[str]:

@@ -22,7 +22,7 @@ try:
     INSTRUCTION_SETS = _cpu.instruction_sets()
     _import_error = ""
 except ImportError as error:
-    _import_error = str(error)
+    _import_error = common.why_not_imported("reattn._cpu", error)
 
 DEVICE = "cpu"
 
@@ -31,7 +31,7 @@ def unavailable(device: torch.device) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
     reasons = []
     if _import_error:
-        reasons.append(f"the CPU extension was not built or cannot be imported ({_import_error})")
+        reasons.append(_import_error)
     else:
         try:
             instruction_set()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reattn.backends import common
-from reattn.backends.common import as_float32
+from reattn.backends.common import as_float32, on_its_device
 from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
@@ -21,7 +21,7 @@ try:
     _import_error = ""
 except ImportError as error:
     EMULATED = False
-    _import_error = str(error)
+    _import_error = common.why_not_imported("reattn._cuda", error)
 
 DEVICE = "cuda"
 MIN_CAPABILITY = (7, 5)
@@ -30,7 +30,7 @@ MIN_CAPABILITY = (7, 5)
 def unavailable(device: torch.device) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
     if _import_error:
-        return [f"the CUDA extension was not built or cannot be imported ({_import_error})"]
+        return [_import_error]
     if device.type == "cuda":
         return _card_faults(_index(device))
     if EMULATED and device.type == "cpu":
@@ -65,7 +65,7 @@ def _find_card_faults(device: int) -> list[str]:
         if not _cuda.count_devices():
             return ["no CUDA device"]
     except RuntimeError as error:
-        return [str(error)]
+        return [_no_driver(error)]
     try:
         capability = torch.cuda.get_device_capability(device)
     except (AssertionError, RuntimeError) as error:
@@ -74,10 +74,21 @@ def _find_card_faults(device: int) -> list[str]:
     if capability < MIN_CAPABILITY:
         return [f"needs compute capability 7.5 or higher, got {version}"]
     try:
-        _cuda.check_device(device)
+        with torch.cuda.device(device):
+            _cuda.check_device()
     except RuntimeError as error:
         return [f"was built without kernels for compute capability {version}: {error}"]
     return []
+
+
+def _no_driver(error: RuntimeError) -> str:
+    """What is missing where the runtime in the extension finds no driver that is new enough, else the error."""
+    if "cudaErrorInsufficientDriver" not in str(error):
+        return str(error)
+    driver, runtime = _cuda.cuda_versions()
+    has = f"the one installed is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none is installed"
+    # Drivers serve all of a major version.
+    return f"no CUDA device: the extension needs an NVIDIA driver for CUDA {runtime // 1000} or newer, {has}"
 
 
 @functools.cache
@@ -105,6 +116,7 @@ def _all_fit(itemsize: int, heads: int, depth: int, shared_bytes: int, multiproc
     return all(_cuda.make_plan(kernel, sizes, True, True, shared_bytes, multiprocessors).bytes for kernel in kernels)
 
 
+@on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     outputs = common.empty_outputs(problem, inputs.query)
@@ -132,6 +144,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     return outputs
 
 
+@on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     inputs = inputs._replace(value=_aligned(inputs.value))
@@ -153,6 +166,7 @@ def _finish(problem: Problem, call: Any, inputs: Inputs, outputs: Outputs, final
     common.store_running(inputs, running)
 
 
+@on_its_device
 def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = grad.shape
@@ -170,6 +184,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return sums
 
 
+@on_its_device
 def backward(
     problem: Problem,
     grad: Tensor,
@@ -275,10 +290,10 @@ def _splits(query: Tensor) -> int:
 
 
 def _sized_call(problem: Problem, query: Tensor, sizes: tuple[int, ...]) -> Any:
-    """A call with nothing but device, stream, dtype, norm and sizes."""
+    """A call with nothing but stream, dtype, norm and sizes."""
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
     dtype, norm = common.DTYPES.index(query.dtype), common.NORMS.index(problem.norm)
-    return _cuda.Call(_index(query.device), stream, dtype, norm, sizes)
+    return _cuda.Call(stream, dtype, norm, sizes)
 
 
 def _call(

@@ -6,20 +6,20 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reattn.backends import common
-from reattn.backends.common import as_float32
+from reattn.backends.common import as_float32, on_its_device
 from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.problem import Problem
 
 try:
     import triton
+    from triton.errors import TritonError
 
     from reattn.kernels import backward as backward_kernels
     from reattn.kernels import configs
@@ -32,8 +32,6 @@ except ImportError as error:
     _import_error = str(error)
 
 logger = logging.getLogger("reattn")
-P = ParamSpec("P")
-R = TypeVar("R")
 
 DEVICE = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -62,18 +60,7 @@ def not_supported(problem: Problem) -> list[str]:
     return unavailable(problem.device) + common.beyond_limits(problem)
 
 
-def _on_its_device(function: Callable[Concatenate[Problem, P], R]) -> Callable[Concatenate[Problem, P], R]:
-    """Kernels are launched on the current device: the one of the call's tensors."""
-
-    @functools.wraps(function)
-    def call(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device(problem.device) if problem.device.type == "cuda" else nullcontext():
-            return function(problem, *args, **kwargs)
-
-    return call
-
-
-@_on_its_device
+@on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = inputs.query.shape
@@ -81,8 +68,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     query, key, value = map(_aligned, inputs[:3])
     norm = _norm(problem, inputs)
 
-    def launch(tile: configs.Tile) -> Tensor | None:
-        shape = _shape(problem, tile, query, key, value, outputs.out)
+    def launch(tile: configs.Tile, shape: Any) -> Tensor | None:
         programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
         sums = query.new_empty(2 * heads, programs, dtype=torch.float32) if problem.batch_statistics else None
         _run(
@@ -102,7 +88,11 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         )
         return sums
 
-    sums = _tiled("forward", query, launch)
+    def left(sums: Tensor | None) -> dict[str, Tensor]:
+        return {} if sums is None else {"sums": sums.sum(1, dtype=torch.float64)}
+
+    written = {"out": outputs.out, "lse": outputs.lse}
+    sums = _tiled("forward", problem, inputs, (query, key, value, outputs.out), launch, written, left)
     if sums is not None and problem.synchronised:
         _add_up(problem, norm, sums, outputs.statistics, query, key)
     elif sums is not None:
@@ -110,7 +100,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     return outputs
 
 
-@_on_its_device
+@on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     final = torch.empty_like(unfinished.statistics)
@@ -167,7 +157,7 @@ def _add_up(
     )
 
 
-@_on_its_device
+@on_its_device
 def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads = grad.shape[:2]
@@ -194,7 +184,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     return totals
 
 
-@_on_its_device
+@on_its_device
 def backward(
     problem: Problem,
     grad: Tensor,
@@ -217,8 +207,7 @@ def backward(
     views = tuple(_view(tensor) for tensor in (query, key, value, grad))
     scalars = (problem.scale, problem.scale * _LOG2E, problem.dropout_p)
 
-    def launch_query(tile: configs.Tile) -> tuple[Tensor, Tensor, Any]:
-        shape = _shape(problem, tile, query, key, value, grad, gradients.query)
+    def launch_query(tile: configs.Tile, shape: Any) -> tuple[Tensor, Tensor, Any]:
         packed = shape.PACK * shape.HEADS_PADDED
         programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
         vectors = query.new_empty(3, programs, packed, dtype=torch.float32)
@@ -242,8 +231,16 @@ def backward(
         )
         return vectors, products, shape
 
-    def launch_key(tile: configs.Tile) -> None:
-        shape = _shape(problem, tile, query, key, value, grad, gradients.key, gradients.value)
+    def left_by_query(sums: tuple[Tensor, Tensor, Any]) -> dict[str, Tensor]:
+        vectors, products, shape = sums
+        # Without a norm only the first is written.
+        vectors = vectors[: 1 if problem.norm is None else 3].sum(1, dtype=torch.float64)
+        vectors = vectors.unflatten(1, (shape.PACK, -1))[:, :, :heads]
+        products = products.sum(0, dtype=torch.float64).unflatten(1, (shape.PACK, -1)).unflatten(0, (shape.PACK, -1))
+        products = products.diagonal(dim1=0, dim2=2)[:heads, :heads]
+        return {"sums": torch.cat([vectors.flatten(), products.flatten()])}
+
+    def launch_key(tile: configs.Tile, shape: Any) -> None:
         _run(
             backward_kernels.backward_key_kernel,
             (triton.cdiv(key.shape[2], tile.BLOCK_N) * batch, shape.CHUNKS),
@@ -261,8 +258,13 @@ def backward(
             SHAPE=shape,
         )
 
-    vectors, products, shape = _tiled("backward_query", query, launch_query)
-    _tiled("backward_key", query, launch_key)
+    read = query, key, value, grad
+    written = {"grad_query": gradients.query, "delta": delta}
+    vectors, products, shape = _tiled(
+        "backward_query", problem, inputs, (*read, gradients.query), launch_query, written, left_by_query, lse
+    )
+    written = {"grad_key": gradients.key, "grad_value": gradients.value}
+    _tiled("backward_key", problem, inputs, (*read, gradients.key, gradients.value), launch_key, written, lse=lse)
     _run(
         sums_kernels.unfold_kernel,
         (heads + 1,),
@@ -372,32 +374,116 @@ def _arch(device: torch.device) -> int:
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
-def _tiled(kernel: str, query: Tensor, launch: Callable[[configs.Tile], Any]) -> Any:
-    """Launches with the tile the table gives for these heads and head_dim, or that tuning finds."""
-    key = (kernel, _arch(query.device), query.element_size(), query.shape[1], query.shape[3])
-    return launch(_tuned(key, launch) if os.environ.get("REATTN_AUTOTUNE") == "1" else configs.tile(*key))
+def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
+    sizes = problem.dtype.itemsize, problem.heads, problem.head_dim
+    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
 
 
+def _tiled(
+    kernel: str,
+    problem: Problem,
+    inputs: Inputs,
+    tensors: tuple[Tensor, ...],
+    launch: Callable[[configs.Tile, Any], Any],
+    written: dict[str, Tensor],
+    left: Callable[[Any], dict[str, Tensor]] = lambda _: {},
+    lse: Tensor | None = None,
+) -> Any:
+    """Launches with the tile that the table gives for this problem, or that tuning finds.
+
+    ``tensors``: queries first and keys second, what the kernel reads and writes row by row; ``written``: what it
+    writes, which does not change what it reads; ``left``: what is to be compared of what ``launch`` returns.
+    """
+
+    def run(tile: configs.Tile) -> Any:
+        return launch(tile, _shape(problem, tile, *tensors))
+
+    tile = _table_tile(kernel, problem)
+    if os.environ.get("REATTN_AUTOTUNE") != "1" or not all(tensor.numel() for tensor in tensors):
+        return run(tile)
+    shape = _shape(problem, tile, *tensors)
+    absent = tuple(tensor is None for tensor in inputs)
+    key = kernel, _arch(problem.device), problem.dtype, absent, shape
+    if key not in _tuned_tiles:
+        lengths = tensors[0].shape[2] + tensors[1].shape[2] + problem.head_dim
+
+        def allowed() -> float:
+            return _allowance(problem.dtype, shape.PRECISION, lengths, written["lse"] if lse is None else lse)
+
+        candidates = configs.candidates(kernel, problem.dtype.itemsize, problem.heads)
+        _tuned_tiles[key] = _tuned(key, [tile, *candidates], run, written, left, allowed)
+    return run(_tuned_tiles[key])
+
+
+# By what compiles another kernel, or chooses among the table's rows.
 _tuned_tiles: dict[tuple[Any, ...], configs.Tile] = {}
 
 
-def _tuned(key: tuple[Any, ...], launch: Callable[[configs.Tile], Any]) -> configs.Tile:
-    """The fastest of the candidates on the first problem met with this key; logged once, remembered for this
-    process."""
-    if key not in _tuned_tiles:
-        kernel, _, itemsize, heads, _ = key
-        times = {}
-        for tile in configs.candidates(kernel, itemsize, heads):
-            try:
-                times[tile] = triton.testing.do_bench(
-                    lambda tile=tile: launch(tile), warmup=5, rep=20, return_mode="median"
-                )
-            except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+def _tuned(
+    key: tuple[Any, ...],
+    tiles: Sequence[configs.Tile],
+    run: Callable[[configs.Tile], Any],
+    written: dict[str, Tensor],
+    left: Callable[[Any], dict[str, Tensor]],
+    allowed: Callable[[], float],
+) -> configs.Tile:
+    """The fastest of the tiles on this problem whose results are those of the first, the table's; logged."""
+
+    def results(tile: configs.Tile) -> dict[str, Tensor]:
+        for tensor in written.values():
+            tensor.fill_(math.nan)  # or what is left out would be as the tile before left it
+        return written | left(run(tile))
+
+    expected = {name: tensor.clone() for name, tensor in results(tiles[0]).items()}
+    most, times, refused = allowed(), {}, {}
+    for tile in dict.fromkeys(tiles):
+        try:
+            found = results(tile)
+            differences = {name: _difference(name, found[name], expected[name]) for name in expected}
+            if wrong := {name: number for name, number in differences.items() if not number <= most}:
+                refused[tile] = ", ".join(f"{name} differs by {number:.2g}" for name, number in wrong.items())
                 continue
-        _tuned_tiles[key] = best = min(times, key=times.__getitem__)
-        default = times.get(configs.tile(*key))
-        logger.warning("tuned %s: %s takes %.3f ms, the table's tile %s", key, best, times[best], default)
-    return _tuned_tiles[key]
+            times[tile] = triton.testing.do_bench(functools.partial(run, tile), warmup=5, rep=20, return_mode="median")
+        # Of a device that a launch has left broken, the next launch of the table's tile tells.
+        except (TritonError, RuntimeError) as error:
+            refused[tile] = f"{type(error).__name__} {error}".partition("\n")[0]
+    if tiles[0] not in times:
+        raise RuntimeError(f"REATTN_AUTOTUNE: the table's own {tiles[0]} for {key}: {refused[tiles[0]]}")
+    best = min(times, key=times.__getitem__)
+    logger.warning(
+        "tuned %s: %s takes %.3f ms, the table's %s %.3f ms", key, best, times[best], tiles[0], times[tiles[0]]
+    )
+    if refused:
+        why = "; ".join(f"{tile}: {reason}" for tile, reason in refused.items())
+        logger.warning("tuning %s refused, with %.2g allowed: %s", key, most, why)
+    return best
+
+
+def _allowance(dtype: torch.dtype, precision: str, terms: int, lse: Tensor) -> float:
+    """How far results of two tiles may be apart, relative to a row.
+
+    Tiles sum in another order, which float32 shows by as much as there are terms; it rounds a score by as much as it
+    is large, and its probability with it. What is rounded further is so at the same places, whatever the tile: where
+    that tips over, a row changes by less than one rounding of all of it.
+    """
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 2.0**-10 if precision == "tf32" else 0.0
+    finite = lse[lse.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    return rounding + torch.finfo(torch.float32).eps * (terms + largest)
+
+
+def _difference(name: str, found: Tensor, expected: Tensor) -> float:
+    """Of the row that differs most, relative to its norm, or to that of an average row where that is larger; of the
+    LSE, whose error is one of the probabilities, and of delta each element is a row. Infinite where numbers stand
+    instead of what is none."""
+    if name in ("lse", "delta"):
+        found, expected = found[..., None], expected[..., None]
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return math.inf
+    difference = (found.double() - expected.double()).nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    sizes = expected.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    sizes = sizes.clamp(min=1.0 if name == "lse" else sizes.square().mean().sqrt().item())
+    return (difference / sizes).nan_to_num(0.0, math.inf).max().item()
 
 
 def _run(kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: Any, **constants: Any) -> None:
