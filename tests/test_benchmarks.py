@@ -392,7 +392,7 @@ def test_tuning_needs_a_gpu(tmp_path, capsys):
 
 
 def test_interpreted_kernels_are_never_timed(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("reattn.backends.triton._interpreted", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("reattn.backends.cuda.unavailable", lambda device: ["no CUDA device"])
     with pytest.raises(RuntimeError, match="triton: TRITON_INTERPRET is set"):

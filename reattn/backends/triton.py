@@ -27,8 +27,11 @@ try:
     from reattn.kernels import sums as sums_kernels
     from reattn.kernels.tiles import Norm, View
 
+    # Read once, as Triton does when a kernel is defined; torch.compile could not trace it.
+    _interpreted = triton.knobs.runtime.interpret
     _import_error = ""
 except ImportError as error:
+    _interpreted = False
     _import_error = str(error)
 
 logger = logging.getLogger("reattn")
@@ -50,7 +53,7 @@ def unavailable(device: torch.device) -> list[str]:
             return [f"needs compute capability 8.0 or higher, got {'.'.join(map(str, capability))}"]
     elif not (EMULATED and device.type == "cpu"):
         return [f"needs a CUDA device, got {device.type}"]
-    if triton.knobs.runtime.interpret:
+    if _interpreted:
         return ["TRITON_INTERPRET is set, and Triton's interpreter computes in bfloat16 wrongly"]
     return []
 
