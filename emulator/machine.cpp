@@ -46,7 +46,7 @@ inline float approximate(double exact, float argument, double most) {
 }
 // PTX ISA, "Floating Point Instructions": the largest errors that it names.
 const double kExp2Error = std::exp2(-22.5), kLog2Error = std::exp2(-22.6), kRsqrtError = std::exp2(-22.9);
-const double kDivisionError = std::exp2(-22.0), kReciprocalError = std::exp2(-23.0);
+const double kReciprocalError = std::exp2(-23.0);
 
 // Rounded toward zero, as tensor cores leave their sums.
 inline float truncated(double x) {
@@ -493,7 +493,9 @@ class Machine {
       }
       case Op::div:
         if (i.approximate)
-          return two([](float a, float b) { return approximate(double(a) / b, a + b, kDivisionError); });
+          return two([](float a, float b) {
+            return float(double(a) * double(approximate(1 / double(b), b, kReciprocalError)));
+          });
         return two([](float a, float b) { return a / b; });
       case Op::min:
         if (i.nan) return two([](float a, float b) { return a != a || b != b ? NAN : std::fmin(a, b); });

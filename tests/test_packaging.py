@@ -284,7 +284,13 @@ def test_wheel_without_extensions(settings, reason, sdist, poison, tmp_path):
         "torch.Size([1, 2, 3, 4",
         f"{tmp_path / 'site' / 'reattn' / '__init__.py'}\n",
     ]
-    finished = run_python("-m", "reattn.info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    # Without what an editable install would find in the source tree.
+    code = (
+        "import runpy, sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        "runpy.run_module('reattn.info', run_name='__main__')"
+    )
+    finished = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     report = finished.stdout.splitlines()
     for name, extension, why in (("cpu", "CPU", reason), ("cuda", "CUDA", "no nvcc in /nonexistent/cuda/bin")):
         (line,) = (line for line in report if line.startswith(f"backend {name} "))

@@ -60,7 +60,9 @@ KERNEL(write_after_many_reads) {
   sync_warp();
   if (thread() == threads() - 1) store<float>(floats(), 2);
 }
-KERNEL(write_after_write) { store<float>(floats(), float(thread())); }
+KERNEL(write_after_write) {
+  if (lane() == 0) store<float>(floats(), float(thread()));
+}
 // Of different warps in different parts of a word.
 KERNEL(write_of_half_a_word) {
   if (lane() == 0) store<float>(floats(), 1);
