@@ -35,15 +35,16 @@ out/triton-%/.installed: | $(STAMP)
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
-# Interpreted kernels are single-threaded Python: processes help, torch's own threads would only get in their way.
+# The emulator is single-threaded: processes help, torch's own threads would only get in their way.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
-test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), five minutes on two cores
+test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), seven minutes on two cores
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
 test-all: extension emulator older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST)
+	PYTHONPATH=out/triton-$(OLDER_TRITON) TRITON_CACHE_DIR=out/triton-$(OLDER_TRITON)/cache $(PYTEST) -q -k "test_compiled and triton and not sm_80"
 
 # The library lies beside the one that everything else uses. What malloc hands out is filled with NaN. Reports go past
 # pytest, which captures no more than Python's own output.

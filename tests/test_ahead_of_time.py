@@ -28,7 +28,7 @@ GROUPS = {
     [("installed", group) for group in GROUPS] + [("older", group) for group in GROUPS if group != "other norms"],
 )
 def test_default_configurations_compile_without_faults(release: str, group: str) -> None:
-    # A process of its own: here the kernels may be interpreted, which leaves nothing to compile.
+    # A process of its own: here what is compiled is executed, and no machine code made of it.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if release == "older":
         # Where nothing may be skipped, as in CI, the compilation fails.
