@@ -24,9 +24,9 @@ def cases():
     """(arch, heads, dtype, mode), and what takes turns: head_dim, lengths, dropout, a factor on the scores."""
     every = itertools.product(ARCHS, HEADS, FLOATS, MODES)
     for number, (arch, heads, dtype, mode) in enumerate(every):
-        head_dim = HEAD_DIMS[number % len(HEAD_DIMS)]
-        seqlen, seqlen_k = LENGTHS[number // 3 % len(LENGTHS)]
-        dropout, large = number % 4 == 1, number % 7 == 3
+        turn = number + number // (len(FLOATS) * len(MODES))  # another one at the next head count
+        head_dim, (seqlen, seqlen_k) = HEAD_DIMS[turn % len(HEAD_DIMS)], LENGTHS[turn // 2 % len(LENGTHS)]
+        dropout, large = turn % 5 == 1, turn % 7 == 3
         if mode == "batch-training":
             seqlen_k = max(seqlen_k, 2)
         name = f"sm_{arch}-{dtype}-{heads}x{head_dim}-{seqlen}x{seqlen_k}-{mode}"
