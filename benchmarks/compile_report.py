@@ -28,10 +28,10 @@ import torch
 # Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TRITON_ARCHS = (80, 86, 89, 90, 100)
-# Local-memory instructions inside loops that Triton 3.6 may leave, for each instruction there: a tile half as large
-# needs none, and takes half as much again through shared memory. Of float32, or more than 16 heads, how many any may
-# leave: tiles small enough to need none run longer.
-FEW_SPILLS = {"3.6": 1 / 80}
+# Local-memory instructions inside loops that may be left, for each instruction there. Triton 3.6 leaves more: a tile
+# half as large needs none, and takes half as much again through shared memory. Of float32, or more than 16 heads, how
+# many any may leave: tiles small enough to need none run longer.
+FEW_SPILLS, FEW_SPILLS_OF = 1 / 1000, {"3.6": 1 / 80}
 RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # "batch" in training.
@@ -71,7 +71,7 @@ class Cost(NamedTuple):
         from reattn.kernels import configs
 
         faults = []
-        few = FEW_SPILLS.get(triton.__version__.rpartition(".")[0], 0) * self.loops
+        few = FEW_SPILLS_OF.get(triton.__version__.rpartition(".")[0], FEW_SPILLS) * self.loops
         common = self.case.dtype != "float32" and self.case.heads <= 16
         if self.spills_in_loops > (few if common else RARE_SPILLS):
             faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")

@@ -127,7 +127,7 @@ def backward_query_kernel(
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
         reached = lse
         if SHAPE.NORM == "layer":
-            reached = over_heads(lse, SHAPE)
+            reached = over_heads(lse)
         delta = tl.where(is_finite(reached), delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
