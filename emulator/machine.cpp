@@ -36,17 +36,17 @@ inline uint32_t float_to_bfloat(float x) {
 }
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 
-// What an approximate instruction may be off, as a part of its result: drawn from the argument, so that equal arguments
-// give equal results. Powers of two stay exact, as they do on the device.
-inline float approximate(double exact, float argument, double most) {
+// What an approximate instruction may be off, as a part of its result, and at least: drawn from the argument, so that
+// equal arguments give equal results. Powers of two stay exact, as they do on the device.
+inline float approximate(double exact, float argument, double most, double least = 0) {
   const float rounded = float(exact);
   if ((bits_as<uint32_t>(rounded) & 0x7fffff) == 0 || !std::isfinite(rounded)) return rounded;
   const uint32_t drawn = bits_as<uint32_t>(argument) * 2654435761u;
-  return float(exact * (1 + most * (double(drawn >> 8) / (1 << 23) - 1)));
+  return float(exact + std::max(most * std::fabs(exact), least) * (double(drawn >> 8) / (1 << 23) - 1));
 }
 // PTX ISA, "Floating Point Instructions": the largest errors that it names.
 const double kExp2Error = std::exp2(-22.5), kLog2Error = std::exp2(-22.6), kRsqrtError = std::exp2(-22.9);
-const double kReciprocalError = std::exp2(-23.0);
+const double kReciprocalError = std::exp2(-23.0), kDivisionError = std::exp2(-22.0);
 
 // Rounded toward zero, as tensor cores leave their sums.
 inline float truncated(double x) {
@@ -56,21 +56,26 @@ inline float truncated(double x) {
   return rounded;
 }
 
+constexpr int32_t kNobody = -1, kMany = -2, kManyOfWarp = -16;
+
 // Who touched a piece of memory last. Times count up over a launch: of the block, its barriers; of the warp, its own.
 struct Touched {
   uint32_t write_time = 0, write_warp_time = 0, read_time = 0, read_warp_time = 0;
-  int32_t write_thread = -1, read_thread = -1;  // of readers several: kMany, or kManyOfWarp - warp
-  uint32_t write_issue = 0;                     // which of the launch's warp instructions wrote
+  int32_t writer = kNobody, reader = kNobody;  // threads, or several: kMany, or kManyOfWarp - warp
+  uint32_t write_issue = 0;                    // which of the launch's warp instructions wrote
+  bool mixed = false;                          // not the same number was written all that time
 };
 // Bytes that are watched as one. Words of shared memory of which parts were written are watched by the byte; in device
 // memory nothing smaller is written.
 constexpr int kWord = 4, kDeviceGranule = 2;
-constexpr int32_t kMany = -2, kManyOfWarp = -16;
 
-// In device memory the block counts too.
+// In device memory the blocks count too: none knows when another one runs.
 struct TouchedOnDevice {
   Touched by;
-  int32_t write_block = -1, read_block = -1;  // kMany: several
+  int32_t writer = kNobody, reader = kNobody;  // blocks, or kMany
+  int32_t early_reader = kNobody;              // that read what the launch had not written yet
+  bool changed = false;                        // a block wrote one number after another
+  bool several = false;                        // blocks wrote, all the same
 };
 
 // Pieces of a range of device memory, made as they are touched: tensors may be sparse views of much.
@@ -198,11 +203,17 @@ class Machine {
         any = true;
       }
       warp_ = nullptr, at_ = nullptr;
-      // Every warp that is left waits at the barrier.
+      // Every warp that is left waits at the barrier: it is for all.
       time_++;
-      bool waited = false;
-      for (Warp& warp : warps_) waited |= warp.waiting, warp.waiting = false, warp.time++;
-      report_.barriers += waited;
+      int waiting = 0;
+      for (Warp& warp : warps_) {
+        if (warp.waiting) waiting++, warp_ = &warp, at_ = &p_.instructions[size_t(warp.groups[0].at) - 1];
+        warp.waiting = false, warp.time++;
+      }
+      if (waiting && waiting < int(warps_.size()))
+        fail("a barrier that only " + std::to_string(waiting) + " of " + std::to_string(warps_.size()) +
+             " warps reach, the others having ended");
+      report_.barriers += waiting > 0;
     }
   }
 
@@ -401,7 +412,7 @@ class Machine {
       case Op::bar_warp:
         each(lanes,
              [&](int lane) { whole(lanes, get<uint32_t>(i.of[0], lane) & warp_->alive, "a barrier of the warp"); });
-        warp_->time++;
+        if (lanes == warp_->alive) warp_->time++;
         return;
       case Op::fence:
         return;
@@ -494,7 +505,8 @@ class Machine {
       case Op::div:
         if (i.approximate)
           return two([](float a, float b) {
-            return float(double(a) * double(approximate(1 / double(b), b, kReciprocalError)));
+            const bool exact = (bits_as<uint32_t>(b) & 0x7fffff) == 0;
+            return exact ? a / b : approximate(double(a) / b, a + b, kDivisionError);
           });
         return two([](float a, float b) { return a / b; });
       case Op::min:
@@ -518,14 +530,14 @@ class Machine {
       case Op::ex2:
         return one([](float a) { return approximate(std::exp2(double(a)), a, kExp2Error); });
       case Op::lg2:
-        return one([](float a) { return approximate(std::log2(double(a)), a, kLog2Error); });
+        return one([](float a) { return approximate(std::log2(double(a)), a, kLog2Error, kLog2Error); });
       default:
         unknown(i);
     }
   }
 
   void arithmetic64(const Instruction& i, uint32_t lanes) {
-    if (i.truncate || (i.approximate && i.op != Op::rcp)) unknown(i);
+    if (i.truncate || i.approximate || i.saturate) unknown(i);
     const auto one = [&](auto f) { unary<double>(i, lanes, f); };
     const auto two = [&](auto f) { binary<double>(i, lanes, f); };
     switch (i.op) {
@@ -535,8 +547,12 @@ class Machine {
         return two([](double a, double b) { return a - b; });
       case Op::mul:
         return two([](double a, double b) { return a * b; });
-      case Op::fma:
-        return ternary<double>(i, lanes, [](double a, double b, double c) { return __builtin_fma(a, b, c); });
+      case Op::fma: {
+        const double product = i.combine == Op::sub && i.mode == Mode::right ? -1.0 : 1.0;
+        const double addend = i.combine == Op::sub && i.mode == Mode::left ? -1.0 : 1.0;
+        return ternary<double>(i, lanes,
+                               [=](double a, double b, double c) { return __builtin_fma(product * a, b, addend * c); });
+      }
       case Op::div:
         return two([](double a, double b) { return a / b; });
       case Op::min:
@@ -562,6 +578,7 @@ class Machine {
     constexpr int kBits = 8 * int(sizeof(T));
     using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
     const auto two = [&](auto f) { binary<T>(i, lanes, f); };
+    if (i.saturate) unknown(i);
     switch (i.op) {
       case Op::add:
         return two([](T a, T b) { return T(U(a) + U(b)); });
@@ -580,8 +597,10 @@ class Machine {
       case Op::div:
       case Op::rem: {
         const bool remainder = i.op == Op::rem;
+        each(lanes, [&](int lane) {
+          if (get<T>(i.of[1], lane) == 0) fail("a division by zero", lane);
+        });
         return two([=](T a, T b) -> T {
-          if (b == 0) return remainder ? a : T(-1);
           if (std::is_signed_v<T> && b == T(-1)) return remainder ? T(0) : T(U(0) - U(a));
           return remainder ? T(a % b) : T(a / b);
         });
@@ -605,7 +624,7 @@ class Machine {
 
   // Two numbers of 16 bits in a register.
   void pairs(const Instruction& i, uint32_t lanes) {
-    if (i.op != Op::add && i.op != Op::sub) unknown(i);
+    if ((i.op != Op::add && i.op != Op::sub) || i.saturate) unknown(i);
     binary<uint32_t>(i, lanes, [&](uint32_t a, uint32_t b) {
       const auto half = [&](int bits) {
         const uint32_t x = a >> bits, y = b >> bits;
@@ -893,59 +912,88 @@ class Machine {
             half ? float_to_half(high) << 16 | float_to_half(low) : float_to_bfloat(high) << 16 | float_to_bfloat(low));
       });
     }
-    const bool from_float = is_float(i.from);
-    if (is_float(i.type) || i.type == Type::tf32) {
-      if (i.truncate && !i.to_integer) unknown(i);
-      each(lanes, [&](int lane) {
-        double value = as_double(i.from, i.of[0], lane);
-        if (i.to_integer) value = i.truncate ? std::trunc(value) : std::nearbyint(value);
-        switch (i.type) {
-          case Type::f64:
-            return set(i.to[0], lane, value);
-          case Type::f32: {
-            // From an integer of 64 bits one rounding, not two.
-            if (!from_float && is_wide(i.from))
-              return set(
-                  i.to[0], lane,
-                  i.from == Type::u64 ? float(get<uint64_t>(i.of[0], lane)) : float(get<int64_t>(i.of[0], lane)));
-            const float rounded = float(value);
-            return set(i.to[0], lane, i.flush ? flushed(rounded) : rounded);
-          }
-          case Type::f16:
-            return set(i.to[0], lane, float_to_half(float(value)));
-          case Type::bf16:
-            return set(i.to[0], lane, float_to_bfloat(float(value)));
-          default:
-            return set(i.to[0], lane, (bits_as<uint32_t>(float(value)) + 0x1000) & ~0x1fffu);
-        }
-      });
-      return;
+    if (is_float(i.type) || i.type == Type::tf32) return convert_to_float(i, lanes);
+    if (is_float(i.from) && !i.to_integer) unknown(i);
+    switch (i.type) {
+      case Type::s8:
+        return convert_to_integer<int8_t>(i, lanes);
+      case Type::s16:
+        return convert_to_integer<int16_t>(i, lanes);
+      case Type::s32:
+        return convert_to_integer<int32_t>(i, lanes);
+      case Type::s64:
+        return convert_to_integer<int64_t>(i, lanes);
+      case Type::u8:
+      case Type::b8:
+        return convert_to_integer<uint8_t>(i, lanes);
+      case Type::u16:
+      case Type::b16:
+        return convert_to_integer<uint16_t>(i, lanes);
+      case Type::u32:
+      case Type::b32:
+        return convert_to_integer<uint32_t>(i, lanes);
+      case Type::u64:
+      case Type::b64:
+        return convert_to_integer<uint64_t>(i, lanes);
+      default:
+        unknown(i);
     }
-    if (from_float && !i.to_integer) unknown(i);
+  }
+
+  // To 16 bits in one rounding only from what float holds.
+  void convert_to_float(const Instruction& i, uint32_t lanes) {
+    const bool small = i.from == Type::f32 || i.from == Type::f16 || i.from == Type::bf16;
+    if ((i.truncate && !i.to_integer) || (size_of(i.type) == 2 && !small)) unknown(i);
+    if (i.type == Type::tf32 && (i.from != Type::f32 || i.name.find(".rna.") == std::string::npos)) unknown(i);
     each(lanes, [&](int lane) {
-      int64_t value;
-      if (from_float) {
-        const double x = as_double(i.from, i.of[0], lane), whole = i.truncate ? std::trunc(x) : std::nearbyint(x);
-        value = x != x ? 0
-                       : int64_t(std::max(std::min(whole, i.type == Type::s32   ? 2147483647.0
-                                                          : i.type == Type::u32 ? 4294967295.0
-                                                                                : 9.2e18),
-                                          i.type == Type::s32                          ? -2147483648.0
-                                          : i.type == Type::u32 || i.type == Type::u64 ? 0.0
-                                                                                       : -9.2e18));
-      } else {
-        value = as_integer(i.from, i.of[0], lane);
-      }
-      switch (size_of(i.type)) {
-        case 8:
+      double value = as_double(i.from, i.of[0], lane);
+      if (i.flush && i.from == Type::f32) value = flushed(float(value));
+      if (i.to_integer) value = i.truncate ? std::trunc(value) : std::nearbyint(value);
+      float rounded = float(value);
+      // From an integer of 64 bits one rounding, not two.
+      if (!is_float(i.from) && is_wide(i.from))
+        rounded = i.from == Type::u64 ? float(get<uint64_t>(i.of[0], lane)) : float(get<int64_t>(i.of[0], lane));
+      switch (i.type) {
+        case Type::f64:
           return set(i.to[0], lane, value);
-        case 4:
-          return set(i.to[0], lane, uint32_t(value));
-        case 2:
-          return set(i.to[0], lane, uint32_t(uint16_t(value)));
+        case Type::f32:
+          return set(i.to[0], lane, i.flush ? flushed(rounded) : rounded);
+        case Type::f16:
+          return set(i.to[0], lane, float_to_half(rounded));
+        case Type::bf16:
+          return set(i.to[0], lane, float_to_bfloat(rounded));
         default:
-          return set(i.to[0], lane, uint32_t(uint8_t(value)));
+          return set(i.to[0], lane,
+                     rounded != rounded ? 0x7fffffffu : (bits_as<uint32_t>(rounded) + 0x1000) & ~0x1fffu);
       }
+    });
+  }
+
+  // A float is held to what the integer holds. NaN becomes zero; of 64 bits, the largest power of two.
+  template <class T>
+  void convert_to_integer(const Instruction& i, uint32_t lanes) {
+    const double least = double(std::numeric_limits<T>::min());
+    const double beyond = std::ldexp(1.0, std::numeric_limits<T>::digits);
+    each(lanes, [&](int lane) {
+      T value;
+      if (is_float(i.from)) {
+        const double x = as_double(i.from, i.of[0], lane), whole = i.truncate ? std::trunc(x) : std::nearbyint(x);
+        if (x != x)
+          value = sizeof(T) == 8 || i.from == Type::f64 ? T(std::make_unsigned_t<T>(1) << (8 * sizeof(T) - 1)) : T(0);
+        else
+          value = whole >= beyond ? std::numeric_limits<T>::max()
+                  : whole < least ? std::numeric_limits<T>::min()
+                                  : T(whole);
+      } else {
+        value = T(as_integer(i.from, i.of[0], lane));
+      }
+      // What is narrower than its register fills it.
+      if constexpr (sizeof(T) == 8)
+        set(i.to[0], lane, value);
+      else if constexpr (sizeof(T) == 4 || std::is_signed_v<T>)
+        set(i.to[0], lane, uint32_t(int32_t(value)));
+      else
+        set(i.to[0], lane, uint32_t(value));
     });
   }
 
@@ -1109,18 +1157,23 @@ class Machine {
 
   uint32_t shared_address(const Instruction& i, int lane) const {
     const uint64_t base = i.narrow_shared ? get<uint32_t>(i.of[0], lane) : get<uint64_t>(i.of[0], lane);
-    return uint32_t(base + uint64_t(i.offset));
+    const uint64_t address = base + uint64_t(i.offset);
+    if (!i.narrow_shared && address >> 32) fail("no address of shared memory: " + std::to_string(address), lane);
+    return uint32_t(address);
   }
 
   // The place in the block's shared memory; who reads or writes it there and when is compared with those before.
-  uint8_t* shared(uint32_t address, int bytes, int lane, bool writes, const uint8_t* data = nullptr) {
+  // Of a matrix, lanes get or give other parts than those whose address they name: it is the whole warp's access.
+  uint8_t* shared(uint32_t address, int bytes, int lane, bool writes, const uint8_t* data = nullptr,
+                  bool by_warp = false) {
     if (uint64_t(address) + uint64_t(bytes) > shared_bytes_)
       fail("shared memory from " + std::to_string(address) + " to " +
                std::to_string(uint64_t(address) + uint64_t(bytes)) + ", of " + std::to_string(shared_bytes_) + " bytes",
            lane);
     if (address % uint32_t(bytes))
       fail("shared memory at " + std::to_string(address) + ", no multiple of " + std::to_string(bytes), lane);
-    const bool rewrites = data && std::memcmp(shared_.data() + address, data, size_t(bytes)) == 0;
+    const bool same = data && std::memcmp(shared_.data() + address, data, size_t(bytes)) == 0;
+    const int32_t who = by_warp ? kManyOfWarp - warp_->number : warp_->number * kWarp + lane;
     for (uint32_t w = address / kWord; w <= (address + uint32_t(bytes) - 1) / kWord; w++) {
       if (in_flight_[w] >= 0)
         fail("shared memory at " + std::to_string(w * kWord) + " that thread " + std::to_string(in_flight_[w]) +
@@ -1131,60 +1184,58 @@ class Machine {
                        end = bytes < kWord ? first + uint32_t(bytes) : kWord;
         if (parts_[w].began != block_began_) parts_[w].bytes.fill(touched_[w]), parts_[w].began = block_began_;
         for (uint32_t byte = first; byte < end; byte++)
-          touch_shared(parts_[w].bytes[byte], lane, writes, rewrites, w * kWord + byte);
+          touch_shared(parts_[w].bytes[byte], who, lane, writes, same, w * kWord + byte);
       } else {
-        touch_shared(touched_[w], lane, writes, rewrites, w * kWord);
+        touch_shared(touched_[w], who, lane, writes, same, w * kWord);
       }
     }
     return shared_.data() + address;
   }
 
-  void touch_shared(Touched& t, int lane, bool writes, bool rewrites, uint32_t place) {
+  void touch_shared(Touched& t, int32_t who, int lane, bool writes, bool same, uint32_t place) {
     if (!writes && t.write_time < block_began_)
       fail("shared memory at " + std::to_string(place) + " that nothing has written", lane);
-    // Several threads may write the same at the same time.
-    if (rewrites && t.write_time == time_) return;
     if (l_.check_races)
-      touch(t, lane, writes, place);
+      touch(t, who, lane, writes, same, place);
     else if (writes)
       t.write_time = time_;
   }
 
-  bool same_time(uint32_t time, uint32_t warp_time, int32_t thread, int32_t mine) const {
-    if (time != time_) return false;
-    return thread / kWarp != mine / kWarp || warp_time == warp_->time;
+  static int warp_of(int32_t who) { return who >= 0 ? who / kWarp : who <= kManyOfWarp ? kManyOfWarp - who : -1; }
+
+  // Whether nothing stands between an access then and one of `me` now.
+  bool unordered(uint32_t time, uint32_t warp_time, int32_t who, int32_t me) const {
+    if (who == kNobody || time != time_) return false;
+    if (warp_of(who) != warp_->number) return true;
+    return warp_time == warp_->time && (who != me || me < 0);
   }
 
-  // Two accesses of different threads, one of them a write, with nothing that orders them in between.
-  void touch(Touched& t, int lane, bool writes, uint64_t place) {
-    const int32_t me = warp_->number * kWarp + lane;
-    // Of lanes that write with one instruction one gets its way. Triton's do, what they hold differing in the last
-    // bits: sums of a butterfly whose first products were contracted (github.com/triton-lang/triton/issues/7264).
-    const bool together = writes && t.write_issue == uint32_t(executed_) && t.write_thread / kWarp == warp_->number;
-    if (t.write_thread >= 0 && t.write_thread != me && !together &&
-        same_time(t.write_time, t.write_warp_time, t.write_thread, me))
-      race(place, t.write_thread, writes ? "writes what" : "reads what", "wrote", lane);
+  // Two accesses of different threads, one of them a write, with nothing that orders them in between. Threads may write
+  // the same number at the same time. Of lanes that write with one instruction one gets its way: Triton's do, what they
+  // hold differing in the last bits, sums of a butterfly whose first products were contracted
+  // (github.com/triton-lang/triton/issues/7264).
+  void touch(Touched& t, int32_t me, int lane, bool writes, bool same, uint64_t place) {
+    const bool together = writes && t.write_issue == uint32_t(executed_) && warp_of(t.writer) == warp_->number;
+    const bool other = unordered(t.write_time, t.write_warp_time, t.writer, me);
+    if (other && !together && !(writes && same && !t.mixed))
+      race(place, t.writer, writes ? "writes what" : "reads what", "wrote", lane);
     if (writes) {
-      if (t.read_time == time_ && t.read_thread != me && t.read_thread != -1) {
-        const bool many_of_mine = t.read_thread <= kManyOfWarp && kManyOfWarp - t.read_thread == warp_->number;
-        const bool one_of_mine = t.read_thread >= 0 && t.read_thread / kWarp == warp_->number;
-        if ((!many_of_mine && !one_of_mine) || t.read_warp_time == warp_->time)
-          race(place, t.read_thread, "writes what", "reads", lane);
-      }
-      t.write_time = time_, t.write_warp_time = warp_->time, t.write_thread = me;
-      t.write_issue = uint32_t(executed_);
-      t.read_thread = -1;
-    } else {
-      if (t.read_time != time_ || t.read_thread == -1)
-        t.read_thread = me;
-      else if (t.read_thread != me) {
-        const int32_t warp = t.read_thread >= 0       ? t.read_thread / kWarp
-                             : t.read_thread == kMany ? -1
-                                                      : kManyOfWarp - t.read_thread;
-        t.read_thread = warp == warp_->number ? kManyOfWarp - warp : kMany;
-      }
-      t.read_time = time_, t.read_warp_time = warp_->time;
+      if (unordered(t.read_time, t.read_warp_time, t.reader, me)) race(place, t.reader, "writes what", "reads", lane);
+      const bool again = t.writer != kNobody && t.write_time == time_;
+      t.mixed = again && (t.mixed || !same);
+      t.writer = !again || !other ? me : warp_of(t.writer) == warp_->number ? kManyOfWarp - warp_->number : kMany;
+      t.write_time = time_, t.write_warp_time = warp_->time, t.write_issue = uint32_t(executed_);
+      return;
     }
+    if (t.reader == kNobody || t.read_time != time_)
+      t.reader = me;
+    else if (warp_of(t.reader) != warp_->number)
+      t.reader = kMany;
+    else if (t.read_warp_time != warp_->time)
+      t.reader = me;  // the warp's reads before are ordered
+    else if (t.reader != me)
+      t.reader = kManyOfWarp - warp_->number;
+    t.read_time = time_, t.read_warp_time = warp_->time;
   }
   [[noreturn]] void race(uint64_t place, int32_t other, const char* does, const char* did, int lane) const {
     const std::string who = other >= 0 ? "thread " + std::to_string(other) : "another thread";
@@ -1193,20 +1244,28 @@ class Machine {
          lane);
   }
 
-  uint8_t* device(uint64_t address, int bytes, int lane, bool writes, const uint8_t* data) {
-    if (last_ >= ranges_.size() || address < ranges_[last_].begin || address + uint64_t(bytes) > ranges_[last_].end) {
+  bool holds(size_t range, uint64_t address, int bytes) const {
+    return range < ranges_.size() && address >= ranges_[range].begin && address < ranges_[range].end &&
+           uint64_t(bytes) <= ranges_[range].end - address;
+  }
+
+  // `align`: what the address has to be a multiple of.
+  uint8_t* device(uint64_t address, int bytes, int align, int lane, bool writes, const uint8_t* data) {
+    if (!holds(last_, address, bytes)) {
       const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), address,
                                           [](uint64_t a, const Range& r) { return a < r.begin; });
       last_ = after == ranges_.begin() ? ranges_.size() : size_t(after - ranges_.begin()) - 1;
-      if (last_ >= ranges_.size() || address + uint64_t(bytes) > ranges_[last_].end) {
+      if (!holds(last_, address, bytes)) {
         std::string where = "outside all tensors";
-        if (last_ < ranges_.size())
+        if (last_ < ranges_.size() && address >= ranges_[last_].end)
           where = std::to_string(address - ranges_[last_].end) + " bytes behind a tensor's end";
+        else if (last_ < ranges_.size())
+          where = "over a tensor's end";
         fail(std::to_string(bytes) + " bytes of device memory " + where, lane);
       }
     }
-    if (address % uint64_t(bytes))
-      fail("device memory at an address that is no multiple of " + std::to_string(bytes), lane);
+    if (address % uint64_t(align))
+      fail("device memory at an address that is no multiple of " + std::to_string(align), lane);
     report_.counts[size_t(at_ - p_.instructions.data())].device_bytes += uint64_t(bytes);
     uint8_t* place = reinterpret_cast<uint8_t*>(address);
     if (l_.check_races) {
@@ -1214,34 +1273,34 @@ class Machine {
       const bool same = writes && std::memcmp(place, data, size_t(bytes)) == 0;
       for (uint64_t g = (address - range.begin) / kDeviceGranule;
            g <= (address - range.begin + uint64_t(bytes) - 1) / kDeviceGranule; g++)
-        if (!same || range.touched[g].by.write_time == 0)
-          touch_on_device(range.touched[g], lane, writes, g * kDeviceGranule);
-        else
-          write_again(range.touched[g], lane);
+        touch_on_device(range.touched[g], lane, writes, same, g * kDeviceGranule);
     }
     return place;
   }
 
-  // What is there already: whichever block comes last, the one that writes it may read it.
-  void write_again(TouchedOnDevice& t, int lane) {
-    if (t.write_block == int32_t(block_)) return;
-    t.write_block = int32_t(block_);
-    t.by.write_time = time_, t.by.write_warp_time = warp_->time, t.by.write_thread = warp_->number * kWarp + lane;
-  }
-
-  void touch_on_device(TouchedOnDevice& t, int lane, bool writes, uint64_t place) {
+  // Blocks may write the same number, and read it once they have, if the launch has written no other there.
+  void touch_on_device(TouchedOnDevice& t, int lane, bool writes, bool same, uint64_t place) {
     const int32_t block = int32_t(block_);
-    if (t.write_block != -1 && t.write_block != block)
-      fail("a race: block " + std::to_string(t.write_block) + " writes the same device memory, at " +
-               std::to_string(place) + " of a tensor",
+    const auto other = [&](int32_t who) { return who != kNobody && who != block; };
+    const bool shares = writes && same && !t.changed;
+    if (writes && !same && t.several)
+      fail("a race: other blocks write the same device memory, at " + std::to_string(place) + " of a tensor", lane);
+    if (other(t.writer) && !shares)
+      fail("a race: " + (t.writer >= 0 ? "block " + std::to_string(t.writer) : std::string("another block")) +
+               " writes the same device memory, at " + std::to_string(place) + " of a tensor",
            lane);
-    if (writes && t.read_block != -1 && t.read_block != block)
+    if (writes && (other(t.early_reader) || (other(t.reader) && !shares)))
       fail("a race: another block reads the same device memory, at " + std::to_string(place) + " of a tensor", lane);
-    touch(t.by, lane, writes, place);
-    if (writes)
-      t.write_block = block;
-    else
-      t.read_block = t.read_block == -1 || t.read_block == block ? block : kMany;
+    touch(t.by, warp_->number * kWarp + lane, lane, writes, same, place);
+    if (writes) {
+      t.changed |= t.writer != kNobody && !same;
+      t.several |= other(t.writer);
+      t.writer = block;
+    } else {
+      const auto joined = [&](int32_t who) { return other(who) ? kMany : block; };
+      if (t.writer == kNobody) t.early_reader = joined(t.early_reader);
+      t.reader = joined(t.reader);
+    }
   }
 
   void access(const Instruction& i, uint32_t lanes) {
@@ -1271,7 +1330,7 @@ class Machine {
           if (writes || offset + uint64_t(bytes) > l_.arguments.size()) fail("outside the parameters", lane);
           place = const_cast<uint8_t*>(l_.arguments.data()) + offset;
         } else {
-          place = device(address, bytes, lane, writes, data);
+          place = device(address, bytes, bytes, lane, writes, data);
         }
       }
       if (writes) {
@@ -1311,7 +1370,8 @@ class Machine {
         fail("a copy of " + std::to_string(given) + " bytes of " + std::to_string(bytes), lane);
       Copy copy{lane, warp_->closed[lane], bytes, to, {}};
       if (given)
-        std::memcpy(copy.data.data(), device(get<uint64_t>(i.of[1], lane), bytes, lane, false, nullptr), size_t(given));
+        std::memcpy(copy.data.data(), device(get<uint64_t>(i.of[1], lane), given, bytes, lane, false, nullptr),
+                    size_t(given));
       shared(to, bytes, lane, true);
       for (uint32_t w = to / kWord; w < (to + uint32_t(bytes)) / kWord; w++)
         in_flight_[w] = int16_t(warp_->number * kWarp + lane);
@@ -1332,7 +1392,7 @@ class Machine {
         in_flight_[w] = -1;
         parts_[w].began = 0;
         touched_[w].write_time = time_, touched_[w].write_warp_time = warp_->time;
-        touched_[w].write_thread = warp_->number * kWarp + copy.lane;
+        touched_[w].writer = warp_->number * kWarp + copy.lane, touched_[w].mixed = false;
       }
     }
     copies.erase(std::remove_if(copies.begin(), copies.end(), arrives), copies.end());
@@ -1355,7 +1415,7 @@ class Machine {
       uint16_t matrix[8][8];
       if (loads)
         for (int row = 0; row < 8; row++)
-          std::memcpy(matrix[row], shared(addresses[8 * m + row], 16, 8 * m + row, false), 16);
+          std::memcpy(matrix[row], shared(addresses[8 * m + row], 16, 8 * m + row, false, nullptr, true), 16);
       for (int lane = 0; lane < kWarp; lane++) {
         const int row = lane / 4, column = lane % 4 * 2;
         uint16_t& first = i.transposed ? matrix[column][row] : matrix[row][column];
@@ -1370,7 +1430,7 @@ class Machine {
       if (!loads)
         for (int row = 0; row < 8; row++) {
           const auto data = reinterpret_cast<const uint8_t*>(matrix[row]);
-          std::memcpy(shared(addresses[8 * m + row], 16, 8 * m + row, true, data), data, 16);
+          std::memcpy(shared(addresses[8 * m + row], 16, 8 * m + row, true, data, true), data, 16);
         }
     }
   }

@@ -180,13 +180,14 @@ class Parser {
     std::istringstream lines(text_);
     std::string line;
     while (std::getline(lines, line)) {
+      const bool begins = !line.empty() && line[0] == '.';  // what is indented is a kernel's own
       line = trimmed(line.substr(0, line.find("//")));
       if (line.rfind(".file", 0) == 0) {
         int number = 0;
         std::istringstream(line.substr(5)) >> number;
         const size_t open = line.find('"'), close = line.find('"', open + 1);
         if (close != std::string::npos) files_[number] = line.substr(open + 1, close - open - 1);
-      } else if (line.rfind(".shared", 0) == 0 || line.rfind(".extern .shared", 0) == 0) {
+      } else if (begins && (line.rfind(".shared", 0) == 0 || line.rfind(".extern .shared", 0) == 0)) {
         shared(line);
       }
     }
@@ -195,6 +196,7 @@ class Parser {
   // `.shared .align 16 .b8 name[64];` What is declared without a size is what the launch asks for.
   void shared(const std::string& statement) {
     const size_t open = statement.find('['), close = statement.find(']');
+    if (statement.find('[', open + 1) != std::string::npos) fail("unknown to the emulator: " + statement);
     size_t begin = statement.find_last_of(" \t", open) + 1;
     const std::string name = statement.substr(begin, open - begin), size = statement.substr(open + 1, close - open - 1);
     if (size.empty()) {
@@ -275,7 +277,8 @@ class Parser {
         const size_t name_end =
             text_.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_$", at);
         if (name_end != std::string::npos && name_end > at && text_[name_end] == ':' && name_end == end) {
-          labels_[text_.substr(at, end - at)] = int(p_.instructions.size());
+          if (!labels_.emplace(text_.substr(at, end - at), int(p_.instructions.size())).second)
+            fail("unknown to the emulator, a label that stands in several scopes: " + text_.substr(at, end - at));
           at = end + 1;
           continue;
         }
@@ -488,7 +491,7 @@ class Parser {
       }
     }
     i.type = types.empty() ? Type::none : types[0];
-    i.contractable = !rounded && i.type == Type::f32;
+    i.contractable = !rounded && (i.type == Type::f32 || i.type == Type::f64);
     operands(i, types, args);
   }
 
@@ -546,6 +549,8 @@ class Parser {
       i.op = Op::cp_async;
       i.space = Space::shared;
       i.vector = uint8_t(std::stoi(args.at(2), nullptr, 0));
+      if (i.vector != 16 && (has("cg") || (i.vector != 4 && i.vector != 8)))
+        fail("not a size that can be copied: " + i.text);
       address(i, 0, args.at(0));
       const int64_t to = i.offset;
       const bool narrow = i.narrow_shared;
@@ -566,7 +571,7 @@ class Parser {
     };
     // The targets and operands of an instruction all of whose are of one type.
     const auto plain = [&](size_t sources) {
-      expect(sources + 1);
+      if (args.size() != sources + 1) fail("not as many operands as expected: " + i.text);
       i.to[0] = target(args[0], type);
       for (size_t n = 0; n < sources; n++) i.of[n] = reg(args[n + 1], type);
     };
@@ -681,9 +686,11 @@ class Parser {
         for (size_t n = 0; n < registers.size(); n++) {
           // A load may go to a wider register.
           if (loads && registers[n] != "_" && !is_wide(type) && value_of(registers[n], type).kind == Type::b64) {
+            if (n > 0 && !i.widens) fail("registers of two sizes: " + i.text);
             i.widens = true;
             i.to[n] = reg(registers[n], Type::b64);
           } else if (loads) {
+            if (i.widens) fail("registers of two sizes: " + i.text);
             i.to[n] = target(registers[n], type);
           } else {
             i.of[n + 1] = reg(registers[n], type);
@@ -746,8 +753,7 @@ class Parser {
         return;
       }
       case Op::bar:
-        expect(1);
-        if (args.size() > 1) fail("unknown to the emulator, a barrier for some of the threads: " + i.text);
+        if (args.size() != 1 || args[0] != "0") fail("unknown to the emulator, a barrier of its own: " + i.text);
         return;
       case Op::bar_warp:
         expect(1);
@@ -796,44 +802,82 @@ Program::Program(const std::string& ptx, const std::string& entry, bool contract
 }
 
 // A product and a sum that say nothing of their rounding may be one instruction that rounds once, and ptxas makes it so
-// wherever it can. A product whose operands have changed since stays apart.
+// wherever it can: here, where a sum follows in the product's basic block and the product's operands still stand.
 void Program::contract_products() {
-  std::vector<int> definitions(size_t(narrow), 0), definition(size_t(narrow), -1);
-  const auto writes_narrow = [](const Instruction& i) {
-    return i.op != Op::setp && i.op != Op::st && i.op != Op::stmatrix && i.op != Op::bra;
-  };
+  std::vector<bool> begins(instructions.size() + 1, false);  // a basic block
+  for (size_t at = 0; at < instructions.size(); at++)
+    if (instructions[at].op == Op::bra) begins[at + 1] = begins[size_t(instructions[at].target)] = true;
+  // What registers hold by kind and number, 32 bits first.
+  std::map<std::pair<bool, Register>, const Instruction*> products;
   for (size_t at = 0; at < instructions.size(); at++) {
-    const Instruction& i = instructions[at];
-    if (!writes_narrow(i)) continue;
-    const bool wide_target = i.op == Op::unpack                                             ? false
-                             : (i.op == Op::mul || i.op == Op::mad) && i.mode == Mode::wide ? size_of(i.type) == 4
-                             : i.op == Op::popc || i.op == Op::clz                          ? false
-                             : i.op == Op::ld && i.widens                                   ? true
-                                                                                            : is_wide(i.type);
-    if (wide_target || i.type == Type::pred) continue;
-    for (const Register r : i.to)
-      if (r != kNone && r < narrow) definitions[size_t(r)]++, definition[size_t(r)] = int(at);
-  }
-  const auto once = [&](Register r) { return definitions[size_t(r)] <= 1; };
-  for (Instruction& sum : instructions) {
-    if (!sum.contractable || (sum.op != Op::add && sum.op != Op::sub) || sum.saturate) continue;
-    for (const size_t side : {size_t(1), size_t(0)}) {
-      const Register r = sum.of[side];
-      if (definitions[size_t(r)] != 1) continue;
-      const Instruction& product = instructions[size_t(definition[size_t(r)])];
-      if (product.op != Op::mul || !product.contractable || product.guard != kNone || product.flush != sum.flush)
-        continue;
-      if (!once(product.of[0]) || !once(product.of[1])) continue;
-      const Register other = sum.of[1 - side];
-      // a b - c, c - a b: the machine knows whose sign is turned by mode and combine.
-      sum.combine = sum.op == Op::sub ? Op::sub : Op::add;
-      sum.mode = side == 1 ? Mode::right : Mode::left;
-      sum.op = Op::fma;
-      sum.of = {product.of[0], product.of[1], other, kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone};
-      sum.name += " (contracted)";
-      break;
+    Instruction& i = instructions[at];
+    if (begins[at]) products.clear();
+    const bool is_wide_sum = i.type == Type::f64;
+    if (i.contractable && (i.op == Op::add || i.op == Op::sub) && !i.saturate) {
+      for (const size_t side : {size_t(1), size_t(0)}) {
+        const auto found = products.find({is_wide_sum, i.of[side]});
+        if (found == products.end() || found->second->flush != i.flush) continue;
+        const Register other = i.of[1 - side];
+        // a b - c, c - a b: the machine knows whose sign is turned by mode and combine.
+        i.combine = i.op;
+        i.mode = side == 1 ? Mode::right : Mode::left;
+        i.op = Op::fma;
+        i.of[0] = found->second->of[0], i.of[1] = found->second->of[1], i.of[2] = other;
+        i.name += " (contracted)";
+        break;
+      }
     }
+    for (const auto& [wide_target, to] : targets_of(i)) {
+      products.erase({wide_target, to});
+      for (auto held = products.begin(); held != products.end();) {
+        const bool stands =
+            held->first.first != wide_target || (held->second->of[0] != to && held->second->of[1] != to);
+        held = stands ? std::next(held) : products.erase(held);
+      }
+    }
+    const bool own_operand = i.to[0] == i.of[0] || i.to[0] == i.of[1];
+    if (i.op == Op::mul && i.contractable && i.guard == kNone && !own_operand) products[{is_wide_sum, i.to[0]}] = &i;
   }
+}
+
+// Registers that an instruction writes, whether of 64 bits; predicates are left out.
+std::vector<std::pair<bool, Register>> Program::targets_of(const Instruction& i) {
+  std::vector<std::pair<bool, Register>> targets;
+  size_t count = i.to.size();
+  bool wide = is_wide(i.type);
+  switch (i.op) {
+    case Op::setp:
+    case Op::st:
+    case Op::stmatrix:
+    case Op::bra:
+      return {};
+    case Op::vote:
+      if (i.mode != Mode::ballot) return {};
+      break;
+    case Op::shfl:
+      count = 1;
+      break;  // the other one is a predicate
+    case Op::unpack:
+      wide = is_wide(i.from);
+      break;
+    case Op::mul:
+    case Op::mad:
+      wide = i.mode == Mode::wide ? size_of(i.type) == 4 : wide;
+      break;
+    case Op::popc:
+    case Op::clz:
+      wide = false;
+      break;
+    case Op::ld:
+      wide |= i.widens;
+      break;
+    default:
+      break;
+  }
+  if (i.type == Type::pred) return {};
+  for (size_t n = 0; n < count; n++)
+    if (i.to[n] != kNone) targets.emplace_back(wide, i.to[n]);
+  return targets;
 }
 
 }  // namespace emulator

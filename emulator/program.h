@@ -179,6 +179,7 @@ class Program {
  private:
   friend class Parser;
   void contract_products();
+  static std::vector<std::pair<bool, Register>> targets_of(const Instruction& instruction);
 };
 
 }  // namespace emulator

@@ -44,6 +44,7 @@ FAULTS = {
     "copy_of_other_warp": f"warp 1, .*{RACE}: it reads what thread 0 wrote",
     "copy_over_read": f"{RACE}: it writes what thread [0-9]+ reads",
     "missed_by_lane": "a barrier that not all lanes of the warp reach",
+    "missed_by_warp": "a barrier that only 1 of 2 warps reach",
     "exited_lane": "a shuffle that not all of its lanes reach together",
     "lone_lane": "a shuffle that not all of its lanes reach together",
     "diverged": "a shuffle that not all of its lanes reach together|a sync",

@@ -60,6 +60,10 @@ KERNEL(write_after_many_reads) {
   sync_warp();
   if (thread() == threads() - 1) store<float>(floats(), 2);
 }
+// Half the warps alone.
+KERNEL(missed_by_warp) {
+  if (warp() == 0) sync_block();
+}
 KERNEL(write_after_write) {
   if (lane() == 0) store<float>(floats(), float(thread()));
 }
