@@ -13,10 +13,9 @@ using namespace emulator;
 namespace {
 
 struct Result {
-  std::map<std::string, uint64_t> instructions;
   std::vector<std::tuple<int, std::string, uint64_t>> lines;
   std::vector<std::tuple<int, std::string, uint64_t, uint64_t, uint64_t>> shared;
-  uint64_t barriers = 0, device_bytes = 0;
+  uint64_t device_bytes = 0;
 };
 
 Result run_launch(const Program& program, std::array<int, 3> grid, int threads, int shared_bytes,
@@ -36,12 +35,10 @@ Result run_launch(const Program& program, std::array<int, 3> grid, int threads, 
     report = run(program, launch);
   }
   Result result;
-  result.barriers = report.barriers;
   for (size_t i = 0; i < report.counts.size(); i++) {
     const Count& count = report.counts[i];
     const Instruction& instruction = program.instructions[i];
     if (!count.executed) continue;
-    result.instructions[instruction.name] += count.executed;
     result.lines.emplace_back(instruction.line, instruction.name, count.executed);
     result.device_bytes += count.device_bytes;
     if (count.accesses)
@@ -58,14 +55,12 @@ PYBIND11_MODULE(_machine, m) {
   py::register_exception<Fault>(m, "Fault", PyExc_RuntimeError);
 
   py::class_<Result>(m, "Report", "What warps executed.")
-      .def_readonly("instructions", &Result::instructions, "Warp instructions by opcode.")
       .def_readonly("lines", &Result::lines, "(line of the PTX, opcode, warp instructions) of every instruction.")
       .def_readonly(
           "shared", &Result::shared,
           "(line of the PTX, opcode, accesses, wavefronts, wavefronts without bank conflicts) of every instruction"
           " on shared memory, where they were counted.")
-      .def_readonly("device_bytes", &Result::device_bytes, "That lanes loaded, stored or copied of device memory.")
-      .def_readonly("barriers", &Result::barriers, "Barriers that blocks met.");
+      .def_readonly("device_bytes", &Result::device_bytes, "That lanes loaded, stored or copied of device memory.");
 
   py::class_<Program>(m, "Program", "A kernel of a PTX module. Raises Fault for what the emulator does not know.")
       .def(py::init<const std::string&, const std::string&, bool>(), py::arg("ptx"), py::arg("entry"),

@@ -213,7 +213,6 @@ class Machine {
       if (waiting && waiting < int(warps_.size()))
         fail("a barrier that only " + std::to_string(waiting) + " of " + std::to_string(warps_.size()) +
              " warps reach, the others having ended");
-      report_.barriers += waiting > 0;
     }
   }
 

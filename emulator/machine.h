@@ -36,7 +36,6 @@ struct Count {
 
 struct Report {
   std::vector<Count> counts;  // by instruction of the program
-  uint64_t barriers = 0;      // that blocks met
 };
 
 Report run(const Program& program, const Launch& launch);
