@@ -353,12 +353,16 @@ class BuildExtensions(build_ext):
 
     def run(self) -> None:
         built, left_out = [], {}
+        self.keep({})  # those of an earlier build, should this one fail
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
-            library.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
             wish = os.environ.get(extension.switch, "")
             if wish not in ("", "0", "1"):
                 raise OptionError(f"{extension.switch} is 0, 1 or not set, not {wish!r}")
+            if wish == "0" and self.inplace and library.exists():
+                say(f"{extension.label} left as it is: {extension.switch}=0")
+                continue
+            library.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
             try:
                 if wish == "0":
                     raise NotBuilt(f"{extension.switch}=0")
