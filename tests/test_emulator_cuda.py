@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import assert_parity, make_problem
 
-pytest.importorskip("emulator", exc_type=ImportError)
+pytest.importorskip("emulator.cuda", exc_type=ImportError)
 
 import emulator.cuda  # noqa: E402
 from emulator import Fault, Program, nvrtc  # noqa: E402
