@@ -15,18 +15,21 @@ import json
 import math
 import pathlib
 import re
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from benchmarks import sass
+from build_extensions import SHARED_LIMIT
 
 if TYPE_CHECKING:
     import emulator
 
+NVRTC = "nvidia-cuda-nvrtc"
 COUNTS = pathlib.Path(__file__).parent / "results" / "kernel_counts.json"
-ARCH, SHARED_BYTES, MULTIPROCESSORS = 90, 232448, 132
+ARCH, MULTIPROCESSORS = 90, 132
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 64), (32, 12, 577, 32), (1, 12, 197, 64))
 NORMS = ("layer", "batch", "none")
 BACKENDS = ("triton", "cuda")
@@ -166,7 +169,7 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
 
     with (
         mock.patch.object(emulator.cuda, "arch", ARCH),
-        mock.patch.object(backend, "_describe", lambda device: (SHARED_BYTES, MULTIPROCESSORS)),
+        mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)),
     ):
         train_step(backend, shape, norm)
 
@@ -181,14 +184,11 @@ def install() -> None:
 
 
 def version(backend: str) -> str:
-    """Of the compiler that the counts are of."""
-    if backend == "triton":
-        import triton
+    """Of the compilers that the counts are of; triton brings ptxas, too."""
+    import triton
 
-        return f"triton {triton.__version__}"
-    from emulator import nvrtc
-
-    return "NVRTC " + ".".join(map(str, nvrtc.version()))
+    by_triton = f"triton {triton.__version__}"
+    return by_triton if backend == "triton" else f"NVRTC {metadata.version(NVRTC)}, ptxas of {by_triton}"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def shape_cases():
             dtype = list(FLOATS)[(index + turn) % 3]
             name = f"{batch}x{heads}x{seqlen}x{seqlen_k}x{head_dim}-{mode}-{dtype}"
             sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": batch}
-            # Long in an interpreter.
+            # Long in the emulator.
             slow = heads * seqlen * seqlen_k >= 12 * 197 * 197 and mode != "batch-training"
             yield pytest.param(sizes, mode, FLOATS[dtype], id=name, marks=[pytest.mark.slow] * slow)
 
