@@ -95,6 +95,15 @@ def test_norm_over_two_heads(dtype, backend, device):
     assert_parity(make_problem("layer", heads=2, dtype=dtype, device=device), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_without_eps(dtype, backend, device):
+    """What stands in the padding of heads that are no power of two has no variance: its root may not reach them."""
+    problem = make_problem("layer", heads=12, dtype=dtype, device=device, eps=0.0)
+    found = compute(problem, backend)
+    assert all(result.isfinite().all() for result in found.values())
+    assert_parity(problem, backend, run=lambda *_: found)
+
+
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_gradient_that_all_heads_share(dtype, backend, device):
     """The norm over heads removes what is common to them, which may be far larger than what is left."""
