@@ -86,7 +86,7 @@ gpu: ## check and time the kernels on this machine's GPU with GPU_PYTHON (defaul
 	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m benchmarks.gpu $(PART) --out "$(or $(OUT),out/gpu)" $(GPU_FLAGS)
 
 clean: ## remove everything that these targets made, the virtual environment too
-	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so emulator/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) out build dist reattn.egg-info reattn/*.so reattn/not_built.txt emulator/*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without the extension: pip would hide what its build says, and start it from nothing every time.

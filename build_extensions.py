@@ -51,6 +51,8 @@ CUDA_ELEMENTS = ("Half", "BFloat16", "float")
 # 10.3, of 12.0 on 12.1. The driver compiles the PTX for everything else.
 CUDA_ARCHS = "80+PTX;86;89;90;100;120"
 OLDEST_CUDA_ARCH = 75
+# Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # The sources tell apart no architectures from this one on: the compiler's first half runs once for all of them.
 CUDA_PTX_ARCH = 80
 CUDA_FOLDER = Path("/usr/local/cuda")
@@ -353,12 +355,16 @@ class BuildExtensions(build_ext):
 
     def run(self) -> None:
         built, left_out = [], {}
+        self.keep({})  # those of an earlier build, should this one fail
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
-            library.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
             wish = os.environ.get(extension.switch, "")
             if wish not in ("", "0", "1"):
                 raise OptionError(f"{extension.switch} is 0, 1 or not set, not {wish!r}")
+            if wish == "0" and self.inplace and library.exists():
+                say(f"{extension.label} left as it is: {extension.switch}=0")
+                continue
+            library.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
             try:
                 if wish == "0":
                     raise NotBuilt(f"{extension.switch}=0")

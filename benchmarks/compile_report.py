@@ -25,8 +25,8 @@ from unittest import mock
 
 import torch
 
-# Shared memory a block may have, bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+from build_extensions import SHARED_LIMIT
+
 TRITON_ARCHS = (80, 86, 89, 90, 100)
 # Local-memory instructions inside loops that may be left, for each instruction there. Triton 3.6 leaves more: a tile
 # half as large needs none, and takes half as much again through shared memory. Of float32, or more than 16 heads, how

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 try:
-    from emulator import _machine
+    import emulator._machine as _machine
 except ImportError as error:
     raise ImportError(f"{error}; `make emulator` compiles it") from None
 

@@ -63,14 +63,28 @@ template <bool kFirst, class A, class B> using conditional_t = typename conditio
 }
 
 
+PACKAGE = "nvidia-cuda-nvrtc"
+
+
+def _find_libraries() -> dict[str, Path]:
+    """``libnvrtc`` and ``libnvrtc-builtins`` of pip's package; raises ImportError where they are not."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or ()
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"pip's {PACKAGE} is not installed, which compiles csrc/cuda for the emulator") from None
+    found = {match[1]: file for file in files if (match := re.match(r"(libnvrtc(?:-builtins)?)\.so", file.name))}
+    if missing := {"libnvrtc", "libnvrtc-builtins"} - found.keys():
+        raise ImportError(f"pip's {PACKAGE} holds no {' and no '.join(sorted(missing))}")
+    return {name: Path(file.locate()) for name, file in found.items()}
+
+
+LIBRARIES = _find_libraries()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    files = importlib.metadata.files("nvidia-cuda-nvrtc") or ()
-    paths = {
-        match[1]: file.locate() for file in files if (match := re.match(r"(libnvrtc(?:-builtins)?)\.so", file.name))
-    }
-    ctypes.CDLL(str(paths["libnvrtc-builtins"]))  # which the other one would look for in the system's folders alone
-    library = ctypes.CDLL(str(paths["libnvrtc"]))
+    ctypes.CDLL(str(LIBRARIES["libnvrtc-builtins"]))  # the other one would look for it in the system's folders alone
+    library = ctypes.CDLL(str(LIBRARIES["libnvrtc"]))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
 

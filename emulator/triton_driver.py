@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import emulator
-from benchmarks.compile_report import SHARED_LIMIT
+from build_extensions import SHARED_LIMIT
 
 _FORMATS = {
     "i1": "B",

@@ -18,23 +18,31 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
     sys.modules["reattn._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["reattn._cpu"])
 
+# As in CI: what is missing fails the tests that need it, which else are skipped.
+NO_SKIPS = os.environ.get("REATTN_TEST_NO_SKIPS") == "1"
 # Without a GPU, kernels are compiled for one and executed by the emulator. What Triton compiles is kept apart.
-EMULATED_ARCH = int(os.environ.get("REATTN_EMULATED_ARCH", "90"))
-_no_emulator = ""
+EMULATED_ARCH = 90
+_installers = []
+_not_emulated = {}  # backend: why
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
     try:
         import emulator.cuda
     except ImportError as error:
-        _no_emulator = str(error)
+        _not_emulated["cuda"] = str(error)
     else:
+        _installers.append(emulator.cuda.install)
         emulator.cuda.install(EMULATED_ARCH)
-        if importlib.util.find_spec("triton"):
-            from emulator import triton_driver
-            from reattn.backends import triton as triton_backend
+    try:
+        from emulator import triton_driver
+    except ImportError as error:
+        _not_emulated["triton"] = str(error)
+    else:
+        from reattn.backends import triton as triton_backend
 
-            triton_driver.install(EMULATED_ARCH)
-            triton_backend.EMULATED = True
+        _installers.append(triton_driver.install)
+        triton_driver.install(EMULATED_ARCH)
+        triton_backend.EMULATED = True
 
 from parity import FUSED, device_of  # noqa: E402
 
@@ -48,12 +56,16 @@ def pytest_collection_modifyitems(items):
     skipped = {}
     if not torch.cuda.is_available():
         skipped["gpu"] = "needs a CUDA GPU"
-    # Where the extension has to be there, as in CI, its tests fail and say why it is not.
-    if cpu._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
-        skipped["extension"] = "needs the CPU extension"
-    if cuda._import_error and os.environ.get("REATTN_BUILD_CPU") != "1":
-        skipped["cuda"] = "needs the CUDA extension, or `make emulator`"
+    if not NO_SKIPS:
+        if cpu._import_error:
+            skipped["extension"] = "needs the CPU extension"
+        if "cuda" in _not_emulated:
+            skipped["cuda"] = f"needs a GPU or the emulator: {_not_emulated['cuda']}"
+        elif cuda._import_error:
+            skipped["cuda"] = "needs the CUDA extension"
     for item in items:
+        if "triton" in _not_emulated and not NO_SKIPS and runs_triton(item):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU or the emulator: {_not_emulated['triton']}"))
         if touches_gpu(item):
             item.add_marker("device")
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
@@ -68,6 +80,16 @@ def touches_gpu(item) -> bool:
     backend = params.get("backend", params.get("gpu_backend"))
     alone = backend is None and "device" not in params and "device" in getattr(item, "fixturenames", ())
     return backend == "triton" or alone
+
+
+def runs_triton(item) -> bool:
+    """Whether the test runs the Triton backend's kernels: it says so, or by its parameters or fixtures."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    markers = {mark.name for mark in item.iter_markers()}
+    if "triton" in (params.get("backend"), params.get("gpu_backend")) or "triton" in markers:
+        return True
+    compiles = {"compiled_for", "use_tile"} & set(getattr(item, "fixturenames", ()))
+    return bool(compiles) and not {"cuda", "extension"} & markers
 
 
 @pytest.fixture(params=FUSED)
@@ -93,7 +115,7 @@ def compiled_for(request):
             if arch != 10 * major + minor:
                 pytest.skip(f"this GPU has compute capability {major}.{minor}")
             return
-        for install in (emulator.cuda.install, triton_driver.install):
+        for install in _installers:
             install(arch)
             request.addfinalizer(functools.partial(install, EMULATED_ARCH))
 

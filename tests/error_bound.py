@@ -11,7 +11,8 @@ A sum of n products in float32 may be off by ``n * unit * magnitude`` at worst; 
 rounding goes either way, for terms of either sign in any order, for those of one sign in blocks of a few dozen. 16-bit
 problems also round the operands of their products, softmax maps, mixing weights, normalised maps and the gradients of
 maps and scores, to their dtype; sums, statistics and norm stay in float32, as in the kernels. The results are rounded
-to the dtype that they have.
+to the dtype that they have. With ``tf32`` the same operands of a float32 problem lose their digits behind the tenth, as
+tensor cores take them; query, key, value and the output's gradient must have none there.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from torch import Tensor
 Fault = Callable[[Tensor, dict[str, Tensor]], Tensor]
 # Simulated computations of an estimate.
 SAMPLES = 8
+# What an operand of tf32 loses on average, and at most as much again: digits are cut off.
+TF32_UNIT = 2.0**-11
 
 
 class Rounding:
     """Random errors: of float32 arithmetic, and of operands in the dtype of query, key and value."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int | None, faults: dict[str, Fault]):
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, seed: int | None, faults: dict[str, Fault], tf32: bool = False
+    ):
         """Without a seed nothing is rounded; a named step is what its fault makes of it."""
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        self.dtype = dtype
+        self.dtype, self.tf32 = dtype, tf32
         self.faults = faults
         self.steps: dict[str, Tensor] = {}
 
@@ -60,7 +65,9 @@ class Rounding:
         return self.moved(exact, info.eps / 2 * exact.abs().clamp_min(info.tiny) * (exact != 0))
 
     def operand(self, exact: Tensor) -> Tensor:
-        """An operand of a product, in the dtype of the problem."""
+        """An operand of a product, in the dtype of the problem, or as tensor cores take one of tf32."""
+        if self.tf32 and self.generator is not None:
+            return self.moved(exact * (1 - TF32_UNIT), TF32_UNIT * exact.abs())
         return exact if self.dtype == torch.float32 else self.stored(exact, self.dtype)
 
 
@@ -74,9 +81,11 @@ def mix(weight: Tensor, maps: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", maps, weight)
 
 
-def simulate(problem: Any, seed: int | None = 0, faults: dict[str, Fault] | None = None) -> dict[str, Tensor]:
+def simulate(
+    problem: Any, seed: int | None = 0, faults: dict[str, Fault] | None = None, tf32: bool = False
+) -> dict[str, Tensor]:
     """``parity.compute``, in float64, with errors drawn from that seed, or exactly without one; with faults at will."""
-    rounding = Rounding(problem.grad.dtype, problem.grad.device, seed, faults or {})
+    rounding = Rounding(problem.grad.dtype, problem.grad.device, seed, faults or {}, tf32)
     results = _simulate(problem, rounding, **problem.options)
     assert rounding.faults.keys() <= rounding.steps.keys()
     return results
@@ -226,12 +235,12 @@ def _simulate(
 
 
 def estimate_errors(
-    problem: Any, exact: dict[str, Tensor], sizes_of: Callable[[Tensor], dict[float, float]]
+    problem: Any, exact: dict[str, Tensor], sizes_of: Callable[[Tensor], dict[float, float]], tf32: bool = False
 ) -> dict[str, dict[float, float]]:
     """The errors that each result may have, by name and norm: the largest of the simulated computations."""
     errors: dict[str, dict[float, float]] = {name: {} for name in exact}
     for seed in range(SAMPLES):
-        for name, result in simulate(problem, seed).items():
+        for name, result in simulate(problem, seed, tf32=tf32).items():
             for norm, error in sizes_of(result - exact[name]).items():
                 errors[name][norm] = max(errors[name].get(norm, 0.0), error)
     return errors

@@ -46,6 +46,7 @@ def cases_of_the_table():
     ]
 
 
+@pytest.mark.triton
 def test_available_backends():
     found = available_backends()
     assert list(found) == ["triton", "cuda", "cpu", "reference"]
@@ -160,6 +161,7 @@ def test_environment_overrides_auto(monkeypatch, device):
         re_attention(query, query, query, torch.eye(3, device=device))
 
 
+@pytest.mark.triton
 def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
     query = torch.zeros(2, 33, 5, 130, dtype=torch.float64, device=device)
     key = torch.zeros(2, 33, 7, 130, dtype=torch.float64, device=device)
@@ -275,6 +277,7 @@ def recorded_shapes(monkeypatch):
     return recorded
 
 
+@pytest.mark.triton
 def test_wide_offsets_change_nothing(device, monkeypatch, recorded_shapes):
     problem = make_problem("batch-training", heads=6, head_dim=33, device=device, dropout_p=0.1)
     expected = compute(problem, "triton")
@@ -285,6 +288,7 @@ def test_wide_offsets_change_nothing(device, monkeypatch, recorded_shapes):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 def test_offsets_beyond_two_to_the_31(mode, device, recorded_shapes):
     """Heads 2**30 elements apart; of the memory between them nothing is ever touched."""

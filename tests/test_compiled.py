@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import MODES, assert_parity, compute, drawn_mask, make_problem
+from error_bound import estimate_errors
+from parity import MODES, assert_parity, compute, drawn_mask, make_problem, sizes_of
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEADS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 32)
@@ -51,6 +52,37 @@ def test_every_kernel(
         keep = drawn_mask(backend, **sizes)
         problem = replace(problem.with_options(dropout_p=0.3), keep=keep)
     assert_parity(problem, backend)
+
+
+@pytest.fixture
+def allow_tf32():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("mode", ["layer", "batch-training"])
+@pytest.mark.parametrize("heads", [1, 3, 8, 12, 17])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tf32(arch, heads, mode, device, compiled_for, allow_tf32):
+    """As near as operands of ten digits let it be, and no nearer: full precision would be."""
+    compiled_for(arch)
+    sizes = {"heads": heads, "head_dim": 32, "seqlen": 17, "seqlen_k": 33}
+    # float16 has ten digits too.
+    problem = make_problem(mode, **sizes, dtype=torch.float16, device=device).to(torch.float32)
+    found = compute(problem, "triton")
+    exact = compute(problem.to(torch.float64), "reference")
+    estimate = estimate_errors(problem, exact, sizes_of, tf32=True)
+    for name, right in exact.items():
+        size = sizes_of(right)
+        for norm, error in sizes_of(found[name] - right).items():
+            allowed = 2 * estimate[name][norm] + torch.finfo(torch.float32).eps * size[norm]
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} in norm {norm}"
+            if name in ("output", "value gradient"):
+                assert error > 2.0**-18 * size[norm], f"{name} in full precision"
 
 
 @pytest.mark.slow

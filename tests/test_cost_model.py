@@ -30,6 +30,7 @@ def committed(backend, shape=(128, 12, 197, 64), norm="layer"):
 
 
 def need_compiler(backend):
+    pytest.importorskip("triton", reason="needs ptxas, which triton ships")
     made_with = json.loads(kernel_counts.COUNTS.read_text())["made with"][backend]
     if (here := kernel_counts.version(backend)) != made_with:
         pytest.skip(f"the counts are of what {made_with} compiles, here is {here}")
@@ -40,7 +41,7 @@ def test_committed_counts_are_of_the_kernels_that_there_are(backend):
     """A training step, counted again."""
     if torch.cuda.is_available():
         pytest.skip("the emulator takes the place of a GPU")
-    pytest.importorskip("emulator", exc_type=ImportError)
+    pytest.importorskip("emulator.cuda" if backend == "cuda" else "emulator", exc_type=ImportError)
     if backend == "cuda" and sys.modules.get("reattn._cuda") is not sys.modules.get("emulator._cuda", ""):
         pytest.skip("needs the CUDA backend in the emulator")
     need_compiler(backend)
@@ -81,7 +82,6 @@ def test_bytes_of_forward(backend, sweeps):
 
 def test_instructions_of_a_kernel_counted_by_hand():
     """What stands in a loop of the Triton kernel runs for each of 13 tiles of keys, all else once, in 8 warps."""
-    pytest.importorskip("triton")
     need_compiler("triton")
     case = compile_report.Case(90, "bfloat16", 12, 32, "layer")
     kernel, *launch = next(each for each in compile_report.recorded_launches(case) if "forward" in each[0].__name__)

@@ -17,6 +17,7 @@ import torch
 from fuzz import FLOATS, mask_of, random_problem
 from parity import MODES, STATISTICS, assert_parity, assert_same, compute, device_of, drawn_mask, make_problem
 
+from build_extensions import SHARED_LIMIT
 from reattn import re_attention
 from reattn.backends import choose, cpu, cuda, triton
 from reattn.backends.contract import Inputs
@@ -30,7 +31,7 @@ modes = pytest.mark.parametrize("mode", MODES)
 emulated = pytest.mark.skipif(not cuda.EMULATED, reason="needs the emulator")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 KERNELS = ("forward", "backward_query", "backward_key")
-MOST_SHARED = 232448
+MOST_SHARED = SHARED_LIMIT[90]
 
 
 class Cut(NamedTuple):
@@ -201,10 +202,10 @@ def test_plans_draw_the_same_mask(cut, use_cut):
 # Shared memory of a block and multiprocessors.
 CARDS = {
     "T4": (65536, 40),
-    "RTX 3090": (101376, 82),
-    "A100": (166912, 108),
-    "H100": (232448, 132),
-    "small": (232448, 1),
+    "RTX 3090": (SHARED_LIMIT[86], 82),
+    "A100": (SHARED_LIMIT[80], 108),
+    "H100": (SHARED_LIMIT[90], 132),
+    "small": (SHARED_LIMIT[90], 1),
 }
 
 

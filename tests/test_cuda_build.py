@@ -263,12 +263,30 @@ def test_without_nvcc(tree):
     finished = build_in_place(tree, CUDA_HOME="/nonexistent", REATTN_BUILD_CUDA="1")
     assert finished.returncode != 0
     assert f"CUDA extension not built, though REATTN_BUILD_CUDA=1: {reason}" in finished.stderr
+    assert not (tree / NOT_BUILT).exists()
 
 
 def test_switched_off(tree, stand_in):
-    finished = build_in_place(tree, CUDA_HOME=stand_in, REATTN_BUILD_CUDA="0", REATTN_CUDA_ARCHS="nonsense")
+    """In place a library that is there stays, and nothing is said to be missing; a wheel gets none."""
+    off = {"CUDA_HOME": stand_in, "REATTN_BUILD_CUDA": "0", "REATTN_CUDA_ARCHS": "nonsense"}
+    finished = build_in_place(tree, **off)
     assert finished.returncode == 0, finished.stderr
     assert said(finished.stderr, "CUDA") == ["CUDA extension not built: REATTN_BUILD_CUDA=0"]
+    (tree / EXTENSION).touch()
+    finished = build_in_place(tree, **off)
+    assert finished.returncode == 0, finished.stderr
+    assert said(finished.stderr, "CUDA") == ["CUDA extension left as it is: REATTN_BUILD_CUDA=0"]
+    assert (tree / EXTENSION).exists()
+    assert (tree / NOT_BUILT).read_text() == "reattn._cpu: REATTN_BUILD_CPU=0\n"
+    built = tree / "build" / "lib"
+    (built / EXTENSION).parent.mkdir(parents=True)
+    (built / EXTENSION).touch()
+    finished = run_python(
+        "setup.py", "--quiet", "build_ext", f"--build-lib={built}", cwd=tree, REATTN_BUILD_CPU="0", **off
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert not (built / EXTENSION).exists()
+    assert "reattn._cuda: REATTN_BUILD_CUDA=0" in (built / NOT_BUILT).read_text()
     assert not (stand_in / "log").exists()
 
 

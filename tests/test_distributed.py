@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention
-from reattn.backends import cpu, cuda
+from reattn.backends import BACKENDS as BACKENDS_BY_NAME
 from reattn.models import DeepViT
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -99,8 +99,8 @@ def work(rank, names, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    absent = {"cuda": cuda._import_error, "cpu": cpu._import_error}
-    names = [name for name in ("triton", "cuda", "cpu", "reference") if not absent.get(name)]
+    every = ("triton", "cuda", "cpu", "reference")
+    names = [name for name in every if not BACKENDS_BY_NAME[name].unavailable(device_of(name))]
     torch.multiprocessing.spawn(work, args=(names, folder), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
 

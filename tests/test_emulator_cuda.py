@@ -9,9 +9,10 @@ import pytest
 import torch
 from parity import assert_parity, make_problem
 
-pytest.importorskip("emulator", exc_type=ImportError)
+pytest.importorskip("emulator.cuda", exc_type=ImportError)
 
 import emulator.cuda  # noqa: E402
+from build_extensions import SHARED_LIMIT  # noqa: E402
 from emulator import Fault, Program, nvrtc  # noqa: E402
 from reattn.backends import cuda  # noqa: E402
 
@@ -229,6 +230,12 @@ def test_cache(changed, sources, monkeypatch):
     assert len(compiled) == 2
     nvrtc.compile_kernel(*kernel[:2], 90)
     assert len(compiled) == 3 and len(list(nvrtc.CACHE.iterdir())) == 3
+
+
+@pytest.mark.skipif(not cuda.EMULATED, reason="needs the emulator")
+def test_card():
+    """What the host part says of shared memory is what a block of the default architecture has."""
+    assert emulator.cuda._cuda.describe(0)[0] == SHARED_LIMIT[90]
 
 
 # What is changed in csrc/cuda, and what is then reported of forward; None where nothing but its results is wrong.

@@ -162,7 +162,9 @@ def test_ended_from_outside_it_leaves_no_process_and_what_it_knew(tmp_path):
         "import sys; from benchmarks.gpu import __main__ as gpu, run, install\n"
         "sys.exit(gpu.main(['--emulated', '--out', sys.argv[1], '--workers', '2'], sys.argv[2:]))"
     )
-    environment = os.environ | {"GPU_SECONDS": "0.5", "PYTHONPATH": str(ROOT)}
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    environment = os.environ | {"GPU_SECONDS": "0.5", "PYTHONPATH": str(ROOT), "GPU_PROCESSES": str(processes)}
     popen = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), *FAKE], env=environment, cwd=ROOT)
     path = tmp_path / "check.json"
     deadline = time.monotonic() + 60
@@ -171,8 +173,11 @@ def test_ended_from_outside_it_leaves_no_process_and_what_it_knew(tmp_path):
     popen.send_signal(signal.SIGTERM)
     assert popen.wait(20) == 143
     assert json.loads(path.read_text())["gpu"]["jobs"]
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in listed
+    started = [int(path.name) for path in processes.iterdir()]
+    assert started
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 def test_shares_of_the_budget_leave_time_to_write():
@@ -254,8 +259,23 @@ def test_a_build_that_fails_says_why(tree):
     assert not there and made.gate() == "CUDA extension not built: reattn: CUDA extension not built: wrong card"
 
 
-def test_installed_is_what_is_editable_from_here():
-    assert install.is_installed(ROOT) and not install.is_installed(ROOT / "elsewhere")
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"url": ROOT.as_uri(), "dir_info": {"editable": True}}, True),
+        ({"url": ROOT.as_uri(), "dir_info": {}}, False),
+        ({"url": (ROOT / "elsewhere").as_uri(), "dir_info": {"editable": True}}, False),
+        (None, False),
+    ],
+)
+def test_installed_is_what_is_editable_from_here(told, expected, tmp_path, monkeypatch):
+    info = tmp_path / "reattn-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: reattn\nVersion: 0\n")
+    if told:
+        (info / "direct_url.json").write_text(json.dumps(told))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert install.is_installed(ROOT) == expected
 
 
 NCU = """\
@@ -338,7 +358,7 @@ def test_profile(make_gpu, tmp_path, monkeypatch):
         "backward_query",
     }
     assert jobs["cuda forward"]["shown"]["M instructions"] == 146.0
-    assert jobs["compute-sanitizer memcheck"]["status"] == "ok"
+    assert jobs["compute-sanitizer memcheck"]["status"] == jobs["compute-sanitizer initcheck"]["status"] == "ok"
     assert jobs["compute-sanitizer racecheck"]["status"] == "wrong"
     assert "Race reported between a and b" in printed and "cuda backward_query: wait 0.50" in printed
     assert jobs["cuda graph, layer"]["status"] == jobs["triton stream, batch-training"]["status"] == "ok"

@@ -55,7 +55,7 @@ def make_large_problem(mode, device, **options):
     ("mode", "dropout_p"),
     [("batch-training", 0.0), ("batch-training", 0.1), ("batch-eval", 0.0), ("layer", 0.1), ("none", 0.0)],
 )
-def test_largest_tensor(mode, dropout_p, backend, device, largest, monkeypatch):
+def test_largest_tensor(mode, dropout_p, backend, device, largest):
     """Forward and backward: no larger than the inputs; not even a byte for every element of one head's map."""
     problem = make_large_problem(mode, device, dropout_p=dropout_p)
     with largest:
@@ -72,6 +72,7 @@ def test_reference_materialises_every_map(mode, device, largest):
     assert largest.bytes >= 3 * SEQLEN * SEQLEN_K * 4
 
 
+@pytest.mark.triton
 def test_measurement_sees_inside_the_launchers(device, largest, monkeypatch):
     shape = configs.shape
 

@@ -124,7 +124,7 @@ def profile(run: Run) -> None:
             counted.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
             run.jobs.append(counted)
         run.write()
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "initcheck"):
         job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})
         run.jobs.append(job)
         job.result = watched(run, "compute-sanitizer", there, lambda tool=tool: sanitize(run, tool, small))

@@ -16,7 +16,7 @@ from reattn.problem import Problem
 try:
     import reattn._cuda as _cuda
 
-    # Compiled for the host, where tests run the kernels without a GPU.
+    # The host part alone, whose launches tests execute without a GPU.
     EMULATED = _cuda.EMULATED
     _import_error = ""
 except ImportError as error:
