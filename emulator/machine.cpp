@@ -354,8 +354,12 @@ class Machine {
     else
       return static_cast<T>(narrow_[r][lane]);
   }
+  // A NaN that arithmetic gives has no payload.
   template <class T>
   void set(Register r, int lane, T value) {
+    if constexpr (std::is_floating_point_v<T>)
+      if (value != value)
+        value = sizeof(T) == 8 ? T(bits_as<double>(0x7fffffffffffffffull)) : T(bits_as<float>(0x7fffffffu));
     if constexpr (sizeof(T) == 8)
       wide_[r][lane] = bits_as<uint64_t>(value);
     else if constexpr (sizeof(T) == 4)

@@ -73,7 +73,7 @@ def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexp
             zero + (batch.to(tl.int32) * SHAPE.HEADS + heads),
             zero,
         )
-        probs = tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * (1.0 / (1.0 - dropout_p)), 0.0)
+        probs = tl.where(uint_to_uniform_float(bits) >= dropout_p, probs * tl.div_rn(1.0, 1.0 - dropout_p), 0.0)
     return probs
 
 
