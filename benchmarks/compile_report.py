@@ -29,8 +29,8 @@ from build_extensions import SHARED_LIMIT
 
 TRITON_ARCHS = (80, 86, 89, 90, 100)
 # Local-memory instructions inside loops that may be left, for each instruction there. Triton 3.6 leaves more: a tile
-# half as large needs none, and takes half as much again through shared memory. Of float32, or more than 16 heads, how
-# many any may leave: tiles small enough to need none run longer.
+# half as large needs none, and moves more through shared memory. Of float32, or more than 16 heads, how many any may
+# leave: tiles small enough to need none run longer.
 FEW_SPILLS, FEW_SPILLS_OF = 1 / 1000, {"3.6": 1 / 80}
 RARE_SPILLS = 64
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
