@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:
     import emulator._machine as _machine
@@ -32,13 +32,9 @@ class Launched(NamedTuple):
     program: Program
 
 
-class Options:
-    """How launches are executed; ``executing`` sets it for a while."""
-
-    blocks: list[int] | None = None
-    check_races = True
-    count_wavefronts = False
-    launches: list[Launched] | None = None
+# How launches are executed, and the list that they are put into; ``executing`` sets both for a while.
+_options: dict[str, Any] = {"blocks": None, "check_races": True, "count_wavefronts": False}
+_launches: list[Launched] | None = None
 
 
 @contextlib.contextmanager
@@ -47,14 +43,14 @@ def executing(
 ) -> Iterator[list[Launched]]:
     """Collects the launches within. ``blocks``: the numbers of those that are executed, the others are left out;
     ``check_races=False`` is quicker; ``count_wavefronts`` fills ``Report.shared``."""
-    before = dict(vars(Options))
-    Options.launches = launches = []
-    Options.blocks, Options.check_races, Options.count_wavefronts = blocks, check_races, count_wavefronts
+    global _options, _launches
+    before = _options, _launches
+    _options = {"blocks": blocks, "check_races": check_races, "count_wavefronts": count_wavefronts}
+    _launches = launches = []
     try:
         yield launches
     finally:
-        for name in ("blocks", "check_races", "count_wavefronts", "launches"):
-            setattr(Options, name, before[name])
+        _options, _launches = before
 
 
 def launch(
@@ -66,18 +62,11 @@ def launch(
     memory: list[tuple[int, int]],
 ) -> None:
     """Executes a launch. ``memory``: (address, bytes) of what the kernel may touch. Raises ``Fault``."""
-    blocks = Options.blocks
-    if blocks is not None:
-        blocks = [block for block in blocks if block < grid[0] * grid[1] * grid[2]]
+    options = dict(_options)
+    if options["blocks"] is not None:
+        options["blocks"] = [block for block in options["blocks"] if block < grid[0] * grid[1] * grid[2]]
     report = program.run(
-        grid=grid,
-        threads=threads,
-        shared_bytes=shared_bytes,
-        arguments=arguments,
-        memory=memory,
-        blocks=blocks,
-        check_races=Options.check_races,
-        count_wavefronts=Options.count_wavefronts,
+        grid=grid, threads=threads, shared_bytes=shared_bytes, arguments=arguments, memory=memory, **options
     )
-    if Options.launches is not None:
-        Options.launches.append(Launched(program.name, grid, threads, shared_bytes, report, program))
+    if _launches is not None:
+        _launches.append(Launched(program.name, grid, threads, shared_bytes, report, program))
