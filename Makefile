@@ -37,7 +37,7 @@ demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; 
 
 # The emulator is single-threaded: processes help, torch's own threads would only get in their way.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
-test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), seven minutes on two cores
+test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), nine minutes on two cores
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
 	$(PYTEST) -m "not slow"
 
