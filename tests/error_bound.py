@@ -122,7 +122,11 @@ def _simulate(
     lse = rounding(lse, 1 + lse.abs(), "lse")
     probs = (scores - lse).exp()
     probs = rounding(probs, probs * (1 + (scores - lse).abs()), "probs")
-    kept = 1.0 if problem.keep is None else problem.keep.double() / (1 - dropout_p)
+    kept: Tensor | float = 1.0
+    if problem.keep is not None:
+        # The factor is one number in float32: all elements share its error.
+        factor = rounding(torch.ones((), dtype=torch.float64, device=grad.device) / (1 - dropout_p))
+        kept = problem.keep.double() * factor
     dropped = rounding.operand(rounding(probs * kept, name="dropped"))
 
     # Mixing; mixed_size is the sum of the absolute values of its terms.
