@@ -18,7 +18,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 # Always run: ninja, not make, knows what has to be compiled again.
-extension: $(STAMP) ## compile the CPU backend's kernels and, with nvcc, the CUDA one's, where they changed
+extension: $(STAMP) ## compile the CPU backend's kernels where they changed
 	$(PY) setup.py --quiet build_ext --inplace
 
 emulator: $(STAMP) ## compile the emulator, which runs the GPU kernels' compiled code without a GPU
@@ -51,7 +51,7 @@ test-all: extension emulator older-triton ## run the slow tests too: kernels com
 sanitize: export ASAN_OPTIONS := detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=67108864
 sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(STAMP) ## run the CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	REATTN_BUILD_CPU=1 REATTN_BUILD_CUDA=0 REATTN_CPU_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-lib out/sanitize --build-temp build/sanitize
+	REATTN_BUILD_CPU=1 REATTN_CPU_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-lib out/sanitize --build-temp build/sanitize
 	REATTN_CPU_FOLDER=out/sanitize/reattn LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" OMP_NUM_THREADS=1 \
 	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py -q -m extension --capture=sys \
 	    -n $(WORKERS) --dist worksteal --max-worker-restart=0
@@ -96,5 +96,5 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages of constraints.txt into $(VENV); the first time takes a few minutes."
 	$(PIP_INSTALL) ninja pybind11 setuptools
-	REATTN_BUILD_CPU=0 REATTN_BUILD_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	REATTN_BUILD_CPU=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@

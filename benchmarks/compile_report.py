@@ -1,8 +1,8 @@
 """Compiles the kernels ahead of time, as they would be for each GPU, and reports what they cost.
 
 ``python -m benchmarks.compile_report`` prints a table of the Triton kernels and one of the CUDA kernels, and fails if a
-default configuration spills registers or does not fit the card. Needs triton for the one, nvcc for the other, and no
-GPU: registers come from ``cuobjdump -res-usage`` or ptxas, spills and tensor-core instructions from ``-sass``.
+default configuration spills registers or does not fit the card. Needs triton for the one, NVRTC for the other, and no
+GPU: registers come from ``cuobjdump -res-usage``, spills and tensor-core instructions from ``-sass``.
 The Triton release is the one that is imported: ``make aot`` does it for each that the tests do.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import itertools
 import os
 import pathlib
@@ -19,13 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from build_extensions import SHARED_LIMIT
+from reattn.backends import cuda_compile
+from reattn.backends.cuda_compile import Code, Kernel
+from reattn.backends.cuda_plan import SHARED_LIMIT
 
 TRITON_ARCHS = (80, 86, 89, 90, 100)
 # Local-memory instructions inside loops that may be left, for each instruction there. Triton 3.6 leaves more: a tile
@@ -98,31 +99,14 @@ def compile_case(case: Case, tiles: dict[str, Any] | None = None, kernels: tuple
 
 
 def recorded_launches(case: Case, tiles: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
-    """(kernel, arguments, constants, tile) of every launch of a training step, on tensors without storage; with batch
-    norm in training, those of a step whose statistics are synchronised as well."""
-    from reattn.backends import common
+    """(kernel, arguments, constants, tile) of every launch of Triton's in a training step."""
     from reattn.backends import triton as backend
-    from reattn.backends.contract import Inputs
-    from reattn.problem import Problem
 
     launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def record(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constants: Any) -> None:
         launches.setdefault((kernel.__name__, *constants.items()), (kernel, args, constants, tile))
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    heads, dtype = case.heads, DTYPES[case.dtype]
-    qkv = empty(2, 197, 3, heads, case.head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-    inputs = Inputs(*qkv.unbind(0), empty(heads, heads), empty(heads))
-    if case.norm != "none":
-        inputs = inputs._replace(norm_weight=empty(heads), norm_bias=empty(heads))
-    if case.norm.startswith("batch"):
-        running = empty(heads), empty(heads), empty(1, dtype=torch.int64)[0]
-        inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
-    if case.dropout:
-        inputs = inputs._replace(seed=empty(1, dtype=torch.int64))
     choose = backend.configs.tile
     with (
         mock.patch.object(backend, "_run", record),
@@ -131,22 +115,44 @@ def recorded_launches(case: Case, tiles: dict[str, Any] | None = None) -> list[t
             backend.configs, "tile", lambda kernel, *key: (tiles or {}).get(kernel) or choose(kernel, *key)
         ),
     ):
-        for synchronised in (False, True)[: 1 + (case.norm == "batch")]:
-            problem = Problem.of(
-                inputs.query,
-                norm=None if case.norm == "none" else case.norm.removesuffix("-eval"),
-                training=case.norm == "batch",
-                synchronised=synchronised,
-                scale=0.125,
-                dropout_p=0.1 if case.dropout else 0.0,
-            )
-            outputs = backend.forward(problem, inputs)
-            if synchronised:
-                backend.finish(problem, inputs, outputs)
-            grad = common.empty_heads_last(inputs.query)
-            sums = backend.grad_sums(problem, grad, outputs) if synchronised else None
-            backend.backward(problem, grad, inputs, outputs, sums)
+        train_step(case, backend, batch=2)
     return list(launches.values())
+
+
+def train_step(case: Case, backend: Any, batch: int) -> None:
+    """On tensors without storage; with batch norm in training, a step whose statistics are synchronised as well."""
+    from reattn.backends import common
+    from reattn.backends.contract import Inputs
+    from reattn.problem import Problem
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    heads, dtype = case.heads, DTYPES[case.dtype]
+    qkv = empty(batch, 197, 3, heads, case.head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    inputs = Inputs(*qkv.unbind(0), empty(heads, heads), empty(heads))
+    if case.norm != "none":
+        inputs = inputs._replace(norm_weight=empty(heads), norm_bias=empty(heads))
+    if case.norm.startswith("batch"):
+        running = empty(heads), empty(heads), empty(1, dtype=torch.int64)[0]
+        inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+    if case.dropout:
+        inputs = inputs._replace(seed=empty(1, dtype=torch.int64))
+    for synchronised in (False, True)[: 1 + (case.norm == "batch")]:
+        problem = Problem.of(
+            inputs.query,
+            norm=None if case.norm == "none" else case.norm.removesuffix("-eval"),
+            training=case.norm == "batch",
+            synchronised=synchronised,
+            scale=0.125,
+            dropout_p=0.1 if case.dropout else 0.0,
+        )
+        outputs = backend.forward(problem, inputs)
+        if synchronised:
+            backend.finish(problem, inputs, outputs)
+        grad = common.empty_heads_last(inputs.query)
+        sums = backend.grad_sums(problem, grad, outputs) if synchronised else None
+        backend.backward(problem, grad, inputs, outputs, sums)
 
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], tile: Any, arch: int) -> Any:
@@ -197,17 +203,27 @@ _POINTEE = {
 def read_cubin(compiled: Any) -> tuple[int, int, int, int, int, int]:
     """Registers a thread; local-memory instructions, in all and inside loops; all instructions inside loops; shared
     memory in bytes; HMMA instructions."""
+    usage, sass = dump(compiled.asm["cubin"])
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return int(registers[1]), *local_memory(sass), compiled.metadata.shared, hmma_of(sass)
+
+
+def hmma_of(sass: str) -> int:
+    return len(re.findall(r"\bHMMA\b", sass))
+
+
+def dump(image: bytes) -> tuple[str, str]:
+    """What a cubin uses, and its instructions."""
     tool = cuobjdump()
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(image)
         usage, sass = (
             subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    return int(registers[1]), *local_memory(sass), compiled.metadata.shared, sass.count("HMMA")
+    return usage, sass
 
 
 def cuobjdump() -> str:
@@ -261,147 +277,120 @@ def cases(
     return [Case(arch, *problem, *variant) for arch in archs for problem in problems for variant in variants]
 
 
+def cuda_cases(archs: list[int], quick: bool, norms: Sequence[str], dropout: Sequence[str]) -> list[Case]:
+    """All of the default shapes, in 16 bits, and of others every fourth; ``quick``: every fourth of the defaults."""
+    defaults = [(dtype, 12, head_dim) for dtype in ("bfloat16", "float16") for head_dim in (32, 33, 35, 64)]
+    others = [case[1:4] for case in cases([90], False, ["none"], ["without"])]
+    others = [other for other in others if other not in defaults]
+    found = []
+    for problems, every in ((defaults, 4 if quick else 1), ([] if quick else others, 4)):
+        choices = itertools.product(archs, enumerate(problems), norms, dropout)
+        for arch, (number, problem), norm, name in choices:
+            turn = list(SHARED_LIMIT).index(arch) + number + NORMS.index(norm) + 2 * DROPOUT[name]
+            if turn % every == 0:
+                found.append(Case(arch, *problem, norm, DROPOUT[name]))
+    return found
+
+
 class CudaCost(NamedTuple):
-    """What an instantiation of a CUDA kernel needs: a row of the table. Stack, stores and loads as ptxas counts them, a
-    thread's bytes; spills are instructions."""
+    """What a CUDA kernel needs: a row of the table. Stack and shared memory in bytes, the latter what the kernel
+    declares itself and the most that one of the problems asks for; spills are instructions."""
 
     arch: int
-    source: str
-    element: str
-    kernel: str
+    kernel: Kernel
     registers: int
     stack: int
-    spill_stores: int
-    spill_loads: int
     spills: int
     spills_in_loops: int
     static_shared: int
-    dynamic_shared: int | None
+    dynamic_shared: int
     hmma: int
 
     @property
     def faults(self) -> list[str]:
         """Why this kernel may not be shipped; empty when it may."""
         faults = []
-        if self.static_shared + (self.dynamic_shared or 0) > SHARED_LIMIT[self.arch]:
+        if self.dynamic_shared > SHARED_LIMIT[self.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
-        if self.dynamic_shared == 0:
-            faults.append("no plan fits")
-        if self.element != "float":
-            if self.stack or self.spill_stores or self.spill_loads or self.spills:
+        if self.static_shared:  # launches may ask for all there is
+            faults.append("shared memory of its own")
+        if not re.search(r"\bfloat\b", name_of(self.kernel)):
+            if self.stack or self.spills:
                 faults.append("local memory")
-            if not self.hmma and self.source != "sums":
+            if not self.hmma and self.kernel.source != "sums":
                 faults.append("no tensor-core instruction")
         return faults
 
 
-def dynamic_shared(arch: int, source: str, element: str, kernel: str) -> int | None:
-    """The shared memory that this instantiation asks for at 128x12x197x64, or with 16 heads; 0 where no plan fits.
-
-    None where that problem takes another one, or the extension that plans is not built.
-    """
-    from reattn.backends import cuda
-
-    if cuda._import_error or source == "sums":
-        return None
-    padded, *tiles = map(int, re.findall(r", (\d+)", kernel))
-    sizes = (4 if element == "float" else 2, 12 if padded == 16 else 16, 64, 128, 197, 197)
-    flags = (False, "true" in kernel)  # dropout, sums of the mixed maps
-    plan = cuda._cuda.make_plan(getattr(cuda._cuda.Kernel, source), sizes, *flags, SHARED_LIMIT[arch], 132)
-    return None if plan.bytes and plan.own != 16 * (tiles or [1])[0] else plan.bytes
+def name_of(kernel: Kernel) -> str:
+    """As the table has it."""
+    constants = " ".join(f"{macro.removeprefix('REATTN_')}={value}" for macro, value in kernel.constants)
+    return f"{kernel.name.replace('reattn::', '')} {constants}".strip()
 
 
-def compile_cuda(archs: list[int] | None, sources: list[str] | None, jobs: int) -> list[CudaCost]:
-    """Every instantiation in the given sources of csrc/cuda, compiled for the architectures; without them for all that
-    the compiler knows. What did not change since the last time is not compiled again.
+def recorded_kernels(case: Case) -> dict[Kernel, int]:
+    """The CUDA kernels that a training step of 128 samples launches, each with its dynamic shared memory; none where
+    the card has too little of that."""
+    from reattn.backends import cuda as backend
+    from reattn.backends import cuda_driver
 
-    Raises ``build_extensions.NotBuilt`` where there is no compiler or it fails.
-    """
-    import build_extensions as build
+    asked: dict[Kernel, int] = {}
 
-    extension = build.CudaExtension()
-    folder = build.ROOT / "build" / "compile_report"
-    folder.mkdir(parents=True, exist_ok=True)
-    nvcc = extension.find_compiler(folder)
-    known = build.known_archs(nvcc)
-    if unknown := [f"sm_{arch}" for arch in archs or () if arch not in known]:
-        raise build.NotBuilt(f"{nvcc[0]} knows nothing of {', '.join(unknown)}")
-    archs = archs or [arch for arch in SHARED_LIMIT if arch in known]
-    # ptxas speaks of the kernels only while it compiles them.
-    command = "$nvcc -cubin -Xptxas -v -MD -MF $out.d $own_flags $flags $in -o $out >$out.txt 2>&1 || ! cat $out.txt"
-    lines = extension.rules(nvcc, command)
-    cubins = []
-    for arch, source, element in itertools.product(archs, sources or build.CUDA_KERNELS, build.CUDA_ELEMENTS):
-        cubins.append((arch, source, element, folder / f"{source}_{element}_{arch}.cubin"))
-        own_flags = " ".join([*build.gencode(arch), f"-DREATTN_ELEMENT={element}"])
-        lines += [f"build {cubins[-1][-1].name}: compile $source/{source}.cu", f"  own_flags = {own_flags}"]
-    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
-    with contextlib.redirect_stdout(sys.stderr):
-        build.run_ninja(folder, f"-j{jobs}")
+    def record(loaded: cuda_driver.Loaded, grid: tuple[int, int], threads: int, shared_bytes: int, *_: Any) -> None:
+        asked[loaded.kernel] = max(shared_bytes, asked.get(loaded.kernel, 0))
+
+    cuda_driver.forget()
+    with (
+        mock.patch.object(cuda_driver, "kernels", lambda specs, device: [cuda_driver.Loaded(s, None) for s in specs]),
+        mock.patch.object(cuda_driver, "launch", record),
+        mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[case.arch], 132)),
+    ):
+        if not backend._too_large(0, DTYPES[case.dtype].itemsize, case.heads, case.head_dim):
+            train_step(case, backend, batch=128)
+    cuda_driver.forget()
+    return asked
+
+
+def compile_cuda(problems: list[Case], sources: list[str] | None, jobs: int) -> Iterator[CudaCost]:
+    """What every CUDA kernel of these problems costs; ``sources``: of those in csrc/cuda alone. What has been compiled
+    before is taken from where the backend keeps it."""
+    asked: dict[tuple[int, Kernel], int] = {}
+    for case in problems:
+        for kernel, shared in recorded_kernels(case).items():
+            if not sources or kernel.source in sources:
+                asked[case.arch, kernel] = max(shared, asked.get((case.arch, kernel), 0))
+
+    def cost(arch: int, kernel: Kernel) -> CudaCost:
+        (code,) = cuda_compile.compiled([kernel], f"sm_{arch}")
+        return CudaCost(arch, kernel, *read_cuda_cubin(arch, code, asked[arch, kernel]))
+
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return list(itertools.chain.from_iterable(pool.map(lambda cubin: read_cuda_cubin(*cubin), cubins)))
+        yield from pool.map(lambda key: cost(*key), sorted(asked, key=lambda key: (key[0], _natural(name_of(key[1])))))
 
 
-def read_cuda_cubin(arch: int, source: str, element: str, cubin: pathlib.Path) -> list[CudaCost]:
-    """What each kernel of a cubin costs, from what ptxas said of it and from its instructions."""
-    said = pathlib.Path(f"{cubin}.txt").read_text()
-    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    _, *named = re.split(r"Function : (\S+)\n", sass)
-    instructions = dict(zip(named[::2], named[1::2], strict=True))
-    costs = []
-    # What ptxas says after an entry function is about that and the functions that it calls.
-    for entry in re.split(r"Compiling entry function ", said)[1:]:
-        symbol = re.match(r"'(\S+)' for", entry)
-        registers = re.search(r"Used (\d+) registers", entry)
-        assert symbol and registers, entry
-        in_all = {
-            what: sum(map(int, re.findall(rf"(\d+) bytes {what}", entry)))
-            for what in ("stack frame", "spill stores", "spill loads", "smem")
-        }
-        text = instructions[symbol[1]]
-        kernel = readable(symbol[1])
-        costs.append(
-            CudaCost(
-                arch,
-                source,
-                element,
-                kernel,
-                int(registers[1]),
-                in_all["stack frame"],
-                in_all["spill stores"],
-                in_all["spill loads"],
-                *local_memory(text)[:2],
-                in_all["smem"],
-                dynamic_shared(arch, source, element, kernel),
-                len(re.findall(r"\bHMMA\b", text)),
-            )
-        )
-    return sorted(costs, key=lambda cost: [int(part) if part.isdigit() else part for part in _parts(cost.kernel)])
-
-
-def _parts(text: str) -> list[str]:
+def _natural(text: str) -> list[Any]:
     """Numbers and what stands between them, in turn."""
-    return re.split(r"(\d+)", text)
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def readable(symbol: str) -> str:
-    """A kernel's name with its template arguments; as the linker knows it where there is no c++filt."""
-    if not (tool := shutil.which("cu++filt") or shutil.which("c++filt")):
-        return symbol
-    name = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|\breattn::|^void ", "", name)
-    return re.sub(r"(?<=>)\(.*\)$|^(\w+)\([^<]*\)$", r"\1", name).replace(" >", ">")
+def read_cuda_cubin(arch: int, code: Code, dynamic_shared: int) -> tuple[int, int, int, int, int, int, int]:
+    """What :class:`CudaCost` has of a kernel; its cubin has all of the source."""
+    usage, sass = (
+        text.split(f"Function {colon}{code.entry}")[1].split("Function ")[0]
+        for text, colon in zip(dump(code.image), ("", ": "), strict=True)
+    )
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    # From 9.0 on it counts the KB that the driver takes for itself, which is in none of the limits.
+    static = max(0, numbers["SHARED"] - 1024 * (arch >= 90))
+    return numbers["REG"], numbers["STACK"], *local_memory(sass)[:2], static, dynamic_shared, hmma_of(sass)
 
 
-def cuda_table(costs: list[CudaCost]) -> Iterator[str]:
+def cuda_table(costs: Iterable[CudaCost]) -> Iterator[str]:
     """The costs as lines of text."""
-    width = max((len(cost.kernel) for cost in costs), default=0) + 2
-    layout = f"{{:>6}} {{:9}}{{:{width}}}" + "{:>5}{:>6}{:>7}{:>6}{:>6}{:>8}{:>7}{:>8}{:>6}"
-    titles = ("regs", "stack", "stores", "loads", "spill", "in loop", "static", "dynamic", "HMMA")
-    yield layout.format("arch", "type", "kernel", *titles)
+    layout = "{:>6} {:60}" + "{:>5}{:>6}{:>6}{:>8}{:>7}{:>8}{:>6}"
+    yield layout.format("arch", "kernel", "regs", "stack", "spill", "in loop", "static", "dynamic", "HMMA")
     for cost in costs:
-        arch, _, element, kernel, *usage = cost
-        row = layout.format(f"sm_{arch}", element, kernel, *("-" if number is None else number for number in usage))
+        row = layout.format(f"sm_{cost.arch}", name_of(cost.kernel), *cost[2:])
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
@@ -410,8 +399,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_LIMIT), help="without, all")
     parser.add_argument("--backend", choices=("triton", "cuda"), nargs="+", help="whose kernels; without, both")
-    parser.add_argument("--quick", action="store_true", help="only Triton, the official models' shapes, in bfloat16")
-    parser.add_argument("--norm", nargs="+", choices=NORMS, default=NORMS, help="of the Triton kernels; without, all")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Triton: the official models' shapes in bfloat16; CUDA, where it is said: a quarter of the default shapes",
+    )
+    parser.add_argument("--norm", nargs="+", choices=NORMS, default=NORMS, help="without, all")
     parser.add_argument("--dropout", nargs="+", choices=list(DROPOUT), default=list(DROPOUT), help="as well")
     parser.add_argument("--source", nargs="+", help="sources in csrc/cuda, as forward; without, all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -421,7 +414,7 @@ def main() -> int:
     if "triton" in backends:
         faults += report_triton(cases(args.arch or list(TRITON_ARCHS), args.quick, args.norm, args.dropout), args.jobs)
     if "cuda" in backends:
-        faults += report_cuda(args.arch, args.source, args.jobs, required=args.backend is not None)
+        faults += report_cuda(args, required=args.backend is not None)
     return int(faults > 0)
 
 
@@ -440,25 +433,24 @@ def report_triton(problems: list[Case], jobs: int) -> int:
     return faults
 
 
-def report_cuda(archs: list[int] | None, sources: list[str] | None, jobs: int, required: bool) -> int:
-    """Prints the CUDA kernels' table; how many kernels may not be shipped. To have no nvcc is a fault only where the
-    table is required."""
-    from build_extensions import NotBuilt, find_nvcc
-
+def report_cuda(args: argparse.Namespace, required: bool) -> int:
+    """Prints the CUDA kernels' table; how many may not be shipped. To have no NVRTC is a fault only where the table is
+    required."""
     try:
-        find_nvcc()
-    except NotBuilt as reason:
-        print(f"CUDA kernels not compiled: {reason}")
+        known = cuda_compile.known_archs()
+    except Exception as error:  # not installed, or broken
+        print(f"CUDA kernels not compiled: {error}".partition("\n")[0])
         return int(required)
-    try:
-        costs = compile_cuda(archs, sources, jobs)
-    except NotBuilt as reason:
-        print(f"CUDA kernels not compiled: {reason}")
+    archs = args.arch or [arch for arch in SHARED_LIMIT if arch in known]
+    if unknown := [f"sm_{arch}" for arch in archs if arch not in known]:
+        print(f"CUDA kernels not compiled: NVRTC knows nothing of {', '.join(unknown)}")
         return 1
+    problems = cuda_cases(archs, args.quick, args.norm, args.dropout)
+    costs = list(compile_cuda(problems, args.source, args.jobs))
     print("\n".join(cuda_table(costs)))
     faults = sum(bool(cost.faults) for cost in costs)
-    compiled_for = ", ".join(f"sm_{arch}" for arch in sorted({cost.arch for cost in costs}))
-    print(f"{len(costs)} CUDA kernels compiled for {compiled_for}; {faults} faults")
+    compiled_for, version = ", ".join(f"sm_{arch}" for arch in archs), ".".join(map(str, cuda_compile.version()))
+    print(f"{len(costs)} CUDA kernels compiled for {compiled_for} by NVRTC {version}; {faults} faults")
     return faults
 
 

@@ -14,6 +14,7 @@ import math
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from benchmarks.measure import Problem
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
-SWEEPS = ("forward", "backward_query", "backward_key")
+SWEEPS = ("forward", "backward_query", "backward_key", "backward", "products")
 
 
 class Card(NamedTuple):
@@ -50,10 +51,12 @@ START = 2e-6
 
 # Tensors of (batch, heads, seqlen, head_dim) that a kernel has to read or write, once each.
 TENSORS = {"forward": 4, "finish": 3, "grad_sums": 2, "add_up": 0, "backward_query": 5, "backward_key": 6, "unfold": 0}
+# Of CUDA's, which leave each other maps that stay in L2.
+TENSORS |= {"backward": 5, "products": 4}
 
 
 class Forecast(NamedTuple):
-    """Of a launch on a card.
+    """Of a kernel's launches on a card, all together.
 
     ``seconds``: what it is expected to take, halfway between ``floor``, where the resource that ``binding`` names runs
     at its full rate and hides all others, and ``serial``, where nothing hides anything. ``bytes_floor``: what device
@@ -76,10 +79,16 @@ class Forecast(NamedTuple):
         batch, heads, seqlen, _ = self.shape
         return number * self.counts.blocks / (batch * heads * seqlen**2 / 32)
 
+    def for_32_computed(self, number: float) -> float:
+        """The same for 32 elements that a CUDA kernel computes, those of whole tiles of 16 keys and a block's rows."""
+        _, _, seqlen, _ = self.shape
+        rows = 32 if self.kernel == "forward" and self.counts.blocks == self.shape[0] * ceil_div(seqlen, 32) else 16
+        return self.for_32(number) * seqlen**2 / (round_up(seqlen, rows) * round_up(seqlen, 16))
+
 
 def forecast(counts: Counts, card: Card) -> Forecast:
     """By what the multiprocessor does that has most blocks, and by what all of them move."""
-    clocks = ceil_div(counts.blocks, card.multiprocessors) / card.clock
+    clocks = counts.launches * ceil_div(ceil_div(counts.blocks, counts.launches), card.multiprocessors) / card.clock
     moved = counts.blocks * counts.global_bytes
     times = {
         "issue": clocks * counts.instructions / ISSUE,
@@ -90,7 +99,8 @@ def forecast(counts: Counts, card: Card) -> Forecast:
         "memory": TENSORS[counts.kernel] * math.prod(counts.shape) * 2 / card.memory,
     }
     binding = max(times, key=times.__getitem__)
-    floor, serial = START + times[binding], START + sum(times.values())
+    start = counts.launches * START
+    floor, serial = start + times[binding], start + sum(times.values())
     place = counts.backend, counts.kernel, counts.shape, counts.norm
     return Forecast(*place, (floor + serial) / 2, binding, floor, serial, times["memory"], counts)
 
@@ -342,6 +352,33 @@ def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
     return table(columns + [f"on an {card.name}" for card in CARDS[1:]], rows)
 
 
+BACKWARD = ("grad_sums", "add_up", "backward", "products", "unfold")
+
+
+def instructions(
+    backend: str, shape: tuple[int, int, int, int], norm: str, kernels: Sequence[str]
+) -> tuple[float, float]:
+    """Warp instructions of a pass for 32 elements of the maps: those that there are, and those that are computed."""
+    found = [
+        each for each in forecasts(CARDS[0].name) if (each.backend, each.shape, each.norm) == (backend, shape, norm)
+    ]
+    mine = [each for each in found if each.kernel in kernels]
+    numbers = [(each.for_32(n), each.for_32_computed(n)) for each in mine for n in [each.counts.instructions]]
+    of_maps, computed = map(sum, zip(*numbers, strict=True))
+    return of_maps, computed
+
+
+def instruction_table() -> list[str]:
+    """What the CUDA kernels of a pass issue."""
+    rows = []
+    for shape in dict.fromkeys(each.shape for each in read_counts()):
+        for norm in dict.fromkeys(each.norm for each in read_counts()):
+            passes = instructions("cuda", shape, norm, ["forward"]), instructions("cuda", shape, norm, BACKWARD)
+            rows.append(["x".join(map(str, shape)), norm, *(f"{number:.1f}" for each in passes for number in each)])
+    columns = ["forward", "of those computed", "backward", "of those computed"]
+    return table(["CUDA, warp instructions for 32 elements", "norm", *columns], rows)
+
+
 def call_table() -> list[str]:
     """Microseconds that the launches of a call are expected to take together."""
     found = [(card.name, forecasts(card.name)) for card in CARDS]
@@ -372,7 +409,7 @@ def cpu_table(measured: list[Result]) -> list[str]:
 def tables() -> list[str]:
     """Lines of Markdown."""
     shapes = dict.fromkeys(each.shape for each in read_counts())
-    gpu = [line for shape in shapes for line in kernel_table(shape)] + call_table()
+    gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table()
     title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
     return [title, "", *gpu, *cpu_table(cpu_results())]
 

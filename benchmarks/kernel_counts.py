@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from build_extensions import SHARED_LIMIT
+from reattn.backends.cuda_plan import SHARED_LIMIT
 
 if TYPE_CHECKING:
     import emulator
@@ -45,7 +45,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class Counts(NamedTuple):
-    """Of a kernel's launch: blocks, what a block has, and what one of them does."""
+    """Of a kernel's launches in a training step: blocks of all, what a block has, and what one of them does."""
 
     backend: str
     kernel: str
@@ -62,6 +62,7 @@ class Counts(NamedTuple):
     wavefronts: int  # of shared memory
     conflict_free: int  # wavefronts that there would be without bank conflicts
     global_bytes: int  # that lanes load, store or copy
+    launches: int = 1
 
     @property
     def resident(self) -> int:
@@ -78,19 +79,24 @@ def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
 
 
 def count(backend: str, shape: tuple[int, int, int, int], norm: str) -> list[Counts]:
-    """Of every launch of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training.
+    """Of every kernel of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training.
 
     Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
     """
     import emulator
 
     run = {"triton": run_triton, "cuda": run_cuda}[backend]
-    with emulator.executing(blocks=[0], check_races=False, count_wavefronts=True) as launches:
+    with emulator.executing(blocks=[0], check_races=False, count_wavefronts=True, once=True) as launches:
         run(shape, norm)
-    return [_counts(launch, backend, shape, norm) for launch in launches]
+    kernels: dict[str, list[emulator.Launched]] = {}
+    for launch in launches:
+        kernels.setdefault(launch.kernel, []).append(launch)
+    return [_counts(each, backend, shape, norm) for each in kernels.values()]
 
 
-def _counts(launch: emulator.Launched, backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
+def _counts(launches: list[emulator.Launched], backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
+    """Of the launches of one kernel, each of them like the first."""
+    launch = launches[0]
     program, report = launch.program, launch.report
     # Of the two that triton ships, NVRTC's PTX needs the newer one; Triton takes the other one for this architecture.
     cubin = sass.assemble(program.ptx, "ptxas" if backend == "triton" else "ptxas-blackwell")
@@ -98,10 +104,11 @@ def _counts(launch: emulator.Launched, backend: str, shape: tuple[int, int, int,
     issued = sass.executed(sass.disassemble(cubin)[program.name], {line: times for line, _, times in report.lines})
     return Counts(
         backend=backend,
-        kernel=re.search(r"([a-z_]+)_kernel", program.name)[1],
+        # reattn::forward of CUDA C++ has a name that ends in reattn7forwardENS_6ParamsE.
+        kernel=re.search(r"(?:reattn\d+|^)([a-z_]+?)(?:_kernel$|E)", program.name)[1],
         shape=shape,
         norm=norm,
-        blocks=math.prod(launch.grid),
+        blocks=sum(math.prod(each.grid) for each in launches),
         threads=launch.threads,
         registers=sass.registers(cubin)[program.name],
         shared_bytes=launch.shared_bytes + program.static_shared,
@@ -112,6 +119,7 @@ def _counts(launch: emulator.Launched, backend: str, shape: tuple[int, int, int,
         wavefronts=sum(wavefronts for *_, wavefronts, _ in report.shared),
         conflict_free=sum(least for *_, least in report.shared),
         global_bytes=report.device_bytes,
+        launches=len(launches),
     )
 
 
@@ -165,7 +173,7 @@ def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
     try:
         with (
             mock.patch.object(backend, "_arch", lambda device: ARCH),
-            mock.patch.object(backend, "_splits", lambda out: common.splits(out, MULTIPROCESSORS)),
+            mock.patch.object(backend, "_splits", lambda out: common.splits(out.shape, MULTIPROCESSORS)),
         ):
             train_step(backend, shape, norm)
     finally:
@@ -176,16 +184,18 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
     """The same on the CUDA backend."""
     import emulator.cuda
     from reattn.backends import cuda as backend
+    from reattn.backends import cuda_driver
 
-    with (
-        mock.patch.object(emulator.cuda, "arch", ARCH),
-        mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)),
-    ):
-        train_step(backend, shape, norm)
+    before = cuda_driver.use(emulator.cuda.Driver(ARCH))
+    try:
+        with mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)):
+            train_step(backend, shape, norm)
+    finally:
+        cuda_driver.use(before)
 
 
 def install() -> None:
-    """Puts the emulator in the place of a GPU; before reattn is imported."""
+    """Puts the emulator in the place of a GPU."""
     import emulator.cuda
     from emulator import triton_driver
 

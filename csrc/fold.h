@@ -1,5 +1,5 @@
 // What a norm makes of theta, bias and its own parameters, and of their gradients: the only place in C++ that knows a
-// norm's name. Both extensions include it. Derivation: docs/operator.md, sections 2 to 4.
+// norm's name. The CPU extension and the CUDA kernels include it. Derivation: docs/operator.md, sections 2 to 4.
 //
 // The maps are mixed as A[g] = sum_h weight(h, g) (P[h] - taken) + shift(g). Layer norm divides them by their root mean
 // square over the heads and makes gamma(g) A + beta(g) of the quotient. So does batch norm in the backward pass, where
@@ -47,8 +47,6 @@ struct Fold {
     return vector ? vector[head] : otherwise;
   }
   REATTN_FOLD bool batch_statistics() const { return p.norm == Norm::kBatch && p.training; }
-  REATTN_FOLD bool has_norm() const { return p.norm != Norm::kNone; }
-  REATTN_FOLD bool over_heads() const { return p.norm == Norm::kLayer; }
   // Whether gamma and beta act on the mixed maps.
   REATTN_FOLD bool has_gamma() const { return p.norm == Norm::kLayer || (p.norm == Norm::kBatch && backward); }
 
@@ -73,7 +71,10 @@ struct Fold {
     if (batch_statistics() && !backward) return p.unit_scale;
     return inverse_deviation(g) * (backward ? 1.0f : gamma(g));
   }
-  REATTN_FOLD float weight(int h, int g) const { return (p.theta[h * p.heads + g] - row_mean(h)) * column_factor(g); }
+  REATTN_FOLD float weight(int h, int g) const { return weight(h, g, row_mean(h)); }
+  REATTN_FOLD float weight(int h, int g, float row_mean) const {
+    return (p.theta[h * p.heads + g] - row_mean) * column_factor(g);
+  }
   // column_sum: of the weights of g over h, not rounded to the maps' dtype.
   REATTN_FOLD float shift(int g, float column_sum) const {
     const float taken = p.taken * column_sum, bias = or_else(p.bias, g, 0.0f);

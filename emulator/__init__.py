@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 try:
     import emulator._machine as _machine
 except ImportError as error:
@@ -34,23 +36,25 @@ class Launched(NamedTuple):
 
 # How launches are executed, and the list that they are put into; ``executing`` sets both for a while.
 _options: dict[str, Any] = {"blocks": None, "check_races": True, "count_wavefronts": False}
+_once = False
 _launches: list[Launched] | None = None
 
 
 @contextlib.contextmanager
 def executing(
-    *, blocks: list[int] | None = None, check_races: bool = True, count_wavefronts: bool = False
+    *, blocks: list[int] | None = None, check_races: bool = True, count_wavefronts: bool = False, once: bool = False
 ) -> Iterator[list[Launched]]:
     """Collects the launches within. ``blocks``: the numbers of those that are executed, the others are left out;
-    ``check_races=False`` is quicker; ``count_wavefronts`` fills ``Report.shared``."""
-    global _options, _launches
-    before = _options, _launches
+    ``check_races=False`` is quicker; ``count_wavefronts`` fills ``Report.shared``; ``once``: nothing is executed of a
+    kernel's later launches."""
+    global _options, _launches, _once
+    before = _options, _launches, _once
     _options = {"blocks": blocks, "check_races": check_races, "count_wavefronts": count_wavefronts}
-    _launches = launches = []
+    _launches, _once = [], once
     try:
-        yield launches
+        yield _launches
     finally:
-        _options, _launches = before
+        _options, _launches, _once = before
 
 
 def launch(
@@ -63,6 +67,8 @@ def launch(
 ) -> None:
     """Executes a launch. ``memory``: (address, bytes) of what the kernel may touch. Raises ``Fault``."""
     options = dict(_options)
+    if _once and any(launched.program is program for launched in _launches or []):
+        options["blocks"] = []
     if options["blocks"] is not None:
         options["blocks"] = [block for block in options["blocks"] if block < grid[0] * grid[1] * grid[2]]
     report = program.run(
@@ -70,3 +76,11 @@ def launch(
     )
     if _launches is not None:
         _launches.append(Launched(program.name, grid, threads, shared_bytes, report, program))
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import sys
+from collections.abc import Sequence
+
+import torch
 
 import emulator
-from emulator import _cuda, nvrtc
+from reattn.backends import cuda, cuda_driver
+from reattn.backends.cuda_compile import Code, Kernel
+from reattn.backends.cuda_driver import Loaded
+from reattn.backends.cuda_plan import SHARED_LIMIT
 
-# The compute capability that the kernels are compiled for, 90 for 9.0.
-arch = 90
+# Of an H100's block; and few enough multiprocessors for a small problem to occupy.
+SHARED_BYTES, MULTIPROCESSORS = SHARED_LIMIT[90], 4
 
 
 @functools.cache
-def compiled(source: str, name: str, arch: int) -> emulator.Program:
-    """See :func:`emulator.nvrtc.compile_kernel`."""
-    return emulator.Program(*nvrtc.compile_kernel(source, name, arch))
+def _program(image: bytes, entry: str) -> emulator.Program:
+    return emulator.Program(image.decode(), entry)
 
 
-def launch(
-    source: str,
-    name: str,
-    grid: tuple[int, int],
-    threads: int,
-    shared_bytes: int,
-    params: bytes,
-    memory: list[tuple[int, int]],
-) -> None:
-    """What a launch of the extension comes to: see emulator/cuda_host.h."""
-    emulator.launch(compiled(source, name, arch), (*grid, 1), threads, shared_bytes, params, memory)
+class Driver:
+    """As :class:`reattn.backends.cuda_driver.CudaDriver`, of a device of this compute capability, 90 for 9.0."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def target(self, device: int) -> str:
+        return f"compute_{self.arch}"
+
+    def describe(self, device: int) -> tuple[int, int]:
+        return SHARED_BYTES, MULTIPROCESSORS
+
+    def load(self, device: int, kernel: Kernel, code: Code) -> emulator.Program:
+        return _program(code.image, code.entry)
+
+    def launch(
+        self,
+        loaded: Loaded,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        params: ctypes.Structure,
+        tensors: Sequence[torch.Tensor | None],
+    ) -> None:
+        if shared_bytes > SHARED_BYTES or not (0 < grid[0] < 1 << 31 and 0 < grid[1] < 1 << 16):
+            raise RuntimeError(f"{loaded.kernel.name}: CUDA_ERROR_INVALID_VALUE (emulated)")
+        memory = [(tensor.data_ptr(), emulator.extent(tensor)) for tensor in tensors if tensor is not None]
+        memory = [(begin, size) for begin, size in memory if size]
+        emulator.launch(loaded.function, (*grid, 1), threads, shared_bytes, bytes(params), memory)
 
 
-def install(capability: int) -> None:
-    """Puts the extension's host part in the place of ``reattn._cuda``, in this process, its kernels compiled for a
-    compute capability: 90 for 9.0.
-
-    To be called before ``reattn`` is imported; after that again for another compute capability.
-    """
-    global arch
-    if "reattn.backends.cuda" in sys.modules and sys.modules.get("reattn._cuda") is not _cuda:
-        raise RuntimeError("emulator.cuda.install has to come before the import of reattn")
-    arch = capability
-    _cuda.set_launcher(launch)
-    sys.modules["reattn._cuda"] = _cuda
+def install(arch: int = 90) -> None:
+    """From now on CUDA kernels are compiled for this compute capability and executed by the emulator."""
+    cuda_driver.use(Driver(arch))
+    cuda.EMULATED = True

@@ -452,6 +452,7 @@ class Machine {
     }
     if (i.type == Type::f32) return arithmetic32(i, lanes);
     if (i.type == Type::f64) return arithmetic64(i, lanes);
+    if (i.type == Type::f16x2 || i.type == Type::bf16x2) return float_pairs(i, lanes);
     switch (i.type) {
       case Type::s32:
         return integers<int32_t>(i, lanes);
@@ -477,6 +478,32 @@ class Machine {
   }
 
   // Arithmetic.
+
+  // Two 16-bit floats in a register, each rounded once.
+  void float_pairs(const Instruction& i, uint32_t lanes) {
+    if ((i.op != Op::add && i.op != Op::mul && i.op != Op::fma) || i.flush || i.saturate) unknown(i);
+    const bool half = i.type == Type::f16x2;
+    each(lanes, [&](int lane) {
+      uint32_t result = 0;
+      for (int shift = 0; shift < 32; shift += 16) {
+        const auto element = [&](int n) {
+          const uint32_t bits = get<uint32_t>(i.of[n], lane) >> shift & 0xffff;
+          return double(half ? half_to_float(bits) : bfloat_to_float(bits));
+        };
+        const double a = element(0), b = element(1);  // their product is exact
+        const double x = i.op == Op::add ? a + b : i.op == Op::mul ? a * b : a * b + element(2);
+        result |= (half ? bits_as<uint16_t>(_Float16(x)) : float_to_bfloat(to_odd(x))) << shift;
+      }
+      set(i.to[0], lane, result);
+    });
+  }
+  // So that a second rounding, to fewer digits, gives what one would have given.
+  static float to_odd(double x) {
+    const float nearest = float(x);
+    if (double(nearest) == x || !std::isfinite(nearest)) return nearest;
+    const uint32_t bits = bits_as<uint32_t>(nearest) - (std::fabs(double(nearest)) > std::fabs(x));
+    return bits_as<float>(bits | 1);
+  }
 
   void arithmetic32(const Instruction& i, uint32_t lanes) {
     if (i.flush) {

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import emulator
-from build_extensions import SHARED_LIMIT
+from reattn.backends.cuda_plan import SHARED_LIMIT
 
 _FORMATS = {
     "i1": "B",
@@ -86,7 +86,7 @@ class Launcher:
         assert len(given) + 2 == len(program.parameters), (given, program.parameters)
         for (type_, value), (_, offset, _) in zip(given, program.parameters, strict=False):
             if type_.startswith("*"):
-                memory.append((value.data_ptr(), _extent(value)))
+                memory.append((value.data_ptr(), emulator.extent(value)))
                 struct.pack_into("<Q", arguments, offset, value.data_ptr())
             else:
                 struct.pack_into("<" + _FORMATS[type_], arguments, offset, value)
@@ -100,14 +100,6 @@ def _flat(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
             yield from _flat(type_, value)
         elif type_ != "constexpr":
             yield type_, value
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _stages(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:

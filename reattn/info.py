@@ -14,6 +14,7 @@ from reattn.backends import cpu
 _ENVIRONMENT = (
     "REATTN_BACKEND",
     "REATTN_AUTOTUNE",
+    "REATTN_CACHE_DIR",
     "REATTN_CPU_ISA",
     "TRITON_INTERPRET",
     "TRITON_CACHE_DIR",

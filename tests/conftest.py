@@ -20,7 +20,9 @@ if folder := os.environ.get("REATTN_CPU_FOLDER"):
 
 # As in CI: what is missing fails the tests that need it, which else are skipped.
 NO_SKIPS = os.environ.get("REATTN_TEST_NO_SKIPS") == "1"
-# Without a GPU, kernels are compiled for one and executed by the emulator. What Triton compiles is kept apart.
+# Compiled kernels are kept apart.
+os.environ.setdefault("REATTN_CACHE_DIR", str(ROOT / "out" / "cuda"))
+# Without a GPU, kernels are compiled for one and executed by the emulator.
 EMULATED_ARCH = 90
 _installers = []
 _not_emulated = {}  # backend: why
@@ -51,7 +53,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    from reattn.backends import cpu, cuda
+    from reattn.backends import cpu
 
     skipped = {}
     if not torch.cuda.is_available():
@@ -61,8 +63,6 @@ def pytest_collection_modifyitems(items):
             skipped["extension"] = "needs the CPU extension"
         if "cuda" in _not_emulated:
             skipped["cuda"] = f"needs a GPU or the emulator: {_not_emulated['cuda']}"
-        elif cuda._import_error:
-            skipped["cuda"] = "needs the CUDA extension"
     for item in items:
         if "triton" in _not_emulated and not NO_SKIPS and runs_triton(item):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU or the emulator: {_not_emulated['triton']}"))
@@ -120,6 +120,15 @@ def compiled_for(request):
             request.addfinalizer(functools.partial(install, EMULATED_ARCH))
 
     return choose
+
+
+@pytest.fixture
+def forget_plans():
+    """To be called where a test changes what the CUDA backend decides by; once more at its end."""
+    from reattn.backends import cuda_driver
+
+    yield cuda_driver.forget
+    cuda_driver.forget()
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import time
 from benchmarks.gpu import worker
 
 STEPS = {
-    "layer": ("forward", "backward_query", "backward_key", "unfold"),
-    "batch-training": ("forward", "finish", "grad_sums", "add_up", "backward_query", "backward_key", "unfold"),
-    "none": ("forward", "backward_query", "backward_key", "unfold"),
+    "layer": ("forward", "backward", "products", "unfold"),
+    "batch-training": ("forward", "finish", "grad_sums", "add_up", "backward", "products", "unfold"),
+    "none": ("forward", "backward", "products", "unfold"),
 }
 # [{"where": what the request must hold, "step": name, "do": "hang", "crash" or "wrong"}]
 FAULTS = json.loads(os.environ.get("GPU_FAULTS", "[]"))

@@ -1,5 +1,7 @@
 """The kernels compile for real GPUs, though none is here, by each Triton release; registers and spills are ptxas's."""
 
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -8,6 +10,8 @@ import sys
 from importlib.metadata import version
 
 import pytest
+
+from benchmarks import compile_report
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,3 +56,66 @@ def test_default_configurations_compile_without_faults(release: str, group: str)
     assert "FAULT" not in report.stdout
     expected = OLDER_RELEASE if release == "older" else version("triton")
     assert report.stdout.endswith(f" by triton {expected}; 0 faults\n")
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.parametrize("archs", [(80, 89, 100), (86, 90, 120)], ids=str)
+def test_cuda_kernels_compile_without_faults(archs) -> None:
+    """Neither local memory nor a kernel without tensor cores, and shared memory that a block has: a quarter of the
+    default shapes, each of which takes its turn with every norm and architecture; `make aot` has all of them."""
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--backend", "cuda", "--quick", "--jobs", "1"]
+    command += ["--arch", *map(str, archs)]
+    report = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(report.stdout)
+    assert report.returncode == 0, report.stdout + report.stderr
+    for kernel in ("forward", "backward"):
+        assert report.stdout.count(f" {kernel} ELEMENT=") == len(archs) * 16
+    for kernel in ("products", "add_up", "finish", "grad_sums", "unfold"):
+        assert f" {kernel} ELEMENT=" in report.stdout
+    assert "FAULT" not in report.stdout
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    assert re.search(rf"compiled for {names} by NVRTC [\d.]+; 0 faults\n$", report.stdout)
+
+
+def test_quarter_of_the_cuda_kernels() -> None:
+    """A quarter, which has every two of architecture, shape, norm and dropout together."""
+    archs = list(compile_report.SHARED_LIMIT)
+    choices = compile_report.NORMS, list(compile_report.DROPOUT)
+    quarter = compile_report.cuda_cases(archs, True, *choices)
+    everything = compile_report.cuda_cases(archs, False, *choices)
+    assert {*quarter} < {*everything} and len({*everything}) == len(everything)
+    shapes = {case[1:4] for case in quarter}
+    assert len(quarter) == len(archs) * len(shapes) * 4 * 2 / 4 == 96
+    assert shapes == {(dtype, 12, head_dim) for dtype in ("bfloat16", "float16") for head_dim in (32, 33, 35, 64)}
+    assert sum(case[1:4] in shapes for case in everything) == 4 * len(quarter)
+    for kinds in itertools.combinations(range(4), 2):
+        values = [(case.arch, case[1:4], case.norm, case.dropout) for case in quarter]
+        pairs = {tuple(value[kind] for kind in kinds) for value in values}
+        assert len(pairs) == math.prod(len({value[kind] for value in values}) for kind in kinds)
+
+
+KERNEL = compile_report.Kernel("forward", "reattn::forward", (("REATTN_ELEMENT", "Half"), ("REATTN_HEADS", 12)))
+COST = compile_report.CudaCost(90, KERNEL, 128, 0, 0, 0, 0, 4096, 64)
+IN_FLOAT = KERNEL._replace(constants=(("REATTN_ELEMENT", "float"), ("REATTN_HEADS", 12)))
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["local memory"]),
+        ({"spills": 1}, ["local memory"]),
+        ({"spills": 1, "kernel": IN_FLOAT, "hmma": 0}, []),
+        ({"hmma": 0}, ["no tensor-core instruction"]),
+        ({"hmma": 0, "kernel": KERNEL._replace(source="sums")}, []),
+        ({"static_shared": 16}, ["shared memory of its own"]),
+        ({"dynamic_shared": 232448}, []),
+        ({"dynamic_shared": 232449}, ["shared memory over 232448"]),
+    ],
+)
+def test_faults_of_cuda_kernels(change, faults) -> None:
+    cost = COST._replace(**change)
+    assert cost.faults == faults
+    line = list(compile_report.cuda_table([cost]))[1]
+    assert ("FAULT" in line) == bool(faults) and "HEADS=12" in line

@@ -90,8 +90,8 @@ def extension_cannot_be_imported(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kept", "reason"),
     [
-        (ModuleNotFoundError("No module named _cuda"), True, "was not built: no nvcc found"),
-        (ModuleNotFoundError("No module named _cuda"), False, "cannot be imported (No module named _cuda)"),
+        (ModuleNotFoundError("No module named _cpu"), True, "was not built: no working GCC or Clang"),
+        (ModuleNotFoundError("No module named _cpu"), False, "cannot be imported (No module named _cpu)"),
         (ImportError("undefined symbol: reattn"), True, "cannot be imported (undefined symbol: reattn)"),
     ],
     ids=["not built", "not there", "broken"],
@@ -100,8 +100,8 @@ def test_why_an_extension_is_missing(error, kept, reason, tmp_path, monkeypatch)
     """What its build had to say, where that is why."""
     monkeypatch.setattr(common, "NOT_BUILT", tmp_path / "not_built.txt")
     if kept:
-        common.NOT_BUILT.write_text("reattn._cpu: no working GCC or Clang\nreattn._cuda: no nvcc found\n")
-    assert common.why_not_imported("reattn._cuda", error) == f"the CUDA extension {reason}"
+        common.NOT_BUILT.write_text("reattn._cpu: no working GCC or Clang\n")
+    assert common.why_not_imported("reattn._cpu", error) == f"the CPU extension {reason}"
 
 
 @pytest.mark.extension

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 
-import conftest  # noqa: F401 - what it puts in the CUDA extension's place, in the processes that are started here too
+import conftest  # noqa: F401 - what it puts in a GPU's place, in the processes that are started here too
 import pytest
 import torch
 import torch.distributed as dist

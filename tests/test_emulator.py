@@ -489,7 +489,7 @@ def test_a_wrong_fragment(kernel, planted):
 
 
 def test_a_tensor_that_is_too_short(monkeypatch):
-    extent = triton_driver._extent
-    monkeypatch.setattr(triton_driver, "_extent", lambda tensor: max(extent(tensor) - 2, 0))
+    extent = emulator.extent
+    monkeypatch.setattr(emulator, "extent", lambda tensor: max(extent(tensor) - 2, 0))
     with pytest.raises(Fault, match="bytes of device memory .*(behind|over) a tensor's end"):
         compute(make_problem("layer", **PROBLEM), "triton")

@@ -19,42 +19,23 @@ from benchmarks.gpu.pool import Clock, Job, Pool
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAKE = [sys.executable, str(ROOT / "tests" / "gpu_worker.py")]
-HANG = {"where": {"backend": "triton", "mode": "layer"}, "step": "backward_query", "do": "hang"}
+HANG = {"where": {"backend": "triton", "mode": "layer"}, "step": "backward", "do": "hang"}
 CRASH = {"where": {"backend": "cuda", "mode": "batch-training"}, "step": "grad_sums", "do": "crash"}
 WRONG = {"where": {"backend": "cuda", "heads": 3, "dtype": "float32"}, "step": "running", "do": "wrong"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX")
 
 
-class FakeBuild:
-    """An extension that takes a while, or fails."""
-
-    def __init__(self, seconds=0.5, result=None):
-        self.result, self._done, self._end = {}, result or {"status": "ok"}, time.monotonic() + seconds
-
-    def gate(self):
-        if time.monotonic() < self._end:
-            return None
-        self.result = self._done
-        return "" if self.result["status"] == "ok" else f"CUDA extension not built: {self.result['error']}"
-
-    def wait(self, until):
-        while self.gate() is None:
-            time.sleep(0.05)
-        return self.gate() == ""
-
-
 @pytest.fixture
 def make_gpu(tmp_path, monkeypatch, capsys):
     """Runs a part on a card that is not there, and returns status, JSON, what was printed, and seconds."""
 
-    def call(*arguments, faults=(), seconds=60.0, job_seconds=0.0, build=None):
+    def call(*arguments, faults=(), seconds=60.0, job_seconds=0.0):
         monkeypatch.setenv("GPU_FAULTS", json.dumps(faults))
         monkeypatch.setenv("GPU_SECONDS", str(job_seconds))
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         monkeypatch.setattr(run, "find_card", lambda: install.Card("NVIDIA Fake", "9.0"))
         monkeypatch.setattr(run, "install", lambda clock, log: {"status": "ok"})
-        monkeypatch.setattr(run.Run, "start_build", lambda self, card: build or FakeBuild())
         begin = time.monotonic()
         options = [*arguments, "--out", str(tmp_path), "--seconds", str(seconds), "--workers", "3"]
         status = gpu.main(options, FAKE)
@@ -75,9 +56,9 @@ def test_whatever_hangs_or_crashes_is_named_and_the_rest_is_done(make_gpu, tmp_p
     jobs = by_name(found)
     hung, crashed = jobs["triton kernels, layer"], jobs["cuda kernels, batch-training"]
     # Each launch but the lost one was tried in another process.
-    assert hung["status"] == "ok" and hung["lost"].keys() == {"backward_query"}
-    assert re.fullmatch(r"hang: killed after \d+ s", hung["lost"]["backward_query"])
-    assert hung["kernels"] == dict.fromkeys(("forward", "backward_key", "unfold"), "ran")
+    assert hung["status"] == "ok" and hung["lost"].keys() == {"backward"}
+    assert re.fullmatch(r"hang: killed after \d+ s", hung["lost"]["backward"])
+    assert hung["kernels"] == dict.fromkeys(("forward", "products", "unfold"), "ran")
     assert crashed["lost"] == {"grad_sums": "crash: the process ended with SIGABRT"}
     wrong = {name for name, job in jobs.items() if job["status"] == "wrong"}
     assert wrong == {f"cuda 3x16 {mode} float32" for mode in cases.MODES}
@@ -88,7 +69,7 @@ def test_whatever_hangs_or_crashes_is_named_and_the_rest_is_done(make_gpu, tmp_p
     assert jobs["128x12x197x64 layer forward"]["ms"].keys() == {"cuda", "eager", "compiled", "sdpa"}
     assert jobs["128x12x197x64 batch forward"]["ms"].keys() == {"triton", "eager", "compiled", "sdpa"}
 
-    assert "triton kernels, layer: lost in backward_query: hang: killed after" in printed
+    assert "triton kernels, layer: lost in backward: hang: killed after" in printed
     assert "cuda kernels, batch-training: lost in grad_sums: crash: the process ended with SIGABRT" in printed
     assert "cuda 3x16 layer float32: wrong: output: error 1, allowed 0.1" in printed
     assert re.search(r"triton +bfloat16 +5/5 +5/5 +5/5 +5/5 +1.0e-03 +1.0e-03\n", printed)
@@ -113,18 +94,6 @@ def test_what_does_not_fit_is_listed(make_gpu):
     assert any(job["status"] == "ok" for job in jobs.values())
     assert re.search(r"\nNot run\n(.+\n)*no time \(\d+\): .+; and \d+ more\n", printed)
     assert found["gpu"]["seconds"] <= 8.5 and found["gpu"]["budget"] == 8
-
-
-def test_without_the_extension_the_rest_is_done(make_gpu):
-    broken = FakeBuild(0.2, {"status": "failed", "error": "reattn: CUDA extension not built: no nvcc"})
-    status, found, printed, _ = make_gpu(build=broken)
-    assert status == 1
-    jobs = by_name(found)
-    cuda = [job for job in jobs.values() if job.get("backend") == "cuda"]
-    assert cuda and all((job["status"], "no nvcc" in job["error"]) == ("not run", True) for job in cuda)
-    assert all(job["status"] == "ok" for job in jobs.values() if job.get("backend") == "triton")
-    assert jobs["128x12x197x64 layer forward"]["ms"].keys() == {"triton", "eager", "compiled", "sdpa"}
-    assert "no nvcc" in printed
 
 
 def test_measured_stands_beside_forecast(make_gpu):
@@ -181,7 +150,7 @@ def test_ended_from_outside_it_leaves_no_process_and_what_it_knew(tmp_path):
 
 
 def test_shares_of_the_budget_leave_time_to_write():
-    assert 0 < check.CORRECT_UNTIL < run.BUILD_UNTIL < check.TIMED_UNTIL < 1 and gpu.BUDGET <= 280
+    assert 0 < check.CORRECT_UNTIL < check.TIMED_UNTIL < 1 and gpu.BUDGET <= 280
     # Ended by its own clock: what a run waits for ends before the limit of a command, 300 s.
     assert gpu.parse([]).seconds == gpu.BUDGET
 
@@ -192,11 +161,11 @@ def test_a_stage_whose_time_is_over_begins_nothing(tmp_path):
     assert (clock.left(), clock.left(100)) == (280, 100)
     now[0] = 98.0
     assert clock.left(100) == 2 and clock.left() == 182
-    jobs = [Job("a", {"kind": "x"}), Job("b", {"kind": "x"}, needs="build")]
+    jobs = [Job("a", {"kind": "x"}), Job("b", {"kind": "x"})]
     with (tmp_path / "log").open("w") as log:
         idle = Pool(["/nothing/to/start"], 2, clock, log)
-        idle.run(jobs, 100, gates={"build": lambda: None})
-    assert [job.result["error"] for job in jobs] == ["no time", "no time: build not done yet"]
+        idle.run(jobs, 100)
+    assert [job.result["error"] for job in jobs] == ["no time", "no time"]
     now[0] = 300.0
     assert clock.left() == 0
 
@@ -213,50 +182,6 @@ def test_a_job_that_is_cut_off_is_not_called_a_hang(tmp_path, monkeypatch):
     assert jobs[0].result["status"] == "ok"
     assert re.fullmatch(r"no time: cut off after \d s", jobs[1].result["error"])
     assert isinstance(two._inbox, queue.Queue) and not pool.LIVE
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A tree whose setup.py compiles nothing, counts, and notes which sources are newer than the library."""
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    (tmp_path / "reattn").mkdir()
-    for name in ("build_extensions.py", "pyproject.toml", "csrc/fold.h", "csrc/cuda/a.cu", "csrc/cuda/b.cu"):
-        (tmp_path / name).write_text(name)
-    (tmp_path / "setup.py").write_text(
-        "import os, pathlib, sys\n"
-        f"library = pathlib.Path({str(install.library(tmp_path))!r})\n"
-        "if os.environ['REATTN_CUDA_ARCHS'] != '9.0': sys.exit('reattn: CUDA extension not built: wrong card')\n"
-        "old = library.stat().st_mtime_ns if library.is_file() else 0\n"
-        "newer = sorted(p.name for p in pathlib.Path('csrc/cuda').iterdir() if p.stat().st_mtime_ns > old)\n"
-        "print('compiled', *newer)\n"
-        "library.write_text('built')\n"
-    )
-    return tmp_path
-
-
-def build(tree, capability="9.0"):
-    made = install.Build(install.Card("card", capability), Clock(60), tree / "build.log", tree).start()
-    there = made.wait(60)
-    return there, made
-
-
-def test_the_extension_is_built_once_and_then_only_what_changed(tree):
-    assert build(tree)[1].result["changed"] == 6
-    assert build(tree)[1].result == {"status": "ok", "found": True}
-    # A copied tree: everything is new by its time, one file by what it holds.
-    (tree / "csrc" / "cuda" / "b.cu").write_text("another")
-    for path in tree.glob("csrc/cuda/*"):
-        os.utime(path)
-    there, made = build(tree)
-    assert there and made.result["changed"] == 1
-    assert (tree / "build.log").read_text().split() == ["compiled", "b.cu"]
-    install.library(tree).unlink()
-    assert "found" not in build(tree)[1].result
-
-
-def test_a_build_that_fails_says_why(tree):
-    there, made = build(tree, "8.0")
-    assert not there and made.gate() == "CUDA extension not built: reattn: CUDA extension not built: wrong card"
 
 
 @pytest.mark.parametrize(
@@ -285,14 +210,14 @@ NCU = """\
 "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio","launch__registers_per_thread"
 "","","","ns","inst","inst","inst","register/thread"
 "0","7","forward_kernel","296000","146,000,000","1.5","2.25","168"
-"1","7","void reattn::backward_query_kernel<reattn::BFloat16, 16>(reattn::Params)","9e5","3e8","0.5","","255"
+"1","7","reattn::backward(reattn::Params)","9e5","3e8","0.5","","255"
 ==PROF== Disconnected
 """
 
 
 def test_counters_are_read():
     found = profile.read_ncu(NCU)
-    assert found.keys() == {"forward", "backward_query"}
+    assert found.keys() == {"forward", "backward"}
     assert profile.shown(found["forward"]) == {"us": 296.0, "M instructions": 146.0, "registers": 168.0}
     assert profile.stalls(found["forward"]) == {"barrier": 2.25, "wait": 1.5}
     assert profile.read_ncu("==ERROR== Failed to find metric") == {}
@@ -355,12 +280,12 @@ def test_profile(make_gpu, tmp_path, monkeypatch):
     jobs = by_name(found)
     assert jobs["ncu triton"]["status"] == "ok" and jobs["ncu triton"]["metrics"].keys() == {
         "forward",
-        "backward_query",
+        "backward",
     }
     assert jobs["cuda forward"]["shown"]["M instructions"] == 146.0
     assert jobs["compute-sanitizer memcheck"]["status"] == jobs["compute-sanitizer initcheck"]["status"] == "ok"
     assert jobs["compute-sanitizer racecheck"]["status"] == "wrong"
-    assert "Race reported between a and b" in printed and "cuda backward_query: wait 0.50" in printed
+    assert "Race reported between a and b" in printed and "cuda backward: wait 0.50" in printed
     assert jobs["cuda graph, layer"]["status"] == jobs["triton stream, batch-training"]["status"] == "ok"
 
 
@@ -417,10 +342,10 @@ def test_tests_are_guarded_with_what_is_there(make_gpu, tmp_path, monkeypatch, c
 def test_the_flow_of_stages_with_what_stands_for_a_gpu(tmp_path):
     """Every kind of job, by the workers that a card's would be; on a slow machine not all of them."""
     pytest.importorskip("emulator", exc_type=ImportError)
-    options = ["--emulated", "--out", str(tmp_path), "--workers", "2", "--seconds", "60"]
+    options = ["--emulated", "--out", str(tmp_path), "--workers", "2", "--seconds", "90"]
     command = [sys.executable, "-m", "benchmarks.gpu", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = json.loads((tmp_path / "check.json").read_text())
     assert {job["status"] for job in found["gpu"]["jobs"]} <= {"ok", "not run"}

@@ -1,12 +1,14 @@
-"""No tensor of seqlen x seqlen elements ever exists on the fused path."""
+"""No tensor of seqlen x seqlen elements ever exists on the fused path; what the CUDA backend keeps is bounded."""
+
+import itertools
 
 import pytest
 import torch
-from parity import MODES, compute, make_problem
+from parity import MODES, compute, device_of, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reattn.backends import cpu, cuda, triton
+from reattn.backends import cpu, cuda, cuda_plan, triton
 from reattn.kernels import configs
 
 SEQLEN, SEQLEN_K = 300, 320
@@ -14,18 +16,26 @@ modes = pytest.mark.parametrize("mode", MODES)
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most bytes of any tensor that an operation returns, those behind a view included."""
+    """Remembers the most bytes of any tensor that an operation returns, those behind a view included, and keeps all."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
+        self.storages = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+                storage = leaf.untyped_storage()
+                self.bytes = max(self.bytes, storage.nbytes())
+                self.storages[storage.data_ptr()] = storage
         return result
+
+    @property
+    def total(self):
+        """Bytes of all tensors, as if none had been freed."""
+        return sum(storage.nbytes() for storage in self.storages.values())
 
 
 @pytest.fixture
@@ -55,12 +65,71 @@ def make_large_problem(mode, device, **options):
     ("mode", "dropout_p"),
     [("batch-training", 0.0), ("batch-training", 0.1), ("batch-eval", 0.0), ("layer", 0.1), ("none", 0.0)],
 )
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cpu", marks=pytest.mark.extension)])
 def test_largest_tensor(mode, dropout_p, backend, device, largest):
     """Forward and backward: no larger than the inputs; not even a byte for every element of one head's map."""
     problem = make_large_problem(mode, device, dropout_p=dropout_p)
     with largest:
         compute(problem, backend)
     assert largest.bytes == problem["key"].nbytes < SEQLEN * SEQLEN_K
+
+
+def workspace_bound(size, multiprocessors):
+    """Bytes of the two maps that a backward pass keeps of some rows at a time: cuda_plan.WORKSPACE_BYTES, or what a
+    block of 16 rows for each multiprocessor takes, if that is more."""
+    keys = cuda_plan.round_up(size.seqlen_k, 16)
+    return max(cuda_plan.WORKSPACE_BYTES, multiprocessors * 16 * size.heads * keys * 2 * size.element_bytes)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 40, 132])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_workspace_is_bounded_whatever_the_batch(element_bytes, multiprocessors):
+    """And linear in seqlen_k; every row of every sample is in one launch, which its part of the workspace has room
+    for."""
+    lengths = (1, 15, 197, 577, 6000)
+    for heads, batch, seqlen, seqlen_k in itertools.product((1, 12, 32), (1, 7, 128), lengths, lengths):
+        size = cuda_plan.Size(element_bytes, heads, 64, batch, seqlen, seqlen_k, False)
+        cut = cuda_plan.cut_backward(size, multiprocessors)
+        assert 2 * cut.maps * element_bytes <= workspace_bound(size, multiprocessors), size
+        whole = all(part.rows == seqlen for part in cut.launches)
+        # Those of a sample alone.
+        assert cut.sums == (0 if whole else heads * seqlen_k * 64), size
+        place = (0, 0)
+        for part in cut.launches:
+            assert (part.first_sample, part.first_row) == place and part.row_blocks == -(-part.rows // 16), size
+            assert part.samples * heads * part.rows * cuda_plan.round_up(seqlen_k, 16) <= cut.maps, size
+            assert part.samples == 1 or part.rows == seqlen, size
+            end = part.first_row + part.rows
+            place = (part.first_sample + part.samples, 0) if end == seqlen else (part.first_sample, end)
+        assert place == (batch, 0), size
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_memory_of_a_call_grows_by_no_map(batch_statistics, largest, monkeypatch, forget_plans):
+    """All that forward and backward allocate: with the batch it grows by less than a third of a sample's maps, and
+    linearly with the length, for workspaces of the least size."""
+    mode = "batch-training" if batch_statistics else "layer"
+    device = device_of("cuda")
+    monkeypatch.setattr(cuda_plan, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 4))
+    forget_plans()
+
+    def allocated(batch, seqlen):
+        largest.__init__()
+        sizes = {"heads": 2, "head_dim": 8, "seqlen": seqlen, "batch": batch, "dtype": torch.float16}
+        problem = make_problem(mode, **sizes, layout="contiguous", device=device)
+        with largest:
+            compute(problem, "cuda")
+        size = cuda_plan.Size(2, 2, 8, batch, seqlen, seqlen, batch_statistics)
+        bound = workspace_bound(size, 4)
+        assert largest.bytes == bound
+        return largest.total
+
+    one_map = 2 * 304 * 304 * 2
+    few = allocated(1, 304)
+    assert allocated(5, 304) - few < 4 * one_map / 3
+    assert allocated(1, 3 * 304) < 3.1 * few
 
 
 @modes
@@ -91,7 +160,7 @@ def test_measurement_sees_inside_the_launchers(device, largest, monkeypatch):
 @modes
 def test_peak_memory(mode, fused, device):
     """Forward and backward at DeepViT's size: less than one map, where the reference holds several."""
-    problem = make_problem(mode, heads=12, head_dim=32, seqlen=577, batch=8, dtype=torch.bfloat16, device=device)
+    problem = make_problem(mode, heads=12, head_dim=32, seqlen=577, batch=32, dtype=torch.bfloat16, device=device)
     peaks = {}
     for backend in (fused, "reference"):
         compute(problem, backend)
@@ -100,5 +169,5 @@ def test_peak_memory(mode, fused, device):
         before = torch.cuda.memory_allocated()
         compute(problem, backend)
         peaks[backend] = torch.cuda.max_memory_allocated() - before
-    one_map = 8 * 12 * 577 * 577 * 2
+    one_map = 32 * 12 * 577 * 577 * 2
     assert peaks[fused] < one_map < peaks["reference"] / 3

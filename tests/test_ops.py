@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reattn import ReAttention, ops, re_attention
 from reattn.backends import FUSED as BACKENDS
+from reattn.backends import cuda_driver
 from reattn.backends.common import as_float32
 from reattn.backends.contract import Inputs
 from reattn.problem import Problem
@@ -143,11 +144,8 @@ def launches(monkeypatch):
         return run(kernel, grid, *args, **constants)
 
     monkeypatch.setattr(triton, "_run", recorded)
-    extension = getattr(BACKENDS["cuda"], "_cuda", None)
-    for name in ("forward", "add_up", "finish", "grad_sums", "backward_query", "backward_key", "unfold"):
-        if extension is not None:
-            original = getattr(extension, name)
-            monkeypatch.setattr(extension, name, lambda *a, n=name, f=original: launched.append(n) or f(*a))
+    launch = cuda_driver.launch
+    monkeypatch.setattr(cuda_driver, "launch", lambda *a: launched.append(a[0].kernel.name) or launch(*a))
     return launched
 
 

@@ -46,10 +46,6 @@ CARD = Sizes(
 EMULATED = Sizes(((3, 16),), 17, ((1, 3, 17, 16),), "aot_eager", ("deepvit_16b", 1), True, (1, 3, 17, 16), 0.0)
 
 
-def needs(backend: str) -> str:
-    return "build" if backend == "cuda" else ""
-
-
 def name_of(shape: Any) -> str:
     return "x".join(map(str, shape))
 
@@ -62,7 +58,6 @@ def kernel_jobs(sizes: Sizes) -> list[Job]:
         Job(
             f"{backend} kernels, {mode}",
             {"kind": "kernels", "backend": backend, "mode": mode, **problem},
-            needs(backend),
             own_process=True,
         )
         for backend, mode in itertools.product(BACKENDS, MODES[:3])
@@ -80,11 +75,11 @@ def _parity_jobs(sizes: Sizes, dtype: str, dropout_p: float) -> Iterator[Job]:
         problem = {"mode": mode, "heads": heads, "head_dim": head_dim, "seqlen": sizes.seqlen, "dtype": dtype}
         name = f"{backend} {heads}x{head_dim} {mode} {dtype}{' dropout' if dropout_p else ''}"
         request = {"kind": "parity", "backend": backend, **problem, "dropout_p": dropout_p}
-        yield Job(name, request, needs(backend))
+        yield Job(name, request)
 
 
 def warm_jobs(sizes: Sizes) -> list[Job]:
-    """Compilation of what will be timed: Triton's kernels, then what torch.compile makes of the eager forms."""
+    """Compilation of what will be timed: our kernels, then what torch.compile makes of the eager forms."""
     problems = [{"shape": shape, "norm": norm} for shape in sizes.timed for norm in TIMED_NORMS]
     jobs = [Job(f"warm {name_of(p['shape'])} {p['norm']}", {"kind": "warm", **p}) for p in problems]
     for problem, direction in itertools.product(problems, DIRECTIONS):
@@ -120,6 +115,6 @@ def stream_jobs(sizes: Sizes) -> list[Job]:
     heads, head_dim = sizes.heads_and_dims[0]
     problem = {"heads": heads, "head_dim": head_dim, "seqlen": sizes.seqlen, "dtype": "bfloat16"}
     return [
-        Job(f"{backend} {kind}, {mode}", {"kind": kind, "backend": backend, "mode": mode, **problem}, needs(backend))
+        Job(f"{backend} {kind}, {mode}", {"kind": kind, "backend": backend, "mode": mode, **problem})
         for kind, mode, backend in itertools.product(("stream", "graph"), ("layer", "batch-training"), BACKENDS)
     ]

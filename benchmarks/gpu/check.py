@@ -5,30 +5,23 @@ from __future__ import annotations
 import itertools
 
 from benchmarks.gpu import cases, table
-from benchmarks.gpu.pool import NOT_RUN, Job
-from benchmarks.gpu.run import BUILD_UNTIL, Run
+from benchmarks.gpu.pool import Job
+from benchmarks.gpu.run import Run
 
 # Of the budget: what is not done by then is left out for what follows.
-CORRECT_UNTIL = 0.46
+CORRECT_UNTIL = 0.5
 TIMED_UNTIL = 0.96
 # A kernel's candidates are compiled before anything of it is known.
 TUNE_SECONDS = 60.0
 
 
 def check(run: Run) -> None:
-    build, budget, sizes = run.set_up(), run.clock.budget, run.sizes
+    run.set_up()
+    budget, sizes = run.clock.budget, run.sizes
     in_bfloat16, *others = cases.parity_jobs(sizes)
     forecast = Job("forecast", {"kind": "forecast", "card": run.gpu["card"]})
     correct = [*cases.kernel_jobs(sizes), *in_bfloat16, *cases.warm_jobs(sizes), forecast, *itertools.chain(*others)]
-    # Those of the extension begin as soon as it is there.
-    correct.sort(key=lambda job: not job.needs)
-    run.stage("correctness", correct, CORRECT_UNTIL * budget, gates=run.gates(build))
-    there = run.built(build, BUILD_UNTIL * budget)
-    late = [job for job in correct if job.needs and job.result["status"] == NOT_RUN]
-    if there and late and run.clock.elapsed() < BUILD_UNTIL * budget:
-        for job in late:
-            run.jobs.remove(job)
-        run.stage("correctness of what was built late", late, (BUILD_UNTIL + 0.04) * budget, gates=run.gates(build))
+    run.stage("correctness", correct, CORRECT_UNTIL * budget)
 
     # From here on one process has the card to itself.
     run.pool.close()
@@ -36,7 +29,7 @@ def check(run: Run) -> None:
     run.stage("the machine", [told], run.clock.elapsed() + 40, workers=1)
     run.found["machine_info"]["reattn"] = told.result.get("machine", {})
     lost = unsafe(run)
-    able = tuple(told.result.get("able", cases.BACKENDS if there else cases.BACKENDS[:1]))
+    able = tuple(told.result.get("able", cases.BACKENDS))
     timing = cases.timing_jobs(sizes, able)
     for job in timing:
         names = "backends" if "backends" in job.request else "contenders"

@@ -52,12 +52,11 @@ class Job:
     """What a worker is asked for: ``request``, with a ``kind``; and what became of it.
 
     ``result["status"]``: "ok"; "wrong", a result that is not exact enough; "failed", an exception; "hang", killed after
-    its time limit; "crash", the process died; "not run". ``needs``: the gate that must be open first.
+    its time limit; "crash", the process died; "not run".
     """
 
     name: str
     request: dict[str, Any]
-    needs: str = ""
     own_process: bool = False
     seconds: float = BEGIN_SECONDS
     result: dict[str, Any] = field(default_factory=dict)
@@ -70,18 +69,14 @@ class Job:
         return {"name": self.name, **kept, **self.result, **({"lost": self.lost} if self.lost else {})}
 
 
-# A gate: None while it is not known, "" once it is open, else why it stays shut.
-Gate = Callable[[], "str | None"]
-
-
 class Process:
     """A worker; what it says goes into ``inbox`` as (process, message), and None once it is gone."""
 
-    def __init__(self, command: Sequence[str], log: TextIO, inbox: queue.Queue, needs: str, clock: Clock) -> None:
+    def __init__(self, command: Sequence[str], log: TextIO, inbox: queue.Queue, clock: Clock) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
         self.popen = subprocess.Popen(command, **pipes, **GROUP)
         LIVE.add(self.popen)
-        self.needs, self.job = needs, None
+        self.job: Job | None = None
         self.step, self.optional = "", False
         self.deadline = self.began = float("inf")
         self.jobs = 0
@@ -145,14 +140,13 @@ class Pool:
         jobs: Iterable[Job],
         until: float,
         workers: int | None = None,
-        gates: dict[str, Gate] | None = None,
         done: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        """Runs jobs in their order, as far as their gates are open, to the clock's second ``until``.
+        """Runs jobs in their order, to the clock's second ``until``.
 
         Every job has a result then: those that were not begun, or were cut off, "not run" and why.
         """
-        waiting, gates = list(jobs), gates or {}
+        waiting = list(jobs)
         workers = self.workers if workers is None else workers
 
         def finish(job: Job, **result: Any) -> None:
@@ -162,15 +156,9 @@ class Pool:
         while waiting or any(process.job for process in self._processes):
             if self.clock.left(until) <= 0:
                 break
-            for job in [job for job in waiting if job.needs and gates[job.needs]()]:
-                waiting.remove(job)
-                finish(job, status=NOT_RUN, error=gates[job.needs]())
             enough = self.clock.left(until) > LEAST_SECONDS
-            while enough and sum(bool(process.job) for process in self._processes) < workers:
-                job = next((job for job in waiting if not job.needs or gates[job.needs]() == ""), None)
-                if job is None:
-                    break
-                waiting.remove(job)
+            while enough and waiting and sum(bool(process.job) for process in self._processes) < workers:
+                job = waiting.pop(0)
                 if not self._idle(job, workers).begin(job):
                     waiting.insert(0, job)
             if not enough and not any(process.job for process in self._processes):
@@ -180,22 +168,20 @@ class Pool:
             finish(process.job, status=NOT_RUN, error=f"{NO_TIME}: cut off after {self._took(process):.0f} s")
             self._end(process)
         for job in waiting:
-            shut = gates[job.needs]() if job.needs else ""
-            finish(job, status=NOT_RUN, error=NO_TIME if shut == "" else shut or f"{NO_TIME}: {job.needs} not done yet")
+            finish(job, status=NOT_RUN, error=NO_TIME)
 
     def _took(self, process: Process) -> float:
         return self.clock.elapsed() - process.began
 
     def _idle(self, job: Job, workers: int) -> Process:
-        """A process for the job: one without a job that was started after what it needs was there, else a new one."""
+        """A process for the job: one without a job, else a new one."""
         idle = [process for process in self._processes if not process.job]
-        fit = [process for process in idle if process.needs == job.needs or not job.needs]
-        fit = [process for process in fit if not (job.own_process and process.jobs)]
+        fit = [process for process in idle if not (job.own_process and process.jobs)]
         if fit:
             return fit[0]
         if len(self._processes) >= workers and idle:
             self._end(idle[0])
-        process = Process(self.command, self.log, self._inbox, job.needs, self.clock)
+        process = Process(self.command, self.log, self._inbox, self.clock)
         self._processes.append(process)
         return process
 

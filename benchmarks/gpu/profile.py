@@ -13,9 +13,10 @@ from typing import Any
 
 from benchmarks.gpu import cases, table
 from benchmarks.gpu.pool import NOT_RUN, Job, run_command
-from benchmarks.gpu.run import BUILD_UNTIL, Run
+from benchmarks.gpu.run import Run
 
-PROFILED = ("forward", "backward_query")
+# What Triton and what CUDA launches for the most of a step.
+PROFILED = ("forward", "backward_query", "backward", "products")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy", "InstructionStats")
 METRICS = (
     "gpu__time_duration.sum",
@@ -47,7 +48,7 @@ def worker_command(request: dict[str, Any]) -> list[str]:
 
 def ncu_command(request: dict[str, Any], log: pathlib.Path, metrics: Iterable[str] = METRICS) -> list[str]:
     """Profiled are the kernels' launches between the profiler's start and stop; the card's clocks stay as they are."""
-    kernels = f"regex:^({'|'.join(PROFILED)})_kernel"
+    kernels = f"regex:^({'|'.join(PROFILED)})(_kernel)?$"
     options = ["--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels]
     options += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
     for section in SECTIONS:
@@ -66,9 +67,9 @@ def read_ncu(text: str) -> dict[str, dict[str, float | str]]:
     names, found = rows[0], {}
     for row in rows[2:]:
         values = dict(zip(names, row, strict=False))
-        kernel = re.search("|".join(PROFILED), values.get("Kernel Name", ""))
+        kernel = re.search(rf"\b({'|'.join(PROFILED)})(_kernel)?\b", values.get("Kernel Name", ""))
         if kernel:
-            found[kernel[0]] = {name: _number(value) for name, value in values.items() if value != ""}
+            found[kernel[1]] = {name: _number(value) for name, value in values.items() if value != ""}
     return found
 
 
@@ -103,12 +104,11 @@ def read_sanitizer(text: str) -> tuple[int | None, list[str]]:
 
 
 def profile(run: Run) -> None:
-    """Streams and graphs, the counters of two launches of each backend, then the accesses of the CUDA kernels."""
-    build = run.set_up()
-    there = run.built(build, BUILD_UNTIL * run.clock.budget)
+    """Streams and graphs, counters of the longest launches of each backend, then the accesses of the CUDA kernels."""
+    run.set_up()
     if not run.emulated:
         until = run.clock.elapsed() + 0.15 * run.clock.budget
-        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until, workers=4, gates=run.gates(build))
+        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until, workers=4)
     run.pool.close()
     wanted = {"kind": "launches", "shape": run.sizes.profiled, "norm": "layer"}
     small = [
@@ -118,7 +118,7 @@ def profile(run: Run) -> None:
     for backend in cases.BACKENDS:
         job = Job(f"ncu {backend}", {**wanted, "backend": backend})
         run.jobs.append(job)
-        job.result = watched(run, "ncu", there or not cases.needs(backend), lambda job=job: count(run, job))
+        job.result = watched(run, "ncu", lambda job=job: count(run, job))
         for kernel, metrics in job.result.get("metrics", {}).items():
             counted = Job(f"{backend} {kernel}", {"kind": "counters"})
             counted.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
@@ -127,7 +127,7 @@ def profile(run: Run) -> None:
     for tool in ("memcheck", "racecheck", "initcheck"):
         job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})
         run.jobs.append(job)
-        job.result = watched(run, "compute-sanitizer", there, lambda tool=tool: sanitize(run, tool, small))
+        job.result = watched(run, "compute-sanitizer", lambda tool=tool: sanitize(run, tool, small))
         run.say(f"{job.name}: {table.status(job.result)}")
         run.write()
     stalled = [
@@ -140,11 +140,9 @@ def profile(run: Run) -> None:
     )
 
 
-def watched(run: Run, program: str, there: bool, watch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def watched(run: Run, program: str, watch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if run.emulated:
         return {"status": NOT_RUN, "error": "emulated"}
-    if not there:
-        return {"status": NOT_RUN, "error": "CUDA extension not built"}
     if shutil.which(program) is None:
         return {"status": NOT_RUN, "error": f"{program} is not installed"}
     return watch()

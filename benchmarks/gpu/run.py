@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu import cases, table
-from benchmarks.gpu.install import Build, Card, find_card, install
-from benchmarks.gpu.pool import NO_TIME, NOT_RUN, Clock, Gate, Job, Pool
-
-# Of the budget: by when the extension is built, or left out.
-BUILD_UNTIL = 0.6
+from benchmarks.gpu.install import find_card, install
+from benchmarks.gpu.pool import NOT_RUN, Clock, Job, Pool
 
 
 class Run:
@@ -64,11 +61,11 @@ class Run:
     def records(self, *kinds: str) -> list[dict[str, Any]]:
         return [job.record() for job in self.jobs if job.result and job.request["kind"] in kinds]
 
-    def set_up(self) -> Build | None:
-        """The card, the installation, and the extension's build begun; None where there is nothing to build."""
+    def set_up(self) -> None:
+        """The card and the installation."""
         if self.emulated:
             self.gpu["card"] = "emulated"
-            return None
+            return
         card = find_card()
         self.gpu["card"] = card.name
         self.say(f"{card.name}, compute capability {card.capability}")
@@ -77,20 +74,6 @@ class Run:
         self.write()
         if installed["status"] != "ok":
             raise RuntimeError(f"not installed: {table.status(installed)} (see {self.part}.log)")
-        return self.start_build(card)
-
-    def start_build(self, card: Card) -> Build:
-        return Build(card, self.clock, self.out / "build.log").start()
-
-    def built(self, build: Build | None, until: float) -> bool:
-        """Waits for the extension, and notes what became of it."""
-        if build is None:
-            return True
-        there = build.wait(until)
-        self.gpu["build"] = build.result or {"status": NOT_RUN, "error": f"{NO_TIME}: not built yet"}
-        self.say(f"CUDA extension: {table.status(self.gpu['build'])}")
-        self.write()
-        return there
 
     def print_table(self, *sections: tuple[str, list[str]]) -> None:
         """Then what is not right, and what was not run."""
@@ -102,13 +85,6 @@ class Run:
             if lines:
                 print("", title, *lines, sep="\n", flush=True)
 
-    def gates(self, build: Build | None) -> dict[str, Gate]:
-        """Open where there is nothing to build."""
-        return {"build": (lambda: "") if build is None else build.gate}
-
     def right(self) -> bool:
         """Whether nothing that ran was wrong."""
-        broken = self.gpu.get("build", {}).get("status", "ok") not in ("ok", NOT_RUN)
-        return not broken and not any(
-            job.result and job.result["status"] not in ("ok", NOT_RUN) or job.lost for job in self.jobs
-        )
+        return not any(job.result and job.result["status"] not in ("ok", NOT_RUN) or job.lost for job in self.jobs)

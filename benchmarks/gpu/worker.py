@@ -23,13 +23,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What a kernel that ends at all needs at most, its float64 reference included.
 RUN_SECONDS = 20.0
 EMULATED = False
-CUDA_LAUNCHES = ("forward", "finish", "add_up", "grad_sums", "backward_query", "backward_key", "unfold")
 # By kernel what shows whether it was right.
 RESULTS = {
     "forward": ("output",),
     "finish": ("output", "running_mean", "running_var"),
     "backward_query": ("query gradient",),
     "backward_key": ("key gradient", "value gradient"),
+    "backward": ("query gradient",),
+    "products": ("key gradient", "value gradient"),
     "unfold": ("theta gradient", "bias gradient", "norm_weight gradient", "norm_bias gradient"),
 }
 
@@ -110,7 +111,7 @@ def hooked(backend: str, hook: Callable[[str, Callable[[], Any]], Any]) -> Itera
     """Every launch of a backend goes through ``hook(kernel, launch)``."""
     from unittest import mock
 
-    from reattn.backends import cuda, triton
+    from reattn.backends import cuda_driver, triton
 
     if backend == "triton":
         run = triton._run
@@ -122,27 +123,27 @@ def hooked(backend: str, hook: Callable[[str, Callable[[], Any]], Any]) -> Itera
         with mock.patch.object(triton, "_run", through):
             yield
     else:
-        extension = cuda._cuda
-        with contextlib.ExitStack() as stack:
-            for name in CUDA_LAUNCHES:
-                launch = getattr(extension, name)
-                patched = functools.partial(lambda name, launch, *a: hook(name, lambda: launch(*a)), name, launch)
-                stack.enter_context(mock.patch.object(extension, name, patched))
+        run = cuda_driver.launch
+
+        def through(loaded: Any, *how: Any) -> None:
+            *where, params, tensors = how
+            kept = type(params).from_buffer_copy(params)  # the next launch may be given the same ones, changed
+            hook(loaded.kernel.function, functools.partial(run, loaded, *where, kept, tensors))
+
+        with mock.patch.object(cuda_driver, "launch", through):
             yield
 
 
 @contextlib.contextmanager
 def compiled_only(backend: str) -> Iterator[None]:
-    """Triton's kernels are compiled, into its cache on disk, and not launched: what is computed means nothing."""
-    if backend != "triton":
-        yield
-        return
+    """Kernels are compiled, and kept on disk, but not launched: what is computed means nothing."""
 
     def compile_it(name: str, launch: Any) -> None:
-        kernel, grid, tile, *args = launch.args
-        kernel.warmup(*args, grid=grid, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch.keywords)
+        if backend == "triton":
+            kernel, grid, tile, *args = launch.args
+            kernel.warmup(*args, grid=grid, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch.keywords)
 
-    with hooked("triton", compile_it):
+    with hooked(backend, compile_it):
         yield
 
 
@@ -176,12 +177,11 @@ def parity(answers: Answers, backend: str, dropout_p: float = 0.0, without: Any 
         given = {name: sizes[name] for name in ("heads", "head_dim", "seqlen")}
         return measure.drawn_mask(backend, **given, seqlen_k=sizes["seqlen"], dropout_p=dropout_p)
 
-    if backend == "triton":
-        answers.begin("compiling")
-        with compiled_only(backend):
-            measure.compute(problem, backend)
-            if dropout_p:
-                mask()
+    answers.begin("compiling")
+    with compiled_only(backend):
+        measure.compute(problem, backend)
+        if dropout_p:
+            mask()
     answers.begin("running")
     if dropout_p:
         problem = replace(problem, keep=mask())
@@ -195,10 +195,9 @@ def kernels(answers: Answers, backend: str, without: Any = (), **sizes: Any) -> 
     import parity as measure
 
     problem = make_problem(**sizes)
-    if backend == "triton":
-        answers.begin("compiling")
-        with compiled_only(backend):
-            measure.compute(problem, backend)
+    answers.begin("compiling")
+    with compiled_only(backend):
+        measure.compute(problem, backend)
     ran: list[str] = []
 
     def one_by_one(name: str, launch: Callable[[], Any]) -> None:
@@ -242,13 +241,14 @@ def as_problem(shape: Any, norm: str, dtype: str = "bfloat16") -> Any:
 
 @handler
 def warm(answers: Answers, shape: Any, norm: str, without: Any = ()) -> dict[str, Any]:
-    """Triton's kernels of a problem that will be timed."""
+    """Our kernels of a problem that will be timed."""
     from benchmarks import measure
 
     problem = as_problem(shape, norm)
-    call = operator_call(measure.operator(norm, "triton"), problem, True)
-    with compiled_only("triton"):
-        call()
+    for backend in able():
+        call = operator_call(measure.operator(norm, backend), problem, True)
+        with compiled_only(backend):
+            call()
     return {}
 
 

@@ -1,51 +1,455 @@
 // The output and the LSE; with batch statistics, what the mixed maps make of the values, and sums over the mixed maps.
-#include "kernels.h"
-#include "launch.h"
-#include "mixing.cuh"
+#include "heads.cuh"
+#include "scores.cuh"
 
 namespace reattn {
 
-// A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
-// comes first, and the maps again tile by tile.
-template <class T, int kPadded, int kTiles, bool kSum>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Params p) {
-  constexpr int kColumns = out_dims(kPadded) / 8, kHeads = heads_of_a_warp(kPadded);
-  const Place place(p, out_dims(kPadded));
-  const int dims = smaller(p.head_dim - place.first_dim, 8 * kColumns);
+// Shared memory.
+constexpr int kStages = kMapBytes;
+constexpr int kWarpStages = kDirect && kResident ? 0 : 2 * kStageBytes;
+constexpr int kSums = round_up(kStages + kWarps * kWarpStages, 128);  // of softmax, by row and head
+constexpr int kReferences = kSums + kRows * kPaddedHeads * 4;         // by row and head, where they are read again
+constexpr int kFolded = round_up(kReferences + (kResident ? 0 : kRows * kPaddedHeads * 4), 128);
+constexpr int kMoments = kFolded + kFoldedBytes;  // (2, warps, padded heads)
+constexpr int kBytes = kMoments + (kStatistics ? 2 * kWarps * kPaddedHeads * 4 : 0);
+static_assert(kBytes == REATTN_SHARED_BYTES, "the plan knows how much shared memory a block takes");
 
-  Mixing<T, kPadded>::prepare(p);
-  for (int head = place.warp; head < p.heads; head += p.plan.warps) {
-    Softmax<T, kTiles> softmax;
-    softmax.sweep(p, place, head);
-    if (p.plan.resident) softmax.finish(p, place, head);
+constexpr bool kLessStored = kStatistics && kSmallRange;
+
+REATTN_DEVICE Shared<float> of_row(int offset, int row, int head) {
+  return as<float>(at(offset)) + (row * kPaddedHeads + head);
+}
+
+// Sums over the mixed maps of a warp and over their squares, of heads 8 block + lane % 4 * 2 and the next; on tensor
+// cores of what lies on the diagonal of products, in the first.
+struct MixedSums {
+  float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {};
+
+  // Of all warps, added up in order; all threads have to come here.
+  REATTN_DEVICE void store(const Params& p, int warp) {
+    const Shared<float> moments = as<float>(at(kMoments));
+#pragma unroll
+    for (int block = 0; block < kHeadBlocks; block++) {
+      if constexpr (kFloat) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int mask = 4; mask < kWarp; mask *= 2) {
+            sums[block][i] += shuffle_xor(sums[block][i], mask);
+            squares[block][i] += shuffle_xor(squares[block][i], mask);
+          }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (lane() < 4) {
+            const int head = 8 * block + lane() * 2 + i;
+            reattn::store(moments + (warp * kPaddedHeads + head), sums[block][i]);
+            reattn::store(moments + ((kWarps + warp) * kPaddedHeads + head), squares[block][i]);
+          }
+      } else if (lane() % 4 == lane() / 8) {
+        // The diagonal of the products of maps with maps.
+        reattn::store(moments + (warp * kPaddedHeads + 8 * block + lane() / 4), sums[block][0]);
+        reattn::store(moments + ((kWarps + warp) * kPaddedHeads + 8 * block + lane() / 4), squares[block][0]);
+      }
+    }
+    sync_block();
+    if (block_y() > 0) return;  // blocks for other columns of an output have the same
+    for (int i = thread(); i < 2 * kHeads; i += threads()) {
+      float sum = 0;
+      for (int from = 0; from < kWarps; from++)
+        sum += load<float>(moments + ((i / kHeads * kWarps + from) * kPaddedHeads + i % kHeads));
+      write(p.vectors + (i * p.blocks + block_x()), sum);
+    }
   }
-  float out[kHeads][kTiles][kColumns][4] = {};
-  for (int first = 0; first < p.key.rows; first += p.plan.tile) {
-    if (!p.plan.resident)
-      for (int head = place.warp; head < p.heads; head += p.plan.warps)
-        fill_maps<T, kTiles, false, false>(p, place, head, first);
-    sync_block();
-    Mixing<T, kPadded> mixing(p, place);
-    mixing.template forward<kSum>(first == 0);
-    sync_block();
-    for_each_head<kHeads>(p, place, [&](int i, int head) {
-      Stream<T> values(p, p.value, place, head, first, p.plan.tile, place.first_dim,
-                       place.first_dim + round_up(dims, 16));
-      multiply_maps(out[i], head_tile<T>(p, p.plan.maps, head), p.plan.tile, values, dims);
+};
+
+// Mixes the heads of a warp's rows, and normalises them.
+class RowMixing {
+ public:
+  REATTN_DEVICE RowMixing(const Params& p, MixedSums& moments)
+      : moments_(moments),
+        folded_(kFolded),
+        squares_and_eps_([&] {
+          const float unit = folded_.vector_apart(kUnit, 0);
+          return p.fold.p.eps * kHeads * unit * unit;
+        }),
+        keep_(kDropout ? p.keep_scale : 1.0f),
+        centre_(kFloat ? p.centre : p.centre / keep_),
+        stored_(kLessStored ? stored_part(p.key.rows) : 1.0f) {
+    for_each_element([&](int block, int i, int head, int) {
+      shift_[block][i] = folded_.vector_apart(kShift, head);
+      // Layer norm divides by the root of the sum of squares, not of their mean.
+      gamma_[block][i % 2] = folded_.vector(kGamma, head) * square_root(float(kHeads));
+      beta_[block][i % 2] = folded_.vector(kBeta, head);
+    });
+    if constexpr (!kFloat)
+      for_each_weight([&](int step, int block, int i, int from, int to) {
+        weights_[step][block][i] = folded_.weight(from, to) * folded_.vector(kUnit, 8 * block + lane() / 4);
+      });
+  }
+
+  // The maps of the warp's rows, in place; those outside the sequence become zero where they would not be finite or are
+  // summed.
+  REATTN_DEVICE void mix(int warp, int rows, int keys) {
+    Heads<> first(at(0), warp);
+#pragma unroll 1
+    for (int row = warp; row < rows; row += kWarps, first.descend(kWarps)) {
+      if constexpr (!kFloat) weigh(row);
+      Heads<> heads = first;
+      float sums[kHeadSteps][4] = {}, squares[kHeadBlocks][4] = {};
+      const int in_pairs = keys / 32 * 32;
+#pragma unroll kAtOnce
+      for (int key = 0; key < in_pairs; key += 32) mix_some<2, false>(heads, row, key, keys, sums, squares);
+#pragma unroll 1
+      for (int key = in_pairs; key < keys; key += 16)
+        mix_some<1, kLayer || kStatistics>(heads, row, key, keys, sums, squares);
+      // Row by row: long sums of products on tensor cores lose digits.
+      if constexpr (kStatistics && !kFloat)
+#pragma unroll
+        for (int block = 0; block < kHeadBlocks; block++) {
+          const int lower = block % 2 * 2;
+          moments_.sums[block][0] += sums[block / 2][lower];
+          moments_.squares[block][0] += lane() / 4 % 2 ? squares[block][lower + 1] : squares[block][lower];
+        }
+    }
+  }
+
+ private:
+  static constexpr int kAtOnce = kHeadSteps > 1 ? 1 : 2;  // loops are unrolled where there is little in them
+
+  // The maps of kGroups times 16 keys.
+  template <int kGroups, bool kRagged>
+  REATTN_DEVICE void mix_some(Heads<>& heads, int row, int key, int keys, float (&sums)[kHeadSteps][4],
+                              float (&squares)[kHeadBlocks][4]) {
+    HeadsTile mixed[kGroups];
+    multiply(mixed, heads, row, key);
+#pragma unroll
+    for (int group = 0; group < kGroups; group++) {
+      HeadsTile& tile = mixed[group];
+      if constexpr (kLayer) {
+        const float2 sums =
+            sums_over_heads(squares_and_eps_, [&](int block, int i) { return tile[block][i] * tile[block][i]; });
+        const float scales[2] = {fast_inverse_sqrt(sums.x), fast_inverse_sqrt(sums.y)};
+        for_each_element([&](int block, int i, int, int lower) {
+          tile[block][i] = fmaf(tile[block][i] * scales[lower], gamma_[block][i % 2], beta_[block][i % 2]);
+        });
+      }
+      if constexpr (kLessStored) for_each_element([&](int block, int i, int, int) { tile[block][i] *= stored_; });
+      if constexpr (kRagged)
+        for_each_element([&](int block, int i, int, int lower) {
+          if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
+        });
+    }
+    if constexpr (kFloat) {
+      sync_warp();
+#pragma unroll
+      for (int group = 0; group < kGroups; group++)
+        for_each_element([&](int block, int i, int head, int lower) {
+          if (head < kHeads) store(map(head, row, key + 16 * group + 8 * lower + lane() / 4), mixed[group][block][i]);
+          if constexpr (kStatistics) {
+            moments_.sums[block][i % 2] += mixed[group][block][i];
+            moments_.squares[block][i % 2] =
+                fmaf(mixed[group][block][i], mixed[group][block][i], moments_.squares[block][i % 2]);
+          }
+        });
+      heads.advance(kGroups);
+    } else {
+      sync_warp();
+      Heads<> across = heads;
+#pragma unroll
+      for (int group = 0; group < kGroups; group++, heads.advance()) heads.store(mixed[group]);
+      if constexpr (kStatistics) {
+        sync_warp();
+#pragma unroll
+        for (int group = 0; group < kGroups; group++, across.advance()) add_moments(sums, squares, across);
+      }
+    }
+  }
+
+  // Visits a lane's part of the weights as the second operand of a product over heads.
+  template <class Function>
+  static REATTN_DEVICE void for_each_weight(Function function) {
+#pragma unroll
+    for (int step = 0; step < kHeadSteps; step++)
+#pragma unroll
+      for (int block = 0; block < kHeadBlocks; block++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          function(step, block, i, 16 * step + i / 2 * 8 + lane() % 4 * 2 + i % 2, 8 * block + lane() / 4);
+  }
+
+  static REATTN_DEVICE Shared<float> map(int head, int row, int key) {
+    return as<float>(at(head * kHeadStride + row * kRowStride)) + key;
+  }
+
+  // The weights for a row, which divide the maps by their sums; and what makes them maps less their centre: exactly, of
+  // the weights as they are rounded, so that rounding counts only for what differs from the centre.
+  REATTN_DEVICE void weigh(int row) {
+    float factors[kHeadSteps][4];
+    uint32_t centres[kHeadSteps][4];
+#pragma unroll
+    for (int step = 0; step < kHeadSteps; step++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int head = 16 * step + 8 * half + lane() % 4 * 2;
+        const float2 sums = head < kPaddedHeads ? load<float2>(of_row(kSums, row, head)) : float2{1, 1};
+        factors[step][2 * half] = keep_ * fast_inverse(sums.x),
+                          factors[step][2 * half + 1] = keep_ * fast_inverse(sums.y);
+        const float first = centre_ * sums.x, second = centre_ * sums.y;
+        // What float16 cannot hold of it lies in the lower eight rows.
+        centres[step][2 * half] = pack<Half>(first, second);
+        const float2 held = unpack<Half>(centres[step][2 * half]);
+        centres[step][2 * half + 1] = pack<Half>(first - held.x, second - held.y);
+      }
+    for_each_weight([&](int step, int block, int i, int, int) {
+      if (i % 2 == 0)
+        operand_[step][block][i / 2] = pack<Half>(weights_[step][block][i] * factors[step][i],
+                                                  weights_[step][block][i + 1] * factors[step][i + 1]);
+    });
+#pragma unroll
+    for (int block = 0; block < kHeadBlocks; block++) {
+      float taken[4] = {};
+#pragma unroll
+      for (int step = 0; step < kHeadSteps; step++) multiply_add<Half>(taken, centres[step], operand_[step][block]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) first_[block][i] = shift_[block][i] - (taken[i % 2] + taken[2 + i % 2]);
+    }
+  }
+
+  template <int kGroups>
+  REATTN_DEVICE void multiply(HeadsTile (&mixed)[kGroups], Heads<> heads, int row, int key) const {
+    if constexpr (kFloat) {
+#pragma unroll
+      for (int group = 0; group < kGroups; group++)
+        for_each_element([&](int block, int i, int, int) { mixed[group][block][i] = shift_[block][i]; });
+      for (int head = 0; head < kHeads; head++) {
+        const float factor = keep_ / load<float>(of_row(kSums, row, head));
+#pragma unroll
+        for (int group = 0; group < kGroups; group++) {
+          float maps[2];
+#pragma unroll
+          for (int lower = 0; lower < 2; lower++)
+            maps[lower] =
+                fmaf(load<float>(map(head, row, key + 16 * group + 8 * lower + lane() / 4)), factor, -centre_);
+          for_each_element([&](int block, int i, int to, int lower) {
+            mixed[group][block][i] = fmaf(maps[lower], folded_.weight(head, to), mixed[group][block][i]);
+          });
+        }
+      }
+    } else {
+#pragma unroll
+      for (int group = 0; group < kGroups; group++, heads.advance()) {
+        const HeadsOperand operand = heads.load();
+#pragma unroll
+        for (int block = 0; block < kHeadBlocks; block++) {
+          multiply_from<Half>(mixed[group][block], operand.part[0], operand_[0][block], first_[block]);
+#pragma unroll
+          for (int step = 1; step < kHeadSteps; step++)
+            multiply_add<Half>(mixed[group][block], operand.part[step], operand_[step][block]);
+        }
+      }
+    }
+  }
+
+  // Sums over 16 positions of the maps as they are stored, and of their products: on tensor cores, with ones and with
+  // the maps themselves, of which the diagonal counts.
+  static REATTN_DEVICE void add_moments(float (&sums)[kHeadSteps][4], float (&squares)[kHeadBlocks][4],
+                                        const Heads<>& heads) {
+#pragma unroll
+    for (int step = 0; step < kHeadSteps; step++) {
+      uint32_t maps[4];
+      heads.load_across(maps, step);
+      multiply_add<Narrow>(sums[step], maps, {pack<Narrow>(1, 1), pack<Narrow>(1, 1)});
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        if (2 * step + half < kHeadBlocks) {
+          multiply_add_half<Narrow>(squares[2 * step + half], {maps[0], maps[1]}, maps[half]);
+          multiply_add_half<Narrow>(squares[2 * step + half], {maps[2], maps[3]}, maps[2 + half]);
+        }
+    }
+  }
+
+  MixedSums& moments_;
+  Folded folded_;
+  NeighbourSums squares_and_eps_;
+  float keep_, centre_, stored_;
+  float gamma_[kHeadBlocks][2], beta_[kHeadBlocks][2];
+  float weights_[kHeadSteps][kHeadBlocks][4];  // from heads (i / 2 * 8 + lane % 4 * 2 + i % 2) to head lane / 4
+  uint32_t operand_[kHeadSteps][kHeadBlocks][2];
+  HeadsTile shift_, first_;
+};
+
+// The output of one head: its mixed maps times the values.
+struct Output {
+  float sums[kTiles][kOutDims / 8][4] = {};
+
+  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_key,
+                         int first_dim) {
+    using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
+    Values values(stages, p.value, sample, head, first_key, first_key + kKeys, first_dim);
+    const int end = smaller(kKeys, p.key.rows - first_key);
+    // In pairs those that have 16 more behind them.
+    const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
+    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
+    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+    take<false>(values, offset, maps, from, 0);
+    from = from + 32;
+#pragma unroll 1
+    for (int key = 16; key < in_pairs; key += 32, from = from + 64)
+#pragma unroll
+      for (int i = 0; i < 2; i++) take<true>(values, offset, maps, from + 32 * i, key + 16 * i);
+#pragma unroll 1
+    for (int key = in_pairs; key < end; key += 16, from = from + 32) take<false>(values, offset, maps, from, key);
+  }
+
+  REATTN_DEVICE void store(const Params& p, int sample, int head, int first_row, int first_dim) {
+    const float slope = kLayer || kStatistics ? 1.0f : 1.0f / Folded(kFolded).vector(kUnit, head);
+    const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
+    Element* to = head_rows(p.out, sample, head) + dim;
+    for_each_row<kTiles>([&](int tile, int lower, int row) {
+      if (first_row + row >= p.out.rows) return;
+      Element* to_row = to + (first_row + row) * row_stride<kOutStride>(p.out);
+      float values[kOutDims / 8][2];
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          values[column][i] = sums[tile][column][2 * lower + i] * slope;
+        }
+#pragma unroll
+      for (int i = 0; i < kOutDims / 8; i++) {
+        if constexpr (kDirect) {  // 2 kOutDims / 8 neighbours
+          constexpr int kColumns = kOutDims / 8;
+          const int column = 2 * i % kColumns, right = 2 * i / kColumns;
+          if constexpr (kColumns % 4 == 0 && kHeadDim == kOutDims) {
+            if (i % 4 == 0)
+              write(to_row + 2 * i,
+                    uint4{pair(values, i), pair(values, i + 1), pair(values, i + 2), pair(values, i + 3)});
+          } else {
+            write_pair(to_row + 2 * i, dim + 2 * i, values[column][right], values[column + 1][right]);
+          }
+        } else {
+          write_pair(to_row + 8 * i, dim + 8 * i, values[i][0], values[i][1]);
+        }
+      }
     });
   }
-  for_each_head<kHeads>(p, place, [&](int i, int head) { store_rows<T>(p, p.out, place, head, out[i], 1.0f); });
-  if constexpr (kSum) Mixing<T, kPadded>(p, place).store_moments();
-}
 
-#ifndef __CUDACC_RTC__
-template <class T>
-void forward(const Params& p, const Launch& how) {
-  choose_forward<T>(
-      p, [&](auto padded, auto tiles, auto sum) { start(forward_kernel<T, padded, tiles, sum>, "forward", p, how); });
-}
+ private:
+  static REATTN_DEVICE uint32_t pair(const float (&values)[kOutDims / 8][2], int i) {
+    const int column = 2 * i % (kOutDims / 8), right = 2 * i / (kOutDims / 8);
+    return pack<Narrow>(values[column][right], values[column + 1][right]);
+  }
 
-template void forward<REATTN_ELEMENT>(const Params& p, const Launch& how);
-#endif
+  // 16 keys.
+  template <bool kWhole, class Values>
+  REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
+    if constexpr (kFloat) {
+      const Shared<char> stage = values.template next<kWhole>();
+      for (int step = 0; step < 16; step++) {
+        float map[kTiles][2];
+        for_each_row<kTiles>([&](int tile, int lower, int row) {
+          map[tile][lower] = load<float>(as<float>(maps + row * kRowStride) + (key + step));
+        });
+#pragma unroll
+        for (int column = 0; column < kOutDims / 8; column++) {
+          const float2 value = load<float2>(as<float>(stage + step * kStageStride) + (8 * column + lane() % 4 * 2));
+          for_each_row<kTiles>([&](int tile, int lower, int) {
+            sums[tile][column][2 * lower] = fmaf(map[tile][lower], value.x, sums[tile][column][2 * lower]);
+            sums[tile][column][2 * lower + 1] = fmaf(map[tile][lower], value.y, sums[tile][column][2 * lower + 1]);
+          });
+        }
+      }
+    } else {
+      uint32_t mixed[kTiles][4], operands[kOutDims / 8][2];
+      if constexpr (kDirect) {
+        values.template next<kWhole>(operands);
+      } else {
+        const Shared<char> stage = values.template next<kWhole>();
+#pragma unroll
+        for (int column = 0; column < kOutDims / 8; column += 2) {
+          uint32_t four[4];
+          load_matrices_transposed(four, stage + (offset + 16 * column));
+          operands[column][0] = four[0], operands[column][1] = four[1];
+          operands[column + 1][0] = four[2], operands[column + 1][1] = four[3];
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++) load_matrices(mixed[tile], from + 16 * tile * kRowStride);
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+          for (int tile = 0; tile < kTiles; tile++)
+            multiply_add<Narrow>(sums[tile][column + half], mixed[tile], operands[column + half]);
+      }
+    }
+  }
+};
+
+// A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
+// comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
+__global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
+  const int warp = reattn::warp(), blocks = (p.query.rows + kRows - 1) / kRows;
+  const int sample = unsigned(block_x()) / unsigned(blocks), first_row = (block_x() - sample * blocks) * kRows;
+  const int first_dim = block_y() * kOutDims;
+  const Shared<char> stages = at(kStages + warp * kWarpStages);
+  const auto for_each_head = [&](auto function) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++)
+      if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
+  };
+
+  if (warp == 0) Folded(kFolded).prepare<!kFloat>(p);
+  if constexpr (kPaddedHeads > kHeads)
+    for (int row = thread(); row < kRows; row += threads())
+      for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
+  for_each_head([&](int, int head, Shared<char> maps) {
+    Softmax softmax(p, stages, sample, head, first_row);
+    softmax.sweep<kResident>(maps);
+    const Shared<float> sums = of_row(kSums, lane() / 4, head);
+    float* lse = p.lse + row_index(p, sample, head, first_row + lane() / 4);
+    const int rows_with_lse = block_y() == 0 ? p.query.rows : 0;  // blocks for other columns of an output have the same
+    if (lane() % 4 == 0)
+      for_each_row<kTiles>([&](int tile, int lower, int row) {
+        const int further = 16 * tile + 8 * lower;
+        store(sums + further * kPaddedHeads, softmax.sum_[tile][lower]);
+        if constexpr (!kResident) store(of_row(kReferences, row, head), softmax.reference_[tile][lower]);
+        if (first_row + row < rows_with_lse) write(lse + further, softmax.lse(tile, lower));
+      });
+  });
+
+  const int rows = smaller(kRows, p.query.rows - first_row);
+  sync_block();
+  MixedSums moments;
+  if constexpr (kResident) {
+    RowMixing(p, moments).mix(warp, rows, p.key.rows);
+    sync_block();
+    for_each_head([&](int, int head, Shared<char> maps) {
+      Output out;
+      out.add(p, stages, maps, sample, head, 0, first_dim);
+      out.store(p, sample, head, first_row, first_dim);
+    });
+  } else {
+    Output out[kTurns];
+    for (int first_key = 0; first_key < p.key.rows; first_key += kKeys) {
+      for_each_head([&](int, int head, Shared<char> maps) {
+        Softmax softmax(p, stages, sample, head, first_row);
+        for_each_row<kTiles>([&](int tile, int lower, int row) {
+          softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
+        });
+        softmax.fill(maps, first_key);
+      });
+      sync_block();
+      RowMixing(p, moments).mix(warp, rows, smaller(kKeys, p.key.rows - first_key));
+      sync_block();
+      for_each_head([&](int turn, int head, Shared<char> maps) {
+        out[turn].add(p, stages, maps, sample, head, first_key, first_dim);
+      });
+    }
+    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, sample, head, first_row, first_dim); });
+  }
+  if constexpr (kStatistics) moments.store(p, warp);
+}
 
 }  // namespace reattn

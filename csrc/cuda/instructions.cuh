@@ -18,7 +18,6 @@ constexpr int kWarp = 32;
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
 // The shuffle tells the compiler that all lanes have the same.
 __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
-__device__ __forceinline__ int warps() { return blockDim.x / kWarp; }
 __device__ __forceinline__ int thread() { return threadIdx.x; }
 __device__ __forceinline__ int threads() { return blockDim.x; }
 __device__ __forceinline__ int block_x() { return blockIdx.x; }
@@ -28,11 +27,8 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Orders what the lanes of a warp read and write in shared memory.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// The number; what is made of it is not kept in registers over a loop: they are dearer than arithmetic.
-__device__ __forceinline__ int recomputed(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
+// The lane's own number, out of a shuffle: which the compiler can only keep, not make anew at every use.
+__device__ __forceinline__ uint32_t kept(uint32_t number) { return __shfl_sync(~0u, number, threadIdx.x % kWarp); }
 
 // A place in the block's shared memory: 32 bits of address, where a pointer would take 64 and its generic accesses more
 // time.
@@ -53,7 +49,12 @@ __device__ __forceinline__ Shared<To> as(Shared<From> from) {
 template <class V, class T>
 __device__ __forceinline__ V load(Shared<T> from) {
   V value;
-  if constexpr (sizeof(V) == 16)
+  if constexpr (std::is_same_v<V, uint4>)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(from.address)
+                 : "memory");
+  else if constexpr (sizeof(V) == 16)
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
                  : "r"(from.address)
@@ -64,6 +65,13 @@ __device__ __forceinline__ V load(Shared<T> from) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from.address) : "memory");
   else
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from.address) : "memory");
+  return value;
+}
+// Into a register of its own: what the compiler knows to be the same it keeps once, and puts operands of products,
+// which are registers in a row, together again every time.
+__device__ __forceinline__ float load_apart(Shared<float> from) {
+  float value;
+  asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(value) : "r"(from.address) : "memory");
   return value;
 }
 template <class V, class T>
@@ -107,6 +115,13 @@ __device__ __forceinline__ void copy_async(Shared<char> to, const void* from, bo
                : "memory");
 #endif
 }
+__device__ __forceinline__ void copy_async(Shared<char> to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address), "l"(from) : "memory");
+#else
+  copy_async(to, from, true);
+#endif
+}
 // Closes this thread's group of copies: all since the last group.
 __device__ __forceinline__ void close_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -121,8 +136,9 @@ __device__ __forceinline__ void copies_arrived() {
 #endif
 }
 
-// ldmatrix: four 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m, 16 bytes; it
-// gets of every matrix elements 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4 instead.
+// ldmatrix: 8x8 matrices of 16-bit elements, two or four. Lane 8 m + r gives the address of row r of matrix m, 16
+// bytes; it gets of every matrix elements 2 (lane % 4) and the next of row lane / 4; transposed, of column lane / 4
+// instead.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], Shared<T> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -137,8 +153,66 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4]
                : "r"(row.address)
                : "memory");
 }
+template <class T>
+__device__ __forceinline__ void load_two_matrices_transposed(uint32_t (&matrices)[2], Shared<T> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrices[0]), "=r"(matrices[1])
+               : "r"(row.address)
+               : "memory");
+}
+
+// movmatrix: an 8x8 matrix as load_matrices gives it, transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+  return result;
+}
+
+// The other way: matrices as load_matrices and load_matrices_transposed give them. Before compute capability 9.0 a lane
+// stores its own two elements, of which row says whose row it is: every lane passes what it would pass to stmatrix.
+template <class T>
+__device__ __forceinline__ void store_matrices(Shared<T> row, const uint32_t (&matrices)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row.address), "r"(matrices[0]),
+               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
+    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, matrices[i]);
+  }
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_two_matrices_transposed(Shared<T> row, const uint32_t (&matrices)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row.address), "r"(matrices[0]),
+               "r"(matrices[1])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
+    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, transposed(matrices[i]));
+  }
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_matrices_transposed(Shared<T> row, const uint32_t (&matrices)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row.address),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+#else
+  store_matrices(row,
+                 {transposed(matrices[0]), transposed(matrices[1]), transposed(matrices[2]), transposed(matrices[3])});
+#endif
+}
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ double shuffle_xor(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int from_lane) { return __shfl_sync(~0u, value, from_lane); }
 
 // The product rounded, whatever is added to it.
@@ -149,10 +223,37 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return result;
 }
 __device__ __forceinline__ float log2(float x) { return log2f(x); }
-__device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
+// Of what is not subnormal, some instructions less.
+__device__ __forceinline__ float fast_inverse_sqrt(float x) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float fast_inverse(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float fast_log2(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ bool any(bool condition) { return __any_sync(~0u, condition); }
+__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
+__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.4028235e38f; }
+// 2^exponent, within what float holds.
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float(127 + exponent << 23); }
+// The least n for which |x| < 2^n, as far as float holds it.
+__device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(x) >> 23 & 255) - 126; }
 // The upper half of a 64-bit product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// Of two pairs of 16-bit elements the first of both, or the second.
+__device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 // Two numbers rounded to nearest even, the first in the lower half; and back.
 template <class T>
@@ -197,6 +298,22 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
 template <>
 __device__ __forceinline__ float2 unpack<BFloat16>(uint32_t both) {
   return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+
+// Pairs added, each rounded.
+template <class T>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t sum;
+  if constexpr (std::is_same_v<T, Half>)
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sum;
+#else
+  const float2 first = unpack<T>(a), second = unpack<T>(b);
+  return pack<T>(first.x + second.x, first.y + second.y);
+#endif
 }
 
 // mma.m16n8k16: c += a b for a warp, accumulated in float32. With g = lane / 4 and t = lane % 4 a lane holds
@@ -246,25 +363,74 @@ __device__ __forceinline__ void multiply_add<BFloat16>(float (&c)[4], const uint
 #endif
 }
 
-// The same into d, from c = upper in rows g and lower in rows g + 8.
+// mma.m16n8k8: the left half of a with the upper half of b.
+template <class T>
+__device__ __forceinline__ void multiply_add_half(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<T, Half>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  else
+    multiply_add<T>(c, {a[0], a[1], 0, 0}, {b, 0});
+}
+
+// The same as multiply_add into d.
 template <class T>
 __device__ __forceinline__ void multiply_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                              float upper, float lower) {
+                                              const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, Half>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %10, %11, %11};"
+        "{%10, %11, %12, %13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(upper), "f"(lower));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %10, %11, %11};"
+        "{%10, %11, %12, %13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(upper), "f"(lower));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-  d[0] = d[1] = upper, d[2] = d[3] = lower;
+#pragma unroll
+  for (int i = 0; i < 4; i++) d[i] = c[i];
   multiply_add<T>(d, a, b);
 #endif
 }
+
+// Sums over the four neighbours of a lane, plus a number: as products with ones, of two parts of each number, as TF32
+// holds 11 bits.
+class NeighbourSums {
+ public:
+  // Plus: four times the same.
+  template <class Function>
+  __device__ __forceinline__ explicit NeighbourSums(Function plus) : plus_{plus(), plus(), plus(), plus()} {}
+  __device__ __forceinline__ float2 operator()(float first, float second) const {
+#if __CUDA_ARCH__ >= 800
+    const uint32_t a[2] = {__float_as_uint(first) & 0xffffe000u, __float_as_uint(second) & 0xffffe000u};
+    const float rest[2] = {first - __uint_as_float(a[0]), second - __uint_as_float(a[1])};
+    float sums[4];
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(__float_as_uint(rest[0])), "r"(__float_as_uint(rest[1])),
+          "r"(__float_as_uint(1.0f)), "r"(__float_as_uint(1.0f)), "f"(plus_[0]), "f"(plus_[1]), "f"(plus_[2]),
+          "f"(plus_[3]));
+    return {sums[0], sums[2]};
+#else
+    first += shuffle_xor(first, 1), second += shuffle_xor(second, 1);
+    return {plus_[0] + first + shuffle_xor(first, 2), plus_[0] + second + shuffle_xor(second, 2)};
+#endif
+  }
+
+ private:
+  float plus_[4];
+};
 
 }  // namespace reattn

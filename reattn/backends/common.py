@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from reattn.problem import Problem
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# In the order of the extensions.
+# In the order of csrc.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = (None, "layer", "batch")
 MAX_HEADS = 32
@@ -32,13 +31,15 @@ def on_its_device(function: Callable[Concatenate[Problem, P], R]) -> Callable[Co
 
     @functools.wraps(function)
     def call(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device(problem.device) if problem.device.type == "cuda" else nullcontext():
+        if problem.device.type != "cuda":
+            return function(problem, *args, **kwargs)
+        with torch.cuda.device(problem.device):
             return function(problem, *args, **kwargs)
 
     return call
 
 
-# What build_extensions.py leaves beside the extensions: a line for each that it did not build.
+# What build_extensions.py leaves beside the extension where it did not build it: its name, and why.
 NOT_BUILT = pathlib.Path(__file__).parents[1] / "not_built.txt"
 
 
@@ -78,22 +79,26 @@ def empty_heads_last(like: Tensor) -> Tensor:
 
 def empty_outputs(problem: Problem, query: Tensor) -> Outputs:
     """Uninitialised, for these queries."""
-    batch, heads, _, head_dim = query.shape
-    sums, values = ((2 * heads + 1,), (batch, heads, head_dim)) if problem.batch_statistics else (0, 0)
+    batch, heads, seqlen, head_dim = query.shape
+    sums, values = (2 * heads + 1, (batch, heads, head_dim)) if problem.batch_statistics else (0, 0)
     return Outputs(
         empty_heads_last(query),
-        query.new_empty(query.shape[:3], dtype=torch.float32),
+        query.new_empty(batch, heads, seqlen, dtype=torch.float32),  # numbers: a torch.Size takes twice as long
         query.new_empty(sums, dtype=torch.float64),
         query.new_empty(values, dtype=torch.float32),
     )
 
 
+def _empty_gradient(like: Tensor, parameter: Tensor | None) -> Tensor:
+    if parameter is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 def empty_gradients(inputs: Inputs, into: Maps | None) -> Gradients:
     """Uninitialised: of query, key and value the tensors given or new ones; of the parameters in float32."""
     maps = into or tuple(map(empty_heads_last, inputs[:3]))
-    empty = inputs.theta.new_empty
-    parameters = [empty(0 if tensor is None else tensor.shape, dtype=torch.float32) for tensor in inputs[3:7]]
-    return Gradients(*maps, *parameters)
+    return Gradients(*maps, *[_empty_gradient(inputs.theta, tensor) for tensor in inputs[3:7]])
 
 
 def zeroed(gradients: Gradients) -> Gradients:
@@ -102,13 +107,13 @@ def zeroed(gradients: Gradients) -> Gradients:
 
 
 def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
-    """The gradients in the dtypes of the inputs; as a rule they are, and nothing is copied."""
-    return Gradients(
-        *(
-            gradient if tensor is None or tensor.dtype is gradient.dtype else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, inputs, strict=False)
-        )
-    )
+    """The gradients of parameters in the dtypes of these; as a rule they are, and nothing is copied. Those of query,
+    key and value are."""
+    of_parameters = [
+        gradient if tensor is None or tensor.dtype is gradient.dtype else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients[3:], inputs[3:7], strict=True)
+    ]
+    return Gradients(*gradients[:3], *of_parameters)
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:
@@ -132,12 +137,12 @@ def unit_scale(problem: Problem, key: Tensor) -> float:
     return float(2 ** max(0, key.shape[2].bit_length() // 2 - 3)) if problem.dtype == torch.float16 else 1.0
 
 
-def splits(query: Tensor, processors: int) -> int:
+def splits(shape: torch.Size, processors: int) -> int:
     """Blocks that share the rows of a sample and head, so that every multiprocessor has some."""
-    batch, heads, seqlen, _ = query.shape
+    batch, heads, seqlen, _ = shape
     return max(1, min(-(-4 * processors // max(batch * heads, 1)), -(-seqlen // 64)))
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element, as the extensions take it; 0 for none."""
+    """Of the first element, as the kernels take it; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,36 +1,33 @@
-"""The CUDA C++ backend: hands a call to the extension of csrc/cuda, tensors as addresses and strides."""
+"""The CUDA C++ backend: launches the kernels of csrc/cuda, tensors as addresses and strides."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reattn.backends import common
-from reattn.backends.common import as_float32, on_its_device
+from reattn.backends import common, cuda_driver, cuda_plan
+from reattn.backends.common import address, as_float32, on_its_device
 from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
+from reattn.backends.cuda_compile import Constants, Kernel
+from reattn.backends.cuda_driver import Loaded
+from reattn.backends.cuda_plan import BackwardCut, Params, Plan, ProductPlan, Size
 from reattn.problem import Problem
 
-try:
-    import reattn._cuda as _cuda
-
-    # The host part alone, whose launches tests execute without a GPU.
-    EMULATED = _cuda.EMULATED
-    _import_error = ""
-except ImportError as error:
-    EMULATED = False
-    _import_error = common.why_not_imported("reattn._cuda", error)
+# Set where the emulator executes launches, on CPU tensors: tests do without a GPU.
+EMULATED = False
 
 DEVICE = "cuda"
 MIN_CAPABILITY = (7, 5)
+_ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
 
 def unavailable(device: torch.device) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    if _import_error:
-        return [_import_error]
     if device.type == "cuda":
         return _card_faults(_index(device))
     if EMULATED and device.type == "cpu":
@@ -50,10 +47,10 @@ def _index(device: torch.device) -> int:
     return device.index or 0
 
 
-# torch.compile traces neither the extension nor what is cached, and what a card can do does not change.
+# torch.compile traces neither the driver nor what is cached, and what a card can do does not change.
 @torch.compiler.assume_constant_result
 def _card_faults(device: int) -> list[str]:
-    """Why the extension has nothing to run there; whatever the problem."""
+    """Why no kernel runs there; whatever the problem."""
     return _find_card_faults(device)
 
 
@@ -61,59 +58,29 @@ def _card_faults(device: int) -> list[str]:
 def _find_card_faults(device: int) -> list[str]:
     if torch.version.hip:
         return ["AMD GPUs are not supported"]
-    try:
-        if not _cuda.count_devices():
-            return ["no CUDA device"]
-    except RuntimeError as error:
-        return [_no_driver(error)]
-    try:
-        capability = torch.cuda.get_device_capability(device)
-    except (AssertionError, RuntimeError) as error:
-        return [f"torch sees no CUDA device ({error})"]
-    version = ".".join(map(str, capability))
-    if capability < MIN_CAPABILITY:
-        return [f"needs compute capability 7.5 or higher, got {version}"]
-    try:
-        with torch.cuda.device(device):
-            _cuda.check_device()
-    except RuntimeError as error:
-        return [f"was built without kernels for compute capability {version}: {error}"]
+    if faults := cuda_driver.find_faults(device):
+        return faults
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        return [f"needs compute capability 7.5 or higher, got {'.'.join(map(str, capability))}"]
     return []
 
 
-def _no_driver(error: RuntimeError) -> str:
-    """What is missing where the runtime in the extension finds no driver that is new enough, else the error."""
-    if "cudaErrorInsufficientDriver" not in str(error):
-        return str(error)
-    driver, runtime = _cuda.cuda_versions()
-    has = f"the one installed is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none is installed"
-    # Drivers serve all of a major version.
-    return f"no CUDA device: the extension needs an NVIDIA driver for CUDA {runtime // 1000} or newer, {has}"
-
-
-@functools.cache
 def _describe(device: int) -> tuple[int, int]:
     """Bytes of shared memory that a block may have; multiprocessors."""
-    return _cuda.describe(device)
+    return cuda_driver.describe(device)
 
 
 @torch.compiler.assume_constant_result
 def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     """A reason where some kernel's least tile does not fit the card's shared memory."""
     shared_bytes, multiprocessors = _describe(device)
-    if _all_fit(itemsize, heads, _depth(head_dim, itemsize), shared_bytes, multiprocessors):
+    size = Size(itemsize, heads, head_dim, 1, 1 << 20, 1 << 20, True, True)
+    if all(cuda_plan.make_plan(kernel, size, shared_bytes, multiprocessors) for kernel in ("forward", "backward")):
         return []
     return [
         f"needs more shared memory than the {shared_bytes // 1024} KB that a block has on this card, for {heads} heads"
         f" of head_dim {head_dim} and {itemsize} bytes an element"
     ]
-
-
-@functools.lru_cache(4096)
-def _all_fit(itemsize: int, heads: int, depth: int, shared_bytes: int, multiprocessors: int) -> bool:
-    sizes = (itemsize, heads, depth, 1, 1 << 20, 1 << 20)
-    kernels = _cuda.Kernel.__members__.values()
-    return all(_cuda.make_plan(kernel, sizes, True, True, shared_bytes, multiprocessors).bytes for kernel in kernels)
 
 
 @on_its_device
@@ -124,63 +91,56 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     if not inputs.query.numel():
         outputs.statistics.zero_(), outputs.value_sum.zero_()
         return outputs._replace(statistics=finish(problem, inputs, outputs)) if finishes else outputs
-    query, scale, _ = _positive_scale(inputs.query, problem.scale)
-    inputs = inputs._replace(query=_aligned(query), key=_aligned(inputs.key), value=_aligned(inputs.value))
-    call, kept = _call(problem, inputs, outputs)
-    call.scale, call.out = scale, _strided(outputs.out)
-    plan = _plan("forward", problem, inputs)
-    if not problem.batch_statistics:
-        _cuda.forward(call, plan)
+    given, inputs = inputs, _readable(problem, inputs)
+    query = inputs.query
+    work = _forward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, inputs[:3])))
+    vectors, final = None, outputs.statistics
+    params = _params(work.params, problem, inputs, outputs)
+    params.out.data = outputs.out.data_ptr()
+    if problem.batch_statistics:
+        vectors = query.new_empty(2 * problem.heads, params.blocks, dtype=torch.float32)
+        params.vectors = vectors.data_ptr()
+        if finishes and params.added_up:
+            final = torch.empty_like(final)
+        params.final_statistics = final.data_ptr()
+    _launch(work.launches, query, params, (*inputs, *outputs, vectors, final))
+    if not finishes:
         return outputs
-    blocks = inputs.query.shape[0] * plan.blocks
-    vectors = query.new_empty(2 * problem.heads, blocks, dtype=torch.float32)
-    call.vectors = _memory(vectors)
-    _cuda.forward(call, plan)
-    if problem.synchronised:
-        call.statistics = _memory(outputs.statistics)
-        _cuda.add_up(call, False, blocks)
-    else:
-        _finish(problem, call, inputs, outputs, outputs.statistics, blocks)
-    return outputs
+    common.store_running(given, inputs[7:9])
+    return outputs._replace(statistics=final)
 
 
 @on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    inputs = inputs._replace(value=_aligned(inputs.value))
+    given, inputs = inputs, _readable(problem, inputs)
     final = torch.empty_like(unfinished.statistics)
-    call, kept = _call(problem, inputs, unfinished, depth=inputs.value.shape[3])
-    call.out, call.synchronised, call.statistics = _strided(unfinished.out), True, _memory(unfinished.statistics)
-    _finish(problem, call, inputs, unfinished, final, 0)
+    strides = tuple(map(Tensor.stride, (*inputs[:3], unfinished.out)))
+    work = _finish_work(problem, inputs.query.shape, inputs.key.shape, strides)
+    params = _params(work.params, problem, inputs, unfinished)
+    params.out.data, params.final_statistics = unfinished.out.data_ptr(), final.data_ptr()
+    _launch(work.launches, inputs.query, params, (*inputs, *unfinished, final))
+    common.store_running(given, inputs[7:9])
     return final
-
-
-def _finish(problem: Problem, call: Any, inputs: Inputs, outputs: Outputs, final: Tensor, blocks: int) -> None:
-    """The output from what the sweep left, and the running statistics; ``blocks`` blocks left sums."""
-    running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
-    call.running_mean, call.running_var = map(_memory, running)
-    call.num_batches_tracked = _memory(inputs.num_batches_tracked)
-    call.momentum = -1.0 if problem.momentum is None else problem.momentum
-    call.final_statistics, call.value_sum = _memory(final), _memory(outputs.value_sum)
-    _cuda.finish(call, blocks, _splits(inputs.query))
-    common.store_running(inputs, running)
 
 
 @on_its_device
 def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    batch, heads, seqlen, _ = grad.shape
-    sums = grad.new_zeros(2, heads, dtype=torch.float64)
     if not grad.numel():
-        return sums
-    grad, splits = _aligned(grad), _splits(grad)
-    sizes = (batch, heads, seqlen, 1, problem.head_dim, grad.shape[3])
-    call = _sized_call(problem, grad, sizes)
-    vectors = grad.new_empty(2 * heads, batch * splits, dtype=torch.float32)
-    call.grad, call.out, call.value_sum = _strided(grad), _strided(outputs.out), _memory(outputs.value_sum)
-    call.vectors, call.grad_sums = _memory(vectors), _memory(sums)
-    _cuda.grad_sums(call, splits)
-    _cuda.add_up(call, True, batch * splits)
+        return grad.new_zeros(2, problem.heads, dtype=torch.float64)
+    return _grad_sums(problem, _aligned(grad), outputs)
+
+
+def _grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
+    out, value_sum = _aligned(outputs.out), outputs.value_sum
+    work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()))
+    params = Params.from_buffer_copy(work.params)
+    sums = grad.new_empty(2, problem.heads, dtype=torch.float64)
+    vectors = grad.new_empty(2 * problem.heads, params.blocks, dtype=torch.float32)
+    params.grad.data, params.out.data, params.value_sum = grad.data_ptr(), out.data_ptr(), value_sum.data_ptr()
+    params.vectors, params.fold.p.grad_sums = vectors.data_ptr(), sums.data_ptr()
+    _launch(work.launches, grad, params, (grad, out, value_sum, vectors, sums))
     return sums
 
 
@@ -197,41 +157,173 @@ def backward(
     given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given)
-    grad = _aligned(grad)
+    grad, inputs = _aligned(grad), _readable(problem, inputs)
+    if not outputs.lse.is_contiguous():
+        outputs = outputs._replace(lse=outputs.lse.contiguous())
+    query = inputs.query
+    strides = tuple(map(Tensor.stride, (*inputs[:3], grad, *gradients[:3])))
+    work = _backward_work(problem, query.shape, inputs.key.shape, strides)
     if problem.batch_statistics and sums is None:
-        sums = grad_sums(problem, grad, outputs)
-    query, scale, sign = _positive_scale(inputs.query, problem.scale)
-    inputs = inputs._replace(query=_aligned(query), key=_aligned(inputs.key), value=_aligned(inputs.value))
-    lse = outputs.lse.contiguous()
-    delta = torch.empty_like(lse)
-    call, kept = _call(problem, inputs, outputs._replace(lse=lse))
-    call.scale, call.grad, call.delta = scale, _strided(grad), _memory(delta)
-    if problem.batch_statistics:
-        call.statistics, call.grad_sums = _memory(outputs.statistics), _memory(sums)
-    call.grad_query, call.grad_key, call.grad_value = map(_strided, gradients[:3])
-    call.grad_theta = _memory(gradients.theta)
-    for name in ("bias", "norm_weight", "norm_bias"):
-        if getattr(inputs, name) is not None:
-            setattr(call, f"grad_{name}", _memory(getattr(gradients, name)))
-    plan = _plan("backward_query", problem, inputs)
-    blocks, padded = query.shape[0] * plan.blocks, _cuda.padded_heads(problem.heads)
-    vectors = query.new_empty(blocks, 3, padded, dtype=torch.float32)
-    products = query.new_empty(blocks, padded, padded, dtype=torch.float32)
-    call.vectors, call.products = _memory(vectors), _memory(products)
-    _cuda.backward_query(call, plan)
-    _cuda.backward_key(call, _plan("backward_key", problem, inputs))
-    _cuda.unfold(call, blocks)
+        sums = _grad_sums(problem, grad, outputs)
+    params = _params(work.params, problem, inputs, outputs)
+    if sums is not None:
+        params.fold.p.grad_sums = sums.data_ptr()
+    params.grad.data = grad.data_ptr()
+    params.grad_query.data, params.grad_key.data, params.grad_value.data = map(Tensor.data_ptr, gradients[:3])
+    params.grad_theta = gradients.theta.data_ptr()
+    # Of what is None there is no gradient.
+    if inputs.bias is not None:
+        params.grad_bias = gradients.bias.data_ptr()
+    if inputs.norm_weight is not None:
+        params.grad_norm_weight = gradients.norm_weight.data_ptr()
+    if inputs.norm_bias is not None:
+        params.grad_norm_bias = gradients.norm_bias.data_ptr()
+    maps, numbers = query.new_empty(2 * work.cut.maps), query.new_empty(work.numbers, dtype=torch.float32)
+    params.mixed, params.vectors = mixed, vectors = maps.data_ptr(), numbers.data_ptr()
+    params.grad_scores = mixed + work.cut.maps * problem.dtype.itemsize
+    params.products, params.grad_key_sum, params.grad_value_sum = (vectors + offset for offset in work.offsets)
+    tensors = (grad, *inputs, *outputs, sums, *gradients, maps, numbers)
+    stream = _stream(query)
+    for part, launches in zip(work.cut.launches, work.parts, strict=True):
+        params.first_sample, params.first_row = part.first_sample, part.first_row
+        params.rows_of_launch, params.row_blocks_of_launch = part.rows, part.row_blocks
+        params.first_rows, params.last_rows = part.first_row == 0, part.first_row + part.rows == query.shape[2]
+        for launch in launches:
+            cuda_driver.launch(*launch, stream, params, tensors)
+    cuda_driver.launch(*work.unfold, stream, params, tensors)
+    _, sign = _positive(problem.scale)
     if sign != 1:
         gradients.query.mul_(sign)
     return common.as_inputs(gradients, given)
 
 
-def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """The same scores from a scale above zero, where the largest product gives the largest score; and what the gradient
-    of the query is to be multiplied by."""
+# A kernel, its grid, and the threads and bytes of shared memory of a block.
+Launch = tuple[Loaded, tuple[int, int], int, int]
+Strides = tuple[tuple[int, ...], ...]
+
+
+class Work(NamedTuple):
+    """What is launched for all problems of one kind, shape and strides, one kernel after the other. ``params`` lack
+    addresses alone, and are copied."""
+
+    params: Params
+    launches: tuple[Launch, ...]
+
+
+class BackwardWork(NamedTuple):
+    """``parts``: what is launched for each of ``cut.launches``. A call has a workspace of so many ``numbers`` in
+    float32: vectors, and ``offsets`` bytes after them matrices and two sums."""
+
+    params: Params
+    cut: BackwardCut
+    parts: tuple[tuple[Launch, ...], ...]
+    unfold: Launch
+    numbers: int
+    offsets: tuple[int, int, int]
+
+
+@cuda_driver.remembered
+def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Work:
+    batch, heads, seqlen, _ = shape
+    size, device = _size(problem, shape, key_shape), _index(problem.device)
+    out_row = heads * problem.head_dim
+    out_stride = (seqlen * out_row, problem.head_dim, out_row, 1)
+    params = _template(problem, shape, key_shape, strides)
+    params.out = _strided(out_stride, seqlen)
+    plan = _plan("forward", size, *_describe(device))
+    params.blocks = batch * -(-seqlen // plan.rows)
+    # Every block of finish adds up what the sweep's blocks left: many are added up once before.
+    adds_up = problem.synchronised or params.blocks > _MANY_BLOCKS
+    names = ["forward"]
+    if problem.batch_statistics:
+        names += ["add_up"] * adds_up + ["finish"] * (not problem.synchronised)
+        params.added_up = adds_up
+        _set_splits(params, shape, device)
+    specs = _specs(tuple(names), problem, plan, _row_strides(*strides, out_stride))
+    sweep, *sums = cuda_driver.kernels(specs, device)
+    blocks = {"add_up": heads, "finish": params.rescaling_blocks + 1}
+    grid = (params.blocks, -(-problem.head_dim // cuda_plan.OUT_DIMS))
+    launches = (_sum_launch(kernel, blocks[name]) for kernel, name in zip(sums, names[1:], strict=True))
+    return Work(params, ((sweep, grid, 32 * plan.warps, plan.shared_bytes), *launches))
+
+
+_MANY_BLOCKS = 2048
+
+
+@cuda_driver.remembered
+def _finish_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Work:
+    device = _index(problem.device)
+    params = _template(problem, shape, key_shape, strides[:3])
+    params.out, params.added_up = _strided(strides[3], shape[2]), True
+    _set_splits(params, shape, device)
+    (kernel,) = cuda_driver.kernels(_specs(("finish",), problem), device)
+    return Work(params, (_sum_launch(kernel, params.rescaling_blocks + 1),))
+
+
+@cuda_driver.remembered
+def _grad_sums_work(problem: Problem, shape: torch.Size, strides: Strides) -> Work:
+    batch, heads, seqlen, _ = shape
+    device = _index(problem.device)
+    splits = common.splits(shape, _describe(device)[1])
+    params = Params(blocks=batch * splits, splits=splits)
+    params.grad, params.out = (_strided(stride, seqlen) for stride in strides)
+    params.fold.backward = True
+    by_block, add_up = cuda_driver.kernels(_specs(("grad_sums", "add_up"), problem), device)
+    return Work(params, (_sum_launch(by_block, batch * heads * splits), _sum_launch(add_up, heads)))
+
+
+@cuda_driver.remembered
+def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> BackwardWork:
+    batch, heads, seqlen, _ = shape
+    size, device = _size(problem, shape, key_shape), _index(problem.device)
+    shared_bytes, multiprocessors = _describe(device)
+    plan, cut = _plan("backward", size, shared_bytes, multiprocessors), _cut(size, multiprocessors)
+    # All at once, should they not be compiled yet.
+    names = ("backward", "products", "unfold", *(("grad_sums", "add_up") if problem.batch_statistics else ()))
+    specs = _specs(names, problem, plan, _row_strides(*strides[:4]), cut.products)
+    sweep, products, unfold, *_ = cuda_driver.kernels(specs, device)
+    params = _template(problem, shape, key_shape, strides[:3])
+    params.fold.backward, params.grad = True, _strided(strides[3], seqlen)
+    rows = (seqlen, key_shape[2], key_shape[2])
+    params.grad_query, params.grad_key, params.grad_value = map(_strided, strides[4:], rows)
+    params.blocks = blocks = batch * -(-seqlen // plan.rows)
+    product_block = 32 * cuda_plan.PRODUCT_WARPS, cut.products.shared_bytes
+    parts = tuple(
+        (
+            (sweep, (part.samples * part.row_blocks, 1), 32 * plan.warps, plan.shared_bytes),
+            (products, (cut.products.blocks, part.samples * heads), *product_block),
+        )
+        for part in cut.launches
+    )
+    padded = cuda_plan.padded_heads(heads)
+    matrices, sums = 3 * padded * blocks, (3 + padded) * padded * blocks
+    offsets = (4 * matrices, 4 * sums, 4 * (sums + cut.sums))
+    return BackwardWork(params, cut, parts, _sum_launch(unfold, heads + 1), sums + 2 * cut.sums, offsets)
+
+
+def _set_splits(params: Params, shape: torch.Size, device: int) -> None:
+    """Of the blocks of finish."""
+    params.splits = common.splits(shape, _describe(device)[1])
+    params.rescaling_blocks = shape[0] * shape[1] * params.splits
+
+
+def _sum_launch(kernel: Loaded, blocks: int) -> Launch:
+    """Over what blocks left."""
+    return kernel, (blocks, 1), cuda_plan.SUM_THREADS, cuda_plan.SUM_BYTES
+
+
+def _launch(launches: tuple[Launch, ...], query: Tensor, params: Params, tensors: Sequence[Tensor | None]) -> None:
+    stream = _stream(query)
+    for launch in launches:
+        cuda_driver.launch(*launch, stream, params, tensors)
+
+
+def _positive(scale: float) -> tuple[float, float]:
+    """A scale above zero, where the largest product gives the largest score; and what the query, and its gradient, are
+    to be multiplied by for it."""
     if abs(scale) < _SMALLEST_SCALE:
-        return query * 0, 1.0, 0.0
-    return (-query, -scale, -1.0) if scale < 0 else (query, scale, 1.0)
+        return 1.0, 0.0
+    return (-scale, -1.0) if scale < 0 else (scale, 1.0)
 
 
 # Below it, float32 holds no number with its digits.
@@ -241,12 +333,6 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 @functools.lru_cache(4096)
 def _rounded(number: float, dtype: torch.dtype) -> float:
     return torch.tensor(number, dtype=dtype, device="cpu").item()
-
-
-def _centre(key: Tensor) -> float:
-    """What is taken from the maps before they are rounded: as the maps' dtype holds it, so that of a P that is zero
-    exactly zero is left when it is added again."""
-    return _rounded(1 / key.shape[2], key.dtype)
 
 
 def _depth(head_dim: int, itemsize: int) -> int:
@@ -261,9 +347,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     Rows are read many times: one copy costs less than reading head_dim 33 element by element.
     """
     batch, heads, seqlen, head_dim = tensor.shape
-    *strides, dim_stride = tensor.stride()
-    vector = 16 // tensor.element_size()
-    rows_fit = head_dim % vector == 0 and dim_stride == 1 and not any(s % vector for s in strides)
+    batch_stride, head_stride, row_stride, dim_stride = tensor.stride()
+    vector = 16 // tensor.element_size()  # a power of two: one test serves for all of them
+    rows_fit = dim_stride == 1 and not (head_dim | batch_stride | head_stride | row_stride) & (vector - 1)
     if rows_fit and tensor.data_ptr() % 16 == 0:
         return tensor
     padded = tensor.new_zeros(batch, seqlen, heads, _depth(head_dim, tensor.element_size())).transpose(1, 2)
@@ -271,58 +357,132 @@ def _aligned(tensor: Tensor) -> Tensor:
     return padded
 
 
-def _plan(kernel: str, problem: Problem, inputs: Inputs) -> Any:
-    batch, heads, seqlen, depth = inputs.query.shape
-    sizes = (inputs.query.element_size(), heads, depth, batch, seqlen, inputs.key.shape[2])
-    flags = (problem.dropout_p > 0, problem.batch_statistics)
-    return _make_plan(kernel, sizes, flags, *_describe(_index(inputs.query.device)))
+def _size(problem: Problem, shape: torch.Size, key_shape: torch.Size) -> Size:
+    batch, heads, seqlen, _ = shape
+    sizes = (problem.dtype.itemsize, heads, problem.head_dim, batch, seqlen, key_shape[2])
+    return Size(*sizes, problem.batch_statistics, problem.dropout_p > 0)
 
 
 @functools.lru_cache(4096)
-def _make_plan(
-    kernel: str, sizes: tuple[int, ...], flags: tuple[bool, bool], shared_bytes: int, multiprocessors: int
-) -> Any:
-    return _cuda.make_plan(getattr(_cuda.Kernel, kernel), sizes, *flags, shared_bytes, multiprocessors)
+def _plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) -> Plan:
+    plan = cuda_plan.make_plan(kernel, size, shared_bytes, multiprocessors)
+    assert plan, "not_supported knows what does not fit"
+    return plan
 
 
-def _splits(query: Tensor) -> int:
-    return common.splits(query, _describe(_index(query.device))[1])
+@functools.lru_cache(4096)
+def _cut(size: Size, multiprocessors: int) -> BackwardCut:
+    return cuda_plan.cut_backward(size, multiprocessors)
 
 
-def _sized_call(problem: Problem, query: Tensor, sizes: tuple[int, ...]) -> Any:
-    """A call with nothing but stream, dtype, norm and sizes."""
-    stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    dtype, norm = common.DTYPES.index(query.dtype), common.NORMS.index(problem.norm)
-    return _cuda.Call(stream, dtype, norm, sizes)
+def _specs(
+    names: tuple[str, ...],
+    problem: Problem,
+    plan: Plan | None = None,
+    row_strides: tuple[int, ...] = (),
+    products: ProductPlan | None = None,
+) -> tuple[Kernel, ...]:
+    flags = (common.NORMS.index(problem.norm), problem.batch_statistics, problem.dropout_p > 0)
+    return _kernels_of(names, problem.dtype, problem.heads, problem.head_dim, flags, plan, row_strides, products)
 
 
-def _call(
-    problem: Problem, inputs: Inputs, outputs: Outputs, depth: int | None = None
-) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """A call with what both directions need, and what has to live until it is launched."""
-    batch, heads, seqlen, _ = inputs.query.shape
-    sizes = (batch, heads, seqlen, inputs.key.shape[2], problem.head_dim, depth or inputs.query.shape[3])
-    call = _sized_call(problem, inputs.query, sizes)
-    call.query, call.key, call.value = map(_strided, inputs[:3])
-    call.eps, call.output_scale, call.centre = problem.eps, problem.output_scale, _centre(inputs.key)
-    kept = [as_float32(tensor) for tensor in inputs[3:7]]
-    call.theta, call.bias, call.norm_weight, call.norm_bias = map(_memory, kept)
-    call.lse = _memory(outputs.lse)
-    if inputs.seed is not None:
-        call.dropout_p, call.seed = problem.dropout_p, _memory(inputs.seed)
-    if problem.batch_statistics:
-        call.training, call.unit_scale = True, common.unit_scale(problem, inputs.key)
-    elif problem.norm == "batch":
-        running = [as_float32(inputs.running_mean), as_float32(inputs.running_var)]
-        call.running_mean, call.running_var = map(_memory, running)
-        kept += running
-    return call, tuple(kept)
+@functools.lru_cache(4096)
+def _kernels_of(
+    names: tuple[str, ...],
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    flags: tuple[int, bool, bool],
+    plan: Plan | None,
+    row_strides: tuple[int, ...],
+    products: ProductPlan | None,
+) -> tuple[Kernel, ...]:
+    """What is compiled for a problem of this shape."""
+    shape: Constants = (
+        ("REATTN_ELEMENT", _ELEMENTS[dtype]),
+        ("REATTN_HEADS", heads),
+        ("REATTN_HEAD_DIM", head_dim),
+    )
+    of_norm = zip(("REATTN_NORM", "REATTN_TRAINING", "REATTN_DROPOUT"), map(int, flags), strict=True)
+    # A stride that grows with the batch would be another kernel each time.
+    known = (stride if stride <= 4 * heads * head_dim else 0 for stride in row_strides)
+    strides = zip((f"REATTN_{name}_ROW_STRIDE" for name in ("QUERY", "KEY", "VALUE", "OUT")), known, strict=False)
+    sweep: Constants = (*shape, *of_norm, *(plan.constants if plan else ()), *strides)
+    constants: dict[str, Constants] = {"forward": sweep, "backward": sweep}
+    if products:
+        constants["products"] = (*shape, *products.constants)
+    # The others are in one source.
+    return tuple(
+        Kernel(name if name in constants else "sums", f"reattn::{name}", constants.get(name, shape)) for name in names
+    )
 
 
-def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()[:3]
+def _row_strides(*strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(row_stride for _, _, row_stride, _ in strides)
 
 
-def _memory(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and elements of a contiguous tensor; 0 for none."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
+def _stream(query: Tensor) -> int:
+    return torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
+
+
+def _readable(problem: Problem, inputs: Inputs) -> Inputs:
+    """What kernels read, as they read it."""
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed = inputs
+    _, sign = _positive(problem.scale)
+    if sign != 1:
+        query = query * sign
+    if problem.norm == "batch":
+        mean, var = as_float32(mean), as_float32(var)
+    maps = _aligned(query), _aligned(key), _aligned(value)
+    parameters = as_float32(theta), as_float32(bias), as_float32(norm_weight), as_float32(norm_bias)
+    return Inputs(*maps, *parameters, mean, var, count, seed)  # type: ignore[arg-type]
+
+
+def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Params:
+    """What both directions need, but for addresses; ``strides``: of query, key and value."""
+    batch, heads, seqlen, _ = shape
+    seqlen_k = key_shape[2]
+    scale, _ = _positive(problem.scale)
+    params = Params(
+        *map(_strided, strides, (seqlen, seqlen_k, seqlen_k)),
+        scale=scale,
+        scale_log2=scale * _LOG2E,
+        keep_scale=1 / (1 - problem.dropout_p),
+        drop_below=int(problem.dropout_p * 4294967295.0),
+        positions=float(batch * seqlen * seqlen_k),
+        splits=1,
+    )
+    # What is taken from the maps before they are rounded: as the maps' dtype holds it, so that of a P that is zero
+    # exactly zero is left when it is added again.
+    params.centre = centre = _rounded(1 / seqlen_k, problem.dtype)
+    parameters = params.fold.p
+    parameters.norm, parameters.heads = common.NORMS.index(problem.norm), heads
+    parameters.training = problem.batch_statistics
+    parameters.output_scale, parameters.eps, parameters.unit_scale = problem.output_scale, problem.eps, 1.0
+    parameters.momentum = -1.0 if problem.momentum is None else problem.momentum
+    parameters.centre = parameters.taken = centre
+    return params
+
+
+_LOG2E = math.log2(math.e)
+
+
+def _strided(strides: tuple[int, ...], rows: int) -> cuda_plan.Tensor:
+    batch, head, row, _ = strides
+    return cuda_plan.Tensor(None, batch, head, row, rows)
+
+
+def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs) -> Params:
+    """A copy with the addresses of what both directions have."""
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed = inputs
+    params = Params.from_buffer_copy(template)
+    params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    params.lse, params.seed = outputs.lse.data_ptr(), address(seed)
+    parameters = params.fold.p
+    parameters.theta, parameters.bias = theta.data_ptr(), address(bias)
+    parameters.norm_weight, parameters.norm_bias = address(norm_weight), address(norm_bias)
+    if problem.norm == "batch":
+        parameters.running_mean, parameters.running_var = address(mean), address(var)
+        parameters.num_batches_tracked = address(count)
+        parameters.statistics, params.value_sum = outputs.statistics.data_ptr(), outputs.value_sum.data_ptr()
+    return params

@@ -337,7 +337,7 @@ def _no_norm(problem: Problem) -> Norm:
 
 def _splits(out: Tensor) -> int:
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    return common.splits(out, processors)
+    return common.splits(out.shape, processors)
 
 
 def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:

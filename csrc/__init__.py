@@ -1,0 +1,1 @@
+"""C++ and CUDA C++. The CPU extension is compiled from it; kernels for GPUs are compiled where they run."""

@@ -1,0 +1,205 @@
+// The gradients of key and value: products over rows of the maps that the backward sweep left. A block owns some keys
+// of one sample and head and streams the rows past them: of the maps, and of what these are multiplied by.
+#include "shape.cuh"
+
+namespace reattn {
+
+constexpr int kTiles = REATTN_TILES;  // of 16 keys, in a warp
+static_assert(!kFloat || kTiles == 2, "of float, a lane's sums are laid out for 32 keys of a warp");
+constexpr int kWarps = 4;
+constexpr int kKeys = 16 * kTiles * kWarps;  // that a block owns
+constexpr int kRows = kFloat ? 16 : 32;      // in a stage
+constexpr int kStages = 3;
+
+// Bytes. Rows are odd multiples of 16 apart, so that 8 of them lie in different banks.
+constexpr int kMapBytes = kKeys * int(sizeof(Element)), kMapStride = kMapBytes + 16;
+constexpr int kOtherBytes = kOutDims * int(sizeof(Element)), kOtherStride = kOtherBytes + 16;
+constexpr int kStageBytes = kRows * (kMapStride + kOtherStride);
+static_assert(kStages * kStageBytes == REATTN_SHARED_BYTES, "the plan knows how much shared memory a block takes");
+
+// A thread's share of the copies into a stage: some 16 bytes of one row, of which kBytes lie there. What does not exist
+// becomes zero; kWhole: all columns do.
+template <int kBytes, bool kWhole>
+class Copies {
+  static constexpr int kLanes = 32 * kWarps / kRows;  // that copy a row: 4 or 8
+  static constexpr int kPieces = kBytes / 16;
+
+ public:
+  REATTN_DEVICE Copies(int to, const Element* rows, int64_t stride, int columns) {
+    // Of two times 4 lanes, the second copy a row 4 further down, which lies in other banks.
+    const unsigned group = thread() / unsigned(kLanes), lane = thread() % unsigned(kLanes);
+    row_ = kLanes == 4 ? group / 8 * 8 + group % 2 * 4 + group % 8 / 2 : group;
+    from_ = reinterpret_cast<const char*>(rows + (row_ * stride + lane * kVector));
+    step_ = kRows * stride * int(sizeof(Element));
+    to_ = kept(to + row_ * (kBytes + 16) + lane * 16);
+    columns_ = columns - int(lane) * kVector;
+  }
+
+  // The next rows, of which there are that many.
+  REATTN_DEVICE void fetch(Shared<char> stage, int rows) {
+    const Shared<char> to = stage + to_;
+    const int columns = row_ < rows ? columns_ : 0;
+#pragma unroll
+    for (int i = 0; i < kPieces; i += kLanes)
+      if (kPieces % kLanes == 0 || thread() % kLanes < kPieces - i)
+        copy_async(to + 16 * i, from_ + 16 * i, kWhole ? row_ < rows : i * kVector < columns);
+    from_ += step_;
+  }
+
+ private:
+  const char* from_;
+  int64_t step_;
+  int to_, row_, columns_;
+};
+
+// Sums for a warp's keys. With g = lane / 4 and t = lane % 4 a lane has, of tensor cores' products, keys g, g + 8, ...
+// and columns 2t, 2t + 1, 2t + 8, ...; of others four keys and four columns at a time.
+class Sums {
+ public:
+  // Where, in a stage, a lane finds what it multiplies.
+  REATTN_DEVICE Sums() {
+    const int first_map = warp() * kTiles * 16 * int(sizeof(Element)), first_other = kRows * kMapStride;
+    map_ = kept(first_map +
+                (kFloat ? lane() / 4 * 16 : (lane() % 8 + lane() / 16 * 8) * kMapStride + lane() / 8 % 2 * 16));
+    other_ = kept(first_other + (kFloat ? lane() % 4 * 16 : lane() % 16 * kOtherStride + lane() / 16 * 16));
+  }
+
+  // Adds the rows of a stage, for all tiles or those of the first keys.
+  template <bool kAll>
+  REATTN_DEVICE void add(Shared<char> stage, int keys) {
+    const Shared<char> map = stage + map_, other = stage + other_;
+    if constexpr (kFloat) {
+#pragma unroll 2
+      for (int row = 0; row < kRows; row++) {
+        const float4 four = load<float4>(map + row * kMapStride);
+        const float maps[2][2] = {{four.x, four.y}, {four.z, four.w}};
+#pragma unroll
+        for (int column = 0; column < kOutDims / 8; column += 2) {
+          const float4 others = load<float4>(other + (row * kOtherStride + 32 * column));
+          const float pairs[2][2] = {{others.x, others.y}, {others.z, others.w}};
+#pragma unroll
+          for (int i = 0; i < 16; i++) {
+            float& sum = sums_[i / 8][column + i / 4 % 2][i % 4];
+            sum = fmaf(maps[i / 8][i / 2 % 2], pairs[i / 4 % 2][i % 2], sum);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int row = 0; row < kRows; row += 16) {
+        uint32_t others[kOutDims / 16][4];
+#pragma unroll
+        for (int i = 0; i < kOutDims / 16; i++)
+          load_matrices_transposed(others[i], other + (row * kOtherStride + 32 * i));
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+          if (!kAll && 16 * tile >= keys) break;
+          uint32_t maps[4];
+          load_matrices_transposed(maps, map + (row * kMapStride + 32 * tile));
+#pragma unroll
+          for (int i = 0; i < kOutDims / 8; i++)
+            multiply_add<Narrow>(sums_[tile][i], maps, {others[i / 2][i % 2 * 2], others[i / 2][i % 2 * 2 + 1]});
+        }
+      }
+    }
+  }
+
+  REATTN_DEVICE void scale(float factor) {
+#pragma unroll
+    for (int i = 0; i < kTiles * kOutDims / 2; i++) sums_[i / (kOutDims / 2)][i / 4 % (kOutDims / 8)][i % 4] *= factor;
+  }
+  // Calls function(key of the warp, column, two sums), for the warp's first keys.
+  template <class Function>
+  REATTN_DEVICE void for_each_pair(int keys, Function function) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; i++) {
+      const int key = kFloat ? lane() / 4 * 4 + i : 8 * i + lane() / 4;
+      if (key >= keys) break;
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column++)
+        function(key, kFloat ? column / 2 * 16 + lane() % 4 * 4 + column % 2 * 2 : 8 * column + lane() % 4 * 2,
+                 sums_[i / 2][column] + i % 2 * 2);
+    }
+  }
+
+ private:
+  float sums_[kTiles][kOutDims / 8][4] = {};
+  int map_, other_;
+};
+
+// Blocks of more keys on a multiprocessor: before 9.0, a third one would have lanes spill.
+#if __CUDA_ARCH__ >= 900
+constexpr int kTallBlocks = 3;
+#else
+constexpr int kTallBlocks = 2;
+#endif
+
+// A grid of samples of the launch times heads, by blocks of keys times chunks of columns times gradients: first that of
+// the value, then of the key. A launch has rows.
+__global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
+    products(const __grid_constant__ Params p) {
+  constexpr int kChunks = (kHeadDim + kOutDims - 1) / kOutDims;
+  const int head = block_y() % unsigned(kHeads), sample = p.first_sample + block_y() / unsigned(kHeads);
+  const bool of_key = block_x() % 2u;
+  const int first_dim = block_x() / 2u % kChunks * kOutDims, first_key = block_x() / (2u * kChunks) * kKeys;
+  const int keys = round_up(p.key.rows, 16), rows = smaller(p.rows_of_launch, p.query.rows - p.first_row);
+
+  const Tensor& other = of_key ? p.query : p.grad;
+  const Element* maps = static_cast<const Element*>(of_key ? p.grad_scores : p.mixed);
+  Copies<kMapBytes, false> map_copies(0, maps + (int64_t(block_y()) * p.rows_of_launch * keys + first_key), keys,
+                                      keys - first_key);
+  Copies<kOtherBytes, kDepth % kOutDims == 0> other_copies(
+      kRows * kMapStride, head_rows(other, sample, head) + (p.first_row * other.row_stride + first_dim),
+      other.row_stride, kDepth - first_dim);
+  const Shared<char> memory{uint32_t(kept(shared_memory().address))};
+  int left = rows;
+  const auto fetch = [&](int stage) {
+    if (left > 0) {
+      map_copies.fetch(memory + stage, left);
+      other_copies.fetch(memory + stage, left);
+    }
+    close_copies();
+    left -= kRows;
+  };
+
+  for (int i = 0; i < kStages - 1; i++) fetch(i * kStageBytes);
+  Sums sums;
+  const int own_key = first_key + warp() * kTiles * 16, own_keys = p.key.rows - own_key;
+  int stage = 0, released = (kStages - 1) * kStageBytes;
+  const auto step = [&] {
+    copies_arrived<kStages - 2>();
+    sync_block();
+    fetch(released);
+    if (own_keys > 16 * (kTiles - 1))
+      sums.add<true>(memory + stage, own_keys);
+    else if (own_keys > 0)
+      sums.add<false>(memory + stage, own_keys);
+    released = stage;
+    stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+  };
+  if constexpr (!kFloat) step();  // with sums that are known to be zero
+#pragma unroll 1
+  while (left > -(kStages - 1) * kRows) step();
+
+  if (!p.first_rows || !p.last_rows) {
+    float* all = (of_key ? p.grad_key_sum : p.grad_value_sum) + (int64_t(block_y()) * p.key.rows + own_key) * kHeadDim;
+    sums.for_each_pair(own_keys, [&](int key, int column, float* pair) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (first_dim + column + i >= kHeadDim) continue;
+        float* sum = all + (key * kHeadDim + first_dim + column + i);
+        if (!p.first_rows) pair[i] += read<float>(sum);
+        if (!p.last_rows) write(sum, pair[i]);
+      }
+    });
+    if (!p.last_rows) return;
+  }
+  if (of_key) sums.scale(p.scale);
+  const Tensor& grad = of_key ? p.grad_key : p.grad_value;
+  Element* to = head_rows(grad, sample, head) + (own_key * grad.row_stride + first_dim);
+  sums.for_each_pair(own_keys, [&](int key, int column, const float* pair) {
+    write_pair(to + (key * grad.row_stride + column), first_dim + column, pair[0], pair[1]);
+  });
+}
+
+}  // namespace reattn
