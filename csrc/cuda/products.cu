@@ -127,15 +127,15 @@ class Sums {
   int map_, other_;
 };
 
-// Blocks of more keys on a multiprocessor: before 9.0, a third one would have lanes spill.
-#if __CUDA_ARCH__ >= 900
+// Blocks of more keys on a multiprocessor: for a third one, lanes would spill but on 9.0 and 10.x.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 constexpr int kTallBlocks = 3;
 #else
 constexpr int kTallBlocks = 2;
 #endif
 
-// A grid of samples of the launch times heads, by blocks of keys times chunks of columns times gradients: first that of
-// the value, then of the key. A launch has rows.
+// A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
+// samples of the launch times heads. A launch has rows.
 __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
     products(const __grid_constant__ Params p) {
   constexpr int kChunks = (kHeadDim + kOutDims - 1) / kOutDims;

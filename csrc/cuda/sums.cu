@@ -258,7 +258,7 @@ struct Totals {
 
 // The gradients of what the user gave from the sums that blocks of the backward sweep left: a block for each row of
 // theta, and one for the vectors.
-__global__ void __launch_bounds__(kSumThreads) unfold(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kSumThreads, 4) unfold(const __grid_constant__ Params p) {
   static_assert(kSumThreads * 4 * 8 <= kSumBytes, "a thread's four sums have room");
   constexpr int kVectorNumbers = 3 * kPaddedHeads, kMatrixNumbers = kPaddedHeads * kPaddedHeads;
   const int row = block_x();
