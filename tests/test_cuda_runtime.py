@@ -38,11 +38,11 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """The kernels that are compiled."""
+    """What is compiled: the kernels of a source together."""
     made = []
     compile_ = cuda_compile._compile
     monkeypatch.setattr(
-        cuda_compile, "_compile", lambda kernel, target: made.append(kernel) or compile_(kernel, target)
+        cuda_compile, "_compile", lambda kernels, target: made.append(kernels) or compile_(kernels, target)
     )
     return made
 
@@ -55,11 +55,11 @@ def test_a_kernel_is_compiled_once(cache, compilations, caplog):
     caplog.set_level(logging.INFO, "reattn")
     others = [KERNEL, Kernel("sums", "reattn::unfold", SHAPE), KERNEL]
     first = cuda_compile.compiled(others, TARGET)
-    assert len(compilations) == 2 and first[0] == first[2] != first[1]
+    assert compilations == [others[:2]] and first[0] == first[2] != first[1]
     assert first[0].entry.encode() in first[0].image
     assert caplog.messages == [f"compiling CUDA kernels for {TARGET}, 2 of them, once: they are kept in {cache}"]
     caplog.clear()
-    assert cuda_compile.compiled(others, TARGET) == first and len(compilations) == 2
+    assert cuda_compile.compiled(others, TARGET) == first and len(compilations) == 1
     assert not caplog.messages and len(files(cache)) == 2
 
 
@@ -281,7 +281,7 @@ def test_threads_load_a_kernel_once(compilations, cache, monkeypatch):
             thread.start()
         for thread in threads:
             thread.join()
-        assert loaded == compilations == [KERNEL] and len(set(found)) == 1
+        assert loaded == [KERNEL] and compilations == [[KERNEL]] and len(set(found)) == 1
         # Another device has its own.
         assert cuda_driver.kernels((KERNEL,), 1) not in found and len(loaded) == 2 and len(compilations) == 1
     finally:
@@ -343,7 +343,7 @@ def test_structures_are_those_of_the_sources():
 def test_params_of_another_size_do_not_compile(monkeypatch):
     monkeypatch.setattr(cuda_compile, "OPTIONS", (*cuda_compile.OPTIONS[:-1], "-DREATTN_PARAMS_BYTES=8"))
     with pytest.raises(RuntimeError, match="cuda_plan.py has them otherwise"):
-        cuda_compile._compile(KERNEL, TARGET)
+        cuda_compile._compile([KERNEL], TARGET)
 
 
 # The driver

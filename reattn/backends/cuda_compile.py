@@ -159,32 +159,37 @@ def _bytes(what: str, program: Any) -> bytes:
     return bytes(buffer)
 
 
-def compile_text(
-    text: str, name: str, target: str, file: str = "kernel.cu", constants: Sequence[tuple[str, str | int]] = ()
-) -> Code:
+def compile_text(text: str, name: str, target: str, file: str = "kernel.cu", constants: Constants = ()) -> Code:
     """A kernel of CUDA C++ that may include the headers of csrc/cuda, for ``sm_90`` as CUBIN, for ``compute_90`` as
     PTX; ``file`` is what line numbers are said to be of. Raises RuntimeError with what NVRTC says of the source."""
+    return _compile_text(text, [name], target, file, constants)[0]
+
+
+def _compile_text(text: str, names: Sequence[str], target: str, file: str, constants: Constants) -> list[Code]:
+    """Kernels of the same text: they share an image."""
     headers = STANDARD_HEADERS | {name: text for name, text in sources().items() if not name.endswith(".cu")}
     options = [*OPTIONS, f"--gpu-architecture={target}", *(f"-D{macro}={value}" for macro, value in constants)]
     as_bytes = [[each.encode() for each in texts] for texts in (headers.values(), headers.keys(), options)]
     program = _call("nvrtcCreateProgram", text.encode(), file.encode(), len(headers), *as_bytes[:2])
     try:
-        _call("nvrtcAddNameExpression", program, name.encode())
+        for name in names:
+            _call("nvrtcAddNameExpression", program, name.encode())
         try:
             _call("nvrtcCompileProgram", program, len(options), as_bytes[2])
         except RuntimeError as error:
             log = _bytes("ProgramLog", program).decode(errors="replace").rstrip("\0")
-            raise RuntimeError(f"{name} of {file}: {error}\n{log}") from None
-        entry = _call("nvrtcGetLoweredName", program, name.encode())
+            raise RuntimeError(f"{', '.join(names)} of {file}: {error}\n{log}") from None
+        entries = [_call("nvrtcGetLoweredName", program, name.encode()).decode() for name in names]
         image = _bytes("CUBIN", program) if target.startswith("sm_") else _bytes("PTX", program).rstrip(b"\0")
-        return Code(entry.decode(), image)
+        return [Code(entry, image) for entry in entries]
     finally:
         _call("nvrtcDestroyProgram", program)
 
 
-def _compile(kernel: Kernel, target: str) -> Code:
-    file = f"{kernel.source}.cu"
-    return compile_text(sources()[file], kernel.name, target, file, kernel.constants)
+def _compile(kernels: Sequence[Kernel], target: str) -> list[Code]:
+    """Kernels of one source and the same constants."""
+    file = f"{kernels[0].source}.cu"
+    return _compile_text(sources()[file], [kernel.name for kernel in kernels], target, file, kernels[0].constants)
 
 
 def compiled(kernels: Sequence[Kernel], target: str) -> list[Code]:
@@ -194,14 +199,19 @@ def compiled(kernels: Sequence[Kernel], target: str) -> list[Code]:
     codes = {key: code for key in keys if cache and (code := _read(cache, key))}
     missing = {key: kernel for key, kernel in zip(keys, kernels, strict=True) if key not in codes}
     if missing:
+        # NVRTC compiles all of a source's kernels, whichever are asked for.
+        by_source: dict[tuple[str, Constants], list[str]] = {}
+        for key, kernel in missing.items():
+            by_source.setdefault((kernel.source, kernel.constants), []).append(key)
         kept = f"once: they are kept in {cache}" if cache else "for this process alone"
         logger.info("compiling CUDA kernels for %s, %d of them, %s", target, len(missing), kept)
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
-            new = threads.map(lambda kernel: _compile(kernel, target), missing.values())
-            for key, code in zip(missing, new, strict=True):
-                codes[key] = code
-                if cache:
-                    _write(cache, key, code)
+        with ThreadPoolExecutor(min(len(by_source), os.cpu_count() or 1)) as threads:
+            new = threads.map(lambda group: _compile([missing[key] for key in group], target), by_source.values())
+            for group, group_codes in zip(by_source.values(), new, strict=True):
+                for key, code in zip(group, group_codes, strict=True):
+                    codes[key] = code
+                    if cache:
+                        _write(cache, key, code)
     return [codes[key] for key in keys]
 
 
