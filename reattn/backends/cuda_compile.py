@@ -73,8 +73,7 @@ Constants = tuple[tuple[str, str | int], ...]
 
 
 class Kernel(NamedTuple):
-    """A kernel of ``csrc/cuda/<source>.cu``: its name in C++, template arguments included, and the macros that the
-    source is compiled with."""
+    """A kernel of ``csrc/cuda/<source>.cu``: its name in C++, and the macros that the source is compiled with."""
 
     source: str
     name: str
@@ -83,7 +82,7 @@ class Kernel(NamedTuple):
     @property
     def function(self) -> str:
         """Its name without what stands around it, as in forward."""
-        return self.name.partition("<")[0].rpartition("::")[2].removesuffix("_kernel")
+        return self.name.rpartition("::")[2]
 
 
 class Code(NamedTuple):
