@@ -28,16 +28,16 @@ class Folded {
     for (int g = 0; g < kHeads; g++) {
       const float weight = p.fold.weight(head, g, mean);
       store(weights_ + (head * kWeightStride + g), weight);
-      largest_from = larger_finite(largest_from, weight);
+      largest_from = larger(largest_from, absolute(weight));
     }
     sync_warp();
     for (int from = 0; from < kHeads; from++) {
       const float weight = load<float>(weights_ + (from * kWeightStride + head));
-      column_sum += weight, largest = larger_finite(largest, weight);
+      column_sum += weight, largest = larger(largest, absolute(weight));
     }
     const float shift = p.fold.shift(head, column_sum);
     // Maps that are kept are as much larger. Of a shift that is larger than all weights, these are next to nothing.
-    largest = larger_finite(largest * p.keep_scale, shift * (kLayer ? 0x1p-40f : 0.125f));
+    largest = larger(largest * p.keep_scale, absolute(shift) * (kLayer ? 0x1p-40f : 0.125f));
     if constexpr (kLayer)
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) largest = larger(largest, shuffle_xor(largest, mask));

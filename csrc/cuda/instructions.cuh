@@ -243,7 +243,6 @@ __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); 
 __device__ __forceinline__ bool any(bool condition) { return __any_sync(~0u, condition); }
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.4028235e38f; }
 // 2^exponent, within what float holds.
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float(127 + exponent << 23); }
 // The least n for which |x| < 2^n, as far as float holds it.

@@ -35,9 +35,6 @@ REATTN_DEVICE float unit_of(float largest, int most) {
   const int exponent = exponent_above(largest);
   return power_of_two(10 - (exponent < -most ? -most : exponent > most ? most : exponent));
 }
-REATTN_DEVICE float larger_finite(float largest, float x) {
-  return is_finite(x) ? larger(largest, absolute(x)) : largest;
-}
 
 // Batch statistics come after the product with the values, which in float16 has to stay in range until then. Maps of N
 // keys are about 1 / N, but may be 1; statistics then make sqrt(N) of it at most. So they are stored in less: some

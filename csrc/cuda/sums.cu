@@ -125,7 +125,7 @@ REATTN_DEVICE Two sums_of(const Params& p, int head) {
 REATTN_DEVICE Fold in_units(const Params& p, int head) {
   Fold fold = p.fold;
   if constexpr (!kFloat) {
-    float largest = larger_finite(0, p.fold.weight(smaller(lane(), kHeads - 1), head, 0) * p.keep_scale);
+    float largest = absolute(p.fold.weight(smaller(lane(), kHeads - 1), head, 0)) * p.keep_scale;
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) largest = larger(largest, shuffle_xor(largest, mask));
     fold.p.unit_scale = unit_of(largest, 116) * (kSmallRange ? stored_part(p.key.rows) : 1.0f);
