@@ -104,9 +104,11 @@ IN_FLOAT = KERNEL._replace(constants=(("REATTN_ELEMENT", "float"), ("REATTN_HEAD
     ("change", "faults"),
     [
         ({}, []),
-        ({"stack": 8}, ["local memory"]),
+        ({"stack": 8}, []),
         ({"spills": 1}, ["local memory"]),
-        ({"spills": 1, "kernel": IN_FLOAT, "hmma": 0}, []),
+        ({"spills": 1, "arch": 80}, []),
+        ({"spills": 1, "spills_in_loops": 1, "arch": 80}, ["local memory"]),
+        ({"spills": 1, "spills_in_loops": 1, "kernel": IN_FLOAT, "hmma": 0}, []),
         ({"hmma": 0}, ["no tensor-core instruction"]),
         ({"hmma": 0, "kernel": KERNEL._replace(source="sums")}, []),
         ({"static_shared": 16}, ["shared memory of its own"]),
