@@ -71,10 +71,10 @@ def beyond_limits(problem: Problem) -> list[str]:
 def empty_heads_last(like: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
     dtype of ``like``."""
-    batch, heads, seqlen, head_dim = like.shape
+    shape = _, heads, seqlen, head_dim = like.shape
     row = heads * head_dim
     # In one operation: at batch 1 every one of them shows.
-    return like.new_empty_strided(like.shape, (seqlen * row, head_dim, row, 1))
+    return like.new_empty_strided(shape, (seqlen * row, head_dim, row, 1))
 
 
 def empty_outputs(problem: Problem, query: Tensor) -> Outputs:
@@ -97,8 +97,10 @@ def _empty_gradient(like: Tensor, parameter: Tensor | None) -> Tensor:
 
 def empty_gradients(inputs: Inputs, into: Maps | None) -> Gradients:
     """Uninitialised: of query, key and value the tensors given or new ones; of the parameters in float32."""
-    maps = into or tuple(map(empty_heads_last, inputs[:3]))
-    return Gradients(*maps, *[_empty_gradient(inputs.theta, tensor) for tensor in inputs[3:7]])
+    if into is None:
+        query, key = map(empty_heads_last, inputs[:2])
+        into = query, key, torch.empty_like(key)  # value is shaped alike
+    return Gradients(*into, *[_empty_gradient(inputs.theta, tensor) for tensor in inputs[3:7]])
 
 
 def zeroed(gradients: Gradients) -> Gradients:
@@ -109,11 +111,11 @@ def zeroed(gradients: Gradients) -> Gradients:
 def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
     """The gradients of parameters in the dtypes of these; as a rule they are, and nothing is copied. Those of query,
     key and value are."""
-    of_parameters = [
-        gradient if tensor is None or tensor.dtype is gradient.dtype else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients[3:], inputs[3:7], strict=True)
-    ]
-    return Gradients(*gradients[:3], *of_parameters)
+    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], inputs[3:7]))
+
+
+def _in_dtype_of(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+    return gradient if parameter is None or parameter.dtype is gradient.dtype else gradient.to(parameter.dtype)
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:

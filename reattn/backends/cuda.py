@@ -129,11 +129,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     if not grad.numel():
         return grad.new_zeros(2, problem.heads, dtype=torch.float64)
-    return _grad_sums(problem, _aligned(grad), outputs)
-
-
-def _grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
-    out, value_sum = _aligned(outputs.out), outputs.value_sum
+    grad, out, value_sum = _aligned(grad), _aligned(outputs.out), outputs.value_sum
     work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()))
     params = Params.from_buffer_copy(work.params)
     sums = grad.new_empty(2, problem.heads, dtype=torch.float64)
@@ -160,14 +156,12 @@ def backward(
     grad, inputs = _aligned(grad), _readable(problem, inputs)
     if not outputs.lse.is_contiguous():
         outputs = outputs._replace(lse=outputs.lse.contiguous())
-    query = inputs.query
-    strides = tuple(map(Tensor.stride, (*inputs[:3], grad, *gradients[:3])))
-    work = _backward_work(problem, query.shape, inputs.key.shape, strides)
+    query, strided, out = inputs.query, [*inputs[:3], grad, *gradients[:3]], None
     if problem.batch_statistics and sums is None:
-        sums = _grad_sums(problem, grad, outputs)
+        out = _aligned(outputs.out)
+        strided.append(out)
+    work = _backward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, strided)))
     params = _params(work.params, problem, inputs, outputs)
-    if sums is not None:
-        params.fold.p.grad_sums = sums.data_ptr()
     params.grad.data = grad.data_ptr()
     params.grad_query.data, params.grad_key.data, params.grad_value.data = map(Tensor.data_ptr, gradients[:3])
     params.grad_theta = gradients.theta.data_ptr()
@@ -181,15 +175,25 @@ def backward(
     maps, numbers = query.new_empty(2 * work.cut.maps), query.new_empty(work.numbers, dtype=torch.float32)
     params.mixed, params.vectors = mixed, vectors = maps.data_ptr(), numbers.data_ptr()
     params.grad_scores = mixed + work.cut.maps * problem.dtype.itemsize
-    params.products, params.grad_key_sum, params.grad_value_sum = (vectors + offset for offset in work.offsets)
-    tensors = (grad, *inputs, *outputs, sums, *gradients, maps, numbers)
+    matrices, key_sum, value_sum, grad_sums = work.offsets
+    params.products, params.grad_key_sum = vectors + matrices, vectors + key_sum
+    params.grad_value_sum = vectors + value_sum
+    tensors = (grad, *inputs, *outputs, out, sums, *gradients, maps, numbers)
     stream = _stream(query)
-    for part, launches in zip(work.cut.launches, work.parts, strict=True):
-        params.first_sample, params.first_row = part.first_sample, part.first_row
-        params.rows_of_launch, params.row_blocks_of_launch = part.rows, part.row_blocks
-        params.first_rows, params.last_rows = part.first_row == 0, part.first_row + part.rows == query.shape[2]
-        for launch in launches:
+    if sums is not None:
+        params.fold.p.grad_sums = sums.data_ptr()
+    elif out is not None:
+        params.fold.p.grad_sums, params.out.data = vectors + grad_sums, out.data_ptr()
+        # What these blocks leave lies in the same place as the sweep's, and is less.
+        params.blocks, blocks = work.sum_blocks, params.blocks
+        for launch in work.sums:
             cuda_driver.launch(*launch, stream, params, tensors)
+        params.blocks = blocks
+    for part, ends, sweep, products in work.parts:
+        params.first_sample, _, params.first_row, params.rows_of_launch, params.row_blocks_of_launch = part
+        params.first_rows, params.last_rows = ends
+        cuda_driver.launch(*sweep, stream, params, tensors)
+        cuda_driver.launch(*products, stream, params, tensors)
     cuda_driver.launch(*work.unfold, stream, params, tensors)
     _, sign = _positive(problem.scale)
     if sign != 1:
@@ -211,15 +215,19 @@ class Work(NamedTuple):
 
 
 class BackwardWork(NamedTuple):
-    """``parts``: what is launched for each of ``cut.launches``. A call has a workspace of so many ``numbers`` in
-    float32: vectors, and ``offsets`` bytes after them matrices and two sums."""
+    """``sums``: what is launched first, for those of this batch, which so many blocks take. ``parts``: each of
+    ``cut.launches``, whether its rows are the first and the last of a sequence, and what is launched for it. A call has
+    a workspace of so many ``numbers`` in float32: vectors, and ``offsets`` bytes after them matrices, two sums and, in
+    float64, those of the batch."""
 
     params: Params
     cut: BackwardCut
-    parts: tuple[tuple[Launch, ...], ...]
+    sums: tuple[Launch, ...]
+    sum_blocks: int
+    parts: tuple[tuple[cuda_plan.Launch, tuple[bool, bool], Launch, Launch], ...]
     unfold: Launch
     numbers: int
-    offsets: tuple[int, int, int]
+    offsets: tuple[int, int, int, int]
 
 
 @cuda_driver.remembered
@@ -274,6 +282,7 @@ def _grad_sums_work(problem: Problem, shape: torch.Size, strides: Strides) -> Wo
 
 @cuda_driver.remembered
 def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> BackwardWork:
+    """``strides``: of query, key, value, grad and the gradients; and of the output, for sums of this batch."""
     batch, heads, seqlen, _ = shape
     size, device = _size(problem, shape, key_shape), _index(problem.device)
     shared_bytes, multiprocessors = _describe(device)
@@ -285,20 +294,31 @@ def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, s
     params = _template(problem, shape, key_shape, strides[:3])
     params.fold.backward, params.grad = True, _strided(strides[3], seqlen)
     rows = (seqlen, key_shape[2], key_shape[2])
-    params.grad_query, params.grad_key, params.grad_value = map(_strided, strides[4:], rows)
+    params.grad_query, params.grad_key, params.grad_value = map(_strided, strides[4:7], rows)
+    sums: tuple[Launch, ...] = ()
+    sum_blocks = 0
+    if strides[7:]:
+        of_sums, sums = _grad_sums_work(problem, shape, (strides[3], strides[7]))
+        params.out, params.splits, sum_blocks = of_sums.out, of_sums.splits, of_sums.blocks
     params.blocks = blocks = batch * -(-seqlen // plan.rows)
     product_block = 32 * cuda_plan.PRODUCT_WARPS, cut.products.shared_bytes
     parts = tuple(
         (
+            part,
+            (part.first_row == 0, part.first_row + part.rows == seqlen),
             (sweep, (part.samples * part.row_blocks, 1), 32 * plan.warps, plan.shared_bytes),
             (products, (cut.products.blocks, part.samples * heads), *product_block),
         )
         for part in cut.launches
     )
     padded = cuda_plan.padded_heads(heads)
-    matrices, sums = 3 * padded * blocks, (3 + padded) * padded * blocks
-    offsets = (4 * matrices, 4 * sums, 4 * (sums + cut.sums))
-    return BackwardWork(params, cut, parts, _sum_launch(unfold, heads + 1), sums + 2 * cut.sums, offsets)
+    matrices = 3 * padded * blocks
+    key_sum = matrices + padded * padded * blocks
+    value_sum = key_sum + cut.sums
+    end = value_sum + cut.sums  # a multiple of 8 bytes
+    offsets = (4 * matrices, 4 * key_sum, 4 * value_sum, 4 * end)
+    unfolds = _sum_launch(unfold, heads + 1)
+    return BackwardWork(params, cut, sums, sum_blocks, parts, unfolds, end + 4 * heads, offsets)
 
 
 def _set_splits(params: Params, shape: torch.Size, device: int) -> None:

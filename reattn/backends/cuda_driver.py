@@ -115,18 +115,14 @@ class CudaDriver:
         tensors: Sequence[Tensor | None],
     ) -> None:
         driver = _bindings()
-        arguments = _Arguments(ctypes.addressof(params))
-        launch = (loaded.function, *grid, 1, threads, 1, 1, shared_bytes, stream, arguments, 0)
+        (x, y), arguments = grid, ctypes.c_void_p(ctypes.addressof(params))  # where the one argument is
+        launch = (loaded.function, x, y, 1, threads, 1, 1, shared_bytes, stream, arguments, 0)
         result = driver.cuLaunchKernel(*launch)
         if result[0] and result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has none yet
             self._make_current(torch.cuda.current_device())
             result = driver.cuLaunchKernel(*launch)
         if result[0]:
             _check(result, loaded.kernel.name)
-
-
-# The addresses of a kernel's arguments: of the one that it has.
-_Arguments = ctypes.c_void_p * 1
 
 
 @functools.cache
@@ -192,16 +188,17 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0] or type(error).__name__
 
 
-# The one in use; see ``use``.
+# The one in use, and its way to launch; see ``use``.
 current: Driver = CudaDriver()
+launch = current.launch
 _loaded: dict[tuple[Kernel, int], Loaded] = {}
 _lock = threading.Lock()
 
 
 def use(driver: Driver) -> Driver:
     """Has another driver load and launch from now on; returns the one before."""
-    global current
-    before, current = current, driver
+    global current, launch
+    before, current, launch = current, driver, driver.launch
     with _lock:
         _loaded.clear()
     forget()
@@ -242,16 +239,3 @@ def kernels(specs: tuple[Kernel, ...], device: int) -> tuple[Loaded, ...]:
             for kernel, code in zip(missing, codes, strict=True):
                 _loaded[kernel, device] = Loaded(kernel, current.load(device, kernel, code))
         return tuple(_loaded[kernel, device] for kernel in specs)
-
-
-def launch(
-    loaded: Loaded,
-    grid: tuple[int, int],
-    threads: int,
-    shared_bytes: int,
-    stream: int,
-    params: ctypes.Structure,
-    tensors: Sequence[Tensor | None],
-) -> None:
-    """See :meth:`Driver.launch`."""
-    current.launch(loaded, grid, threads, shared_bytes, stream, params, tensors)
