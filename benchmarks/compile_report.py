@@ -29,11 +29,12 @@ from reattn.backends.cuda_compile import Code, Kernel
 from reattn.backends.cuda_plan import SHARED_LIMIT
 
 TRITON_ARCHS = (80, 86, 89, 90, 100)
-# Local-memory instructions inside loops that may be left, for each instruction there. Triton 3.6 leaves more: a tile
-# half as large needs none, and moves more through shared memory. Of float32, or more than 16 heads, how many any may
-# leave: tiles small enough to need none run longer.
-FEW_SPILLS, FEW_SPILLS_OF = 1 / 1000, {"3.6": 1 / 80}
-RARE_SPILLS = 64
+# Local-memory instructions inside loops that are let through, as a share of the loops' instructions: a tile half as
+# large needs none, and moves more through shared memory. Most kernels have none at all.
+FEW_SPILLS = 1 / 80
+# The same as a number, for float32 and more than 16 heads: tiles small enough to need none run longer. grad_maps has
+# most, with 32 heads and batch statistics: a lane holds five vectors of eight heads.
+RARE_SPILLS = 96
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # "batch" in training.
 NORMS = ("layer", "batch", "batch-eval", "none")
@@ -67,12 +68,11 @@ class Cost(NamedTuple):
     @property
     def faults(self) -> list[str]:
         """Why this configuration may not be a default; empty when it may."""
-        import triton
 
         from reattn.kernels import configs
 
         faults = []
-        few = FEW_SPILLS_OF.get(triton.__version__.rpartition(".")[0], FEW_SPILLS) * self.loops
+        few = FEW_SPILLS * self.loops
         common = self.case.dtype != "float32" and self.case.heads <= 16
         if self.spills_in_loops > (few if common else RARE_SPILLS):
             faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")
@@ -181,9 +181,12 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]
             return "*" + _POINTEE[value.dtype]
         return "i32" if abs(value) < 2**31 else "i64"
 
+    plain = {param.name for param in kernel.params if param.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], fixed[(index,)] = "constexpr", constants[name]
+        elif name in plain:
+            signature[name] = "i32"
         else:
             signature[name] = describe(values[name], (index,))
     source = ASTSource(kernel, signature, fixed, attributes)

@@ -62,6 +62,7 @@ class Counts(NamedTuple):
     wavefronts: int  # of shared memory
     conflict_free: int  # wavefronts that there would be without bank conflicts
     global_bytes: int  # that lanes load, store or copy
+    barriers: int  # of a block
     launches: int = 1
 
     @property
@@ -97,7 +98,7 @@ def count(backend: str, shape: tuple[int, int, int, int], norm: str) -> list[Cou
 def _counts(launches: list[emulator.Launched], backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
     """Of the launches of one kernel, each of them like the first."""
     launch = launches[0]
-    program, report = launch.program, launch.report
+    program, report, warps = launch.program, launch.report, launch.threads // 32
     # Of the two that triton ships, NVRTC's PTX needs the newer one; Triton takes the other one for this architecture.
     cubin = sass.assemble(program.ptx, "ptxas" if backend == "triton" else "ptxas-blackwell")
     # Instructions that share a line run together.
@@ -120,6 +121,7 @@ def _counts(launches: list[emulator.Launched], backend: str, shape: tuple[int, i
         conflict_free=sum(least for *_, least in report.shared),
         global_bytes=report.device_bytes,
         launches=len(launches),
+        barriers=sum(times for _, opcode, times in report.lines if opcode.startswith("bar.sync")) // warps,
     )
 
 
@@ -165,7 +167,6 @@ def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
     import triton
 
     from emulator import triton_driver
-    from reattn.backends import common
     from reattn.backends import triton as backend
 
     before = triton.runtime.driver.active.arch
@@ -173,7 +174,7 @@ def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
     try:
         with (
             mock.patch.object(backend, "_arch", lambda device: ARCH),
-            mock.patch.object(backend, "_splits", lambda out: common.splits(out.shape, MULTIPROCESSORS)),
+            mock.patch.object(backend, "_processors", lambda tensor: MULTIPROCESSORS),
         ):
             train_step(backend, shape, norm)
     finally:

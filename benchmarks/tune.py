@@ -36,8 +36,9 @@ from reattn.kernels.configs import Tile
 # By kernel the norm and the direction that run it.
 WHERE = {
     "forward": ("layer", "forward"),
-    "backward_query": ("layer", "forward+backward"),
-    "backward_key": ("layer", "forward+backward"),
+    "grad_maps": ("layer", "forward+backward"),
+    "grad_query": ("layer", "forward+backward"),
+    "grad_key": ("layer", "forward+backward"),
 }
 # batch, heads, seqlen, head_dim of the official models, and 64
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 33), (128, 12, 197, 64))

@@ -1,128 +1,169 @@
-"""The backward kernels: one query-major (delta, query, sums for the parameters), one key-major (key, value)."""
+"""The backward pass: a sweep that leaves maps to two kernels, which multiply them by query, key and gradient.
+
+``grad_maps_kernel`` computes every map once, of all heads together, and leaves the normalised maps and the gradients of
+the maps in a workspace, (samples, HEADS, rows, keys). What is left has no heads to mix: ``grad_query_kernel`` makes of
+them dQ, and in their place the gradients of the scores; ``grad_key_kernel`` makes dK and dV.
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
-from .scores import map_tile
+from .scores import OUTSIDE, dropout, map_tile, probabilities, score_tile
 from .tiles import (
     accumulate,
+    by_head,
+    by_position,
+    dot_layout,
     dot_rows,
-    inside_by_row,
+    fold_positions,
+    groups,
+    heads_first,
     is_finite,
+    keys_inside,
+    laid_out_like,
     load_rows,
     mix_heads,
     over_heads,
     per_row_pointers,
     poison_rows,
-    store_partial_sums,
+    positions,
+    rows_inside,
     store_rows,
     sum_by_halves,
-    to_head_major,
-    to_row_major,
-    which_block,
     zero_rows,
+    zero_sums,
 )
 
 
+class Rows(NamedTuple):
+    """Of each sample whose maps lie in the workspace: the first row, how many, and the keys of a row of the maps."""
+
+    first: Any
+    count: Any
+    keys: Any
+
+
 @triton.jit
-def gradient_tile(
-    grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+def map_pointers(
+    ptr, rows, sample, first_head, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    OPERANDS: tl.constexpr = False,
 ):  # fmt: skip
-    """Carries the output's gradient back through norm and mixing.
+    """Pointers into the workspace, ``row`` counted from the first, and which lie inside: by head. Rows of the workspace
+    are filled up to 16 keys, so that masks leave loads whole. OPERANDS: what is loaded is an operand of a dot, see
+    ``heads_first``."""
+    heads = first_head + tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+    own = tl.arange(0, BLOCK_M)[None, :, None]
+    columns = tl.arange(0, BLOCK_N)[None, None, :]
+    if SHAPE.WIDE:
+        own = own.to(tl.int64)
+    inside = (row + own < tl.where(heads < SHAPE.HEADS, rows.count, 0)) & (column + columns < rows.keys)
+    matrix = tl.cast(rows.count, tl.int64) * rows.keys
+    first = ptr + (tl.cast(sample, tl.int64) * SHAPE.HEADS * matrix + tl.cast(row, tl.int64) * rows.keys + column)
+    pointers = first + (heads * matrix + (own * rows.keys + columns))
+    if OPERANDS:
+        pointers = heads_first(first + heads * matrix, own * rows.keys + columns)
+    return pointers, inside
 
-    The gradients of the dropped maps, head-major; of the normalised and of the mixed tile, row-major.
-    """
-    weights, _, _ = unmixing
-    grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
-    grad_normed = to_row_major(grad_normed, SHAPE)
-    grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
-    grad_kept = mix_heads(weights, grad_mixed.to(weights.dtype), SHAPE)
-    return to_head_major(grad_kept, SHAPE), grad_normed, grad_mixed
 
-
-@triton.jit
-def backward_query_kernel(
+@triton.jit(do_not_specialize=["first_sample"])
+def grad_maps_kernel(
     q,
     k,
     v,
     grad,
-    grad_q,
     norm,
     lse_ptr,
     delta_ptr,
     seed_ptr,
+    mixed_ptr,
+    grad_maps_ptr,
     grad_shift_ptr,
     grad_gamma_ptr,
     grad_beta_ptr,
     grad_weight_ptr,
-    scale,
     scale_log2,
     dropout_p,
+    first_sample,
+    rows,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of query rows, all heads: delta = sum_j P dP and the parameters' partial sums in one sweep, dQ in a
-    second.
+    """One block of query rows, all heads: the maps of the workspace, delta = sum_j P dP, and the parameters' sums.
 
     delta is not rowsum(dO * O), as in attention without mixing: the heads are coupled. Summed from the very products
     it is subtracted from later, it leaves dS exactly zero where the softmax is saturated. Partial sums for shift,
-    gamma and beta go to (programs, PACK * HEADS_PADDED), for the weights to (programs, PACK * HEADS_PADDED, PACK *
+    gamma and beta go to (blocks, PACK * HEADS_PADDED), for the weights to (blocks, PACK * HEADS_PADDED, PACK *
     HEADS_PADDED).
     """
+    GROUPS: tl.constexpr = groups(BLOCK_M, SHAPE)
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    batch, row_start = which_block(q.seqlen, BLOCK_M)
-    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
-    q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
-    grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-    # Rows outside the sequence: P is zero, and the LSE finite.
-    lse = tl.load(lse_block, mask=row_mask, other=1e30)
+    blocks = tl.cdiv(rows.count, BLOCK_M)
+    sample, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    batch, row_start = first_sample + sample, rows.first + row
+    # Rows outside the sequence repeat the last query: zero times an infinite key would be NaN. They have no gradient.
+    q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
+    grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
+    lse = tl.load(lse_block, mask=row_mask, other=OUTSIDE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
     unmixing = load_unmixing(norm, dtype, SHAPE)
+    layout = dot_layout(mixing[0], BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
+    transposed_layout = dot_layout(mixing[0], BLOCK_M, HEADS_PACKED, 2, SHAPE)
+    in_sequence = rows_inside(row_start, q.seqlen, BLOCK_M, BLOCK_N, SHAPE)
 
-    delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
+    delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
-    grad_shift = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
-    grad_gamma = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
-    grad_beta = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED), 0.0, dtype=tl.float32)
-    # A sum for every group of rows, added up at the end: as one dot over rows and keys, every warp would hold all
-    # operands.
-    grad_weight = tl.full((BLOCK_M // SHAPE.PACK, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for column_start in range(0, k.seqlen, BLOCK_N):
-        k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
-        v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
+    grad_shift = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
+    grad_gamma = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
+    grad_beta = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
+    # A sum for every group of positions, added up at the end.
+    grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
+    for column in range(0, k.seqlen, BLOCK_N):
+        k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE)
+        v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE)
         probs, kept, centred = map_tile(
-            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
-            BLOCK_M, BLOCK_N, SHAPE,
+            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+            BLOCK_M, BLOCK_N, SHAPE, False,
         )  # fmt: skip
+        heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
+        centred = laid_out_like(centred, layout)
+        # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
+        grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE)
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
-        grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
-            BLOCK_M, BLOCK_N, SHAPE,
-        )  # fmt: skip
-        delta += tl.sum(kept * grad_kept, axis=2)
-        mass += tl.sum(probs, axis=2)
+        grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
+        pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+        tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
+
+        grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
         if SHAPE.TRAINING:
             # Batch statistics give positions outside the sequences a gradient, which must not be summed.
-            columns = column_start + tl.arange(0, BLOCK_N)
-            inside = inside_by_row(row_start, q.seqlen, columns, k.seqlen, BLOCK_M, SHAPE)
-            grad_mixed = tl.where(inside, grad_mixed, 0.0)
-        grad_shift += tl.sum(grad_mixed, axis=2)
+            inside_both = in_sequence & keys_inside(column, k.seqlen, BLOCK_M, BLOCK_N, SHAPE)
+            grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
+        grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
         if SHAPE.NORM != "none":
-            grad_gamma += tl.sum(grad_normed * unit, axis=2)
-            grad_beta += tl.sum(grad_normed, axis=2)
-        grad_columns = tl.permute(grad_mixed.to(dtype), (0, 2, 1))
-        grad_weight += tl.dot(centred, grad_columns, input_precision=SHAPE.PRECISION)
+            grad_gamma += fold_positions(grad_normed * unit, dtype, SHAPE)
+            grad_beta += fold_positions(grad_normed, dtype, SHAPE)
+        rounded = grad_mixed.to(dtype)
+        grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
+        grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
+        grad_kept = laid_out_like(grad_kept, probs)
+        pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+        tl.store(pointers, grad_kept, mask=inside)
+        delta += kept * grad_kept.to(tl.float32)
+        mass += tl.sum(probs, axis=2)
 
     # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
-    delta = tl.where(row_mask, delta / mass, 0.0)
-    grad_shift = sum_by_halves(grad_shift)
-    grad_gamma = sum_by_halves(grad_gamma)
-    grad_weight = tl.sum(grad_weight, axis=0)
+    delta = tl.where(row_mask, tl.sum(delta, axis=2) / mass, 0.0)
+    grad_shift = sum_by_halves(tl.reshape(grad_shift, (8 * GROUPS, HEADS_PACKED)))
+    grad_gamma = sum_by_halves(tl.reshape(grad_gamma, (8 * GROUPS, HEADS_PACKED)))
+    grad_beta = sum_by_halves(tl.reshape(grad_beta, (8 * GROUPS, HEADS_PACKED)))
+    grad_weight = sum_by_halves(tl.reshape(grad_weight, (GROUPS, HEADS_PACKED * HEADS_PACKED)))
+    grad_weight = tl.reshape(grad_weight, (HEADS_PACKED, HEADS_PACKED))
     if SHAPE.PACK > 1:
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
         reached = lse
@@ -138,92 +179,114 @@ def backward_query_kernel(
             # Mixing takes it to all heads.
             broken = tl.sum(tl.sum(tl.where(is_finite(lse), 0, 1), axis=1), axis=0)
             grad_gamma = tl.where(broken > 0, float("nan"), grad_gamma)
-    delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-    # Every chunk's program stores the same values here.
+    delta_block, row_mask = per_row_pointers(delta_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(delta_block, delta, mask=row_mask)
-    store_partial_sums(grad_shift_ptr, grad_weight_ptr, grad_shift, grad_weight)
+    block = tl.cast(batch, tl.int64) * tl.cdiv(q.seqlen, BLOCK_M) + row_start // BLOCK_M
+    index = tl.arange(0, HEADS_PACKED)
+    tl.store(grad_shift_ptr + block * HEADS_PACKED + index, grad_shift)
     if SHAPE.NORM != "none":
-        index = tl.program_id(0).to(tl.int64) * HEADS_PACKED + tl.arange(0, HEADS_PACKED)
-        tl.store(grad_gamma_ptr + index, grad_gamma)
-        tl.store(grad_beta_ptr + index, sum_by_halves(grad_beta))
-
-    dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-    for column_start in range(0, k.seqlen, BLOCK_N):
-        k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
-        v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
-        probs, kept, centred = map_tile(
-            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
-            BLOCK_M, BLOCK_N, SHAPE,
-        )  # fmt: skip
-        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
-        grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
-            BLOCK_M, BLOCK_N, SHAPE,
-        )  # fmt: skip
-        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
-        k_chunk = k_tile
-        if SHAPE.CHUNKS > 1:
-            k_chunk = load_rows(k, batch, column_start, chunk, BLOCK_N, SHAPE)
-        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_chunk, SHAPE)
-    store_rows(grad_q, batch, row_start, chunk, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
+        tl.store(grad_gamma_ptr + block * HEADS_PACKED + index, grad_gamma)
+        tl.store(grad_beta_ptr + block * HEADS_PACKED + index, grad_beta)
+    place = grad_weight_ptr + block * (HEADS_PACKED * HEADS_PACKED)
+    tl.store(place + index[:, None] * HEADS_PACKED + index[None, :], grad_weight)
 
 
-@triton.jit
-def backward_key_kernel(
+@triton.jit(do_not_specialize=["first_sample"])
+def grad_query_kernel(
     q,
     k,
-    v,
-    grad,
-    grad_k,
-    grad_v,
-    norm,
+    grad_q,
     lse_ptr,
     delta_ptr,
     seed_ptr,
+    grad_maps_ptr,
     scale,
     scale_log2,
     dropout_p,
+    first_sample,
+    rows,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of keys, all heads: dK and dV in one sweep over the query rows."""
-    batch, column_start = which_block(k.seqlen, BLOCK_N)
-    chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
-    k_tile = load_rows(k, batch, column_start, 0, BLOCK_N, SHAPE)
-    v_tile = load_rows(v, batch, column_start, 0, BLOCK_N, SHAPE)
+    """One block of query rows, some heads: dQ, and in the place of the gradients of the maps those of the scores."""
+    blocks = tl.cdiv(rows.count, BLOCK_M)
+    row, first_head = tl.program_id(0) % blocks * BLOCK_M, tl.program_id(1) * SHAPE.HEADS_PADDED
+    sample = tl.program_id(0) // blocks
+    batch, row_start = first_sample + sample, rows.first + row
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
-    unmixing = load_unmixing(norm, dtype, SHAPE)
+    q_tile = load_rows(q, batch, first_head, row_start, 0, BLOCK_M, SHAPE)
+    lse_block, row_mask = per_row_pointers(lse_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
+    lse = tl.load(lse_block, mask=row_mask, other=OUTSIDE)
+    delta_block, row_mask = per_row_pointers(delta_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
+    delta = tl.load(delta_block, mask=row_mask, other=0.0)
+    dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
+    for column in range(0, k.seqlen, BLOCK_N):
+        k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE)
+        pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
+        grad_kept = tl.load(pointers, mask=inside, other=0.0)
+        scores = score_tile(
+            q_tile, q, row_start, k_tile, k, column, batch, first_head, scale_log2, BLOCK_M, BLOCK_N, SHAPE
+        )
+        probs = probabilities(scores, lse, SHAPE)
+        kept = dropout(
+            probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
+            column + tl.arange(0, BLOCK_N), SHAPE,
+        )  # fmt: skip
+        grad_kept = laid_out_like(grad_kept, scores).to(tl.float32)
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+        tl.store(pointers, grad_scores, mask=inside)
+        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
+    store_rows(grad_q, batch, first_head, row_start, 0, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
 
+
+@triton.jit(do_not_specialize=["first_sample"])
+def grad_key_kernel(
+    q,
+    grad,
+    grad_k,
+    grad_v,
+    sum_k,
+    sum_v,
+    mixed_ptr,
+    grad_scores_ptr,
+    scale,
+    first_sample,
+    rows,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of keys, some heads: dV = N^T dO and dK = dS^T Q. Where the rows of a sample come in several parts:
+    unless this is the FIRST, the sums start from ``sum_v`` and ``sum_k``; unless it is the LAST, they are stored there.
+    """
+    blocks = tl.cdiv(grad_k.seqlen, BLOCK_N)
+    column, first_head = tl.program_id(0) % blocks * BLOCK_N, tl.program_id(1) * SHAPE.HEADS_PADDED
+    sample = tl.program_id(0) // blocks
+    batch = first_sample + sample
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
-    for row_start in range(0, q.seqlen, BLOCK_M):
-        q_tile = load_rows(q, batch, row_start, 0, BLOCK_M, SHAPE)
-        grad_tile = load_rows(grad, batch, row_start, 0, BLOCK_M, SHAPE)
-        lse_block, row_mask = per_row_pointers(lse_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-        lse = tl.load(lse_block, mask=row_mask, other=1e30)
-        probs, kept, centred = map_tile(
-            q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
-            BLOCK_M, BLOCK_N, SHAPE,
-        )  # fmt: skip
-        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
-        grad_kept, grad_normed, grad_mixed = gradient_tile(
-            grad_tile, grad, row_start, v_tile, v, column_start, batch, unit, inverse_rms, mixing, unmixing,
-            BLOCK_M, BLOCK_N, SHAPE,
-        )  # fmt: skip
-        normed = poison_rows(to_head_major(normed.to(dtype), SHAPE), lse, SHAPE)
-        grad_chunk = grad_tile
-        if SHAPE.CHUNKS > 1:
-            grad_chunk = load_rows(grad, batch, row_start, chunk, BLOCK_M, SHAPE)
-        dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_chunk, SHAPE)
-        delta_block, row_mask = per_row_pointers(delta_ptr, batch, row_start, q.seqlen, BLOCK_M, SHAPE)
-        delta = tl.load(delta_block, mask=row_mask, other=0.0)
-        # Rows outside the sequence have no gradient and no query: every term they add is zero.
-        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
-        q_chunk = q_tile
-        if SHAPE.CHUNKS > 1:
-            q_chunk = load_rows(q, batch, row_start, chunk, BLOCK_M, SHAPE)
-        dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_chunk, SHAPE)
-    store_rows(grad_k, batch, column_start, chunk, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
-    store_rows(grad_v, batch, column_start, chunk, dv_main, dv_tail, BLOCK_N, SHAPE)
+    if not FIRST:
+        dk_main, dk_tail = load_rows(sum_k, sample, first_head, column, 0, BLOCK_N, SHAPE)
+        dv_main, dv_tail = load_rows(sum_v, sample, first_head, column, 0, BLOCK_N, SHAPE)
+    for row in range(0, rows.count, BLOCK_M):
+        q_tile = load_rows(q, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
+        grad_tile = load_rows(grad, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
+        pointers, inside = map_pointers(
+            mixed_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE, OPERANDS=True
+        )
+        normed = tl.load(pointers, mask=inside, other=0.0)
+        dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_tile, SHAPE)
+        pointers, inside = map_pointers(
+            grad_scores_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE, OPERANDS=True
+        )
+        grad_scores = tl.load(pointers, mask=inside, other=0.0)
+        dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
+    if LAST:
+        store_rows(grad_k, batch, first_head, column, 0, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
+        store_rows(grad_v, batch, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)
+    else:
+        store_rows(sum_k, sample, first_head, column, 0, dk_main, dk_tail, BLOCK_N, SHAPE)
+        store_rows(sum_v, sample, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)

@@ -37,55 +37,50 @@ class Row(NamedTuple):
     dropout: bool = True
 
 
+# Kernels of which a program takes some heads, as many as it has warps, and all of head_dim.
+BY_HEAD = ("grad_query", "grad_key")
+
 # By kernel; the first row that holds the problem is taken.
 TABLE: dict[str, tuple[Row, ...]] = {
     "forward": (
         Row(2, 8, 32, Tile(64, 16, 8, 2)),
         Row(2, 4, 64, Tile(32, 32, 8, 2)),
         Row(2, 8, 64, Tile(32, 16, 8, 2)),
-        Row(2, 16, 32, Tile(32, 16, 8, 2)),
+        Row(2, 16, 32, Tile(32, 16, 8, 2), dropout=False),
         Row(2, 16, 64, Tile(32, 16, 8, 2), small=False, dropout=False),
+        Row(2, 16, 48, Tile(16, 16, 8, 2)),
         Row(2, 16, 64, Tile(16, 16)),
         Row(2, 16, 128, Tile(16, 16, dim=64)),
         Row(2, 32, 128, Tile(16, 16, dim=16)),
         Row(4, 8, 128, Tile(32, 16, dim=16)),
         Row(4, 16, 128, Tile(16, 16, dim=16)),
-        Row(4, 32, 128, Tile(8, 16, dim=16)),
+        Row(4, 32, 128, Tile(4, 16, dim=16)),
     ),
-    "backward_query": (
-        Row(2, 4, 32, Tile(32, 32)),
+    "grad_maps": (
         Row(2, 8, 64, Tile(32, 16)),
-        Row(2, 16, 32, Tile(16, 16)),
-        Row(2, 16, 64, Tile(16, 16), small=False),
-        Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
+        Row(2, 16, 32, Tile(16, 16, 8, 2), dropout=False),
+        Row(2, 16, 64, Tile(16, 16, 8, 2), small=False, dropout=False),
+        Row(2, 16, 64, Tile(16, 16), dropout=False),
+        Row(2, 16, 48, Tile(8, 16, 8, 2)),
         Row(2, 16, 64, Tile(8, 16)),
-        Row(2, 16, 128, Tile(16, 16, dim=32), dropout=False),
-        Row(2, 16, 128, Tile(16, 16, dim=16)),
-        Row(2, 32, 128, Tile(8, 16, dim=16), dropout=False),
+        Row(2, 8, 128, Tile(16, 16, dim=32)),
+        Row(2, 16, 128, Tile(8, 16, dim=32)),
         Row(2, 32, 128, Tile(4, 16, dim=16)),
         Row(4, 4, 128, Tile(32, 16, dim=16)),
         Row(4, 16, 128, Tile(16, 16, dim=16)),
         Row(4, 32, 128, Tile(4, 16, dim=16)),
     ),
-    "backward_key": (
-        Row(2, 4, 32, Tile(32, 32), dropout=False),
-        Row(2, 4, 64, Tile(32, 16)),
-        Row(2, 8, 32, Tile(16, 32), dropout=False),
-        Row(2, 8, 64, Tile(32, 16), small=False),
-        Row(2, 8, 128, Tile(32, 16, dim=32)),
-        Row(2, 16, 32, Tile(16, 16)),
-        Row(2, 16, 48, Tile(16, 16), small=False, dropout=False),
-        Row(2, 16, 48, Tile(16, 8)),
-        Row(2, 16, 64, Tile(16, 16), small=False, dropout=False),
-        Row(2, 16, 64, Tile(16, 16, dim=32), dropout=False),
-        Row(2, 16, 64, Tile(16, 8, dim=32)),
-        Row(2, 16, 128, Tile(16, 8, dim=32), dropout=False),
-        Row(2, 16, 128, Tile(16, 4, dim=32)),
-        Row(2, 32, 128, Tile(16, 8, dim=16)),
-        Row(4, 4, 128, Tile(32, 16, dim=16)),
-        Row(4, 16, 64, Tile(16, 16, dim=16), dropout=False),
-        Row(4, 16, 128, Tile(16, 8, dim=16)),
-        Row(4, 32, 128, Tile(16, 2, dim=16)),
+    "grad_query": (
+        Row(2, 32, 64, Tile(32, 16, 4, 2)),
+        Row(2, 32, 128, Tile(16, 16, 4, 2)),
+        Row(4, 32, 64, Tile(16, 16, 4)),
+        Row(4, 32, 128, Tile(16, 16, 8)),
+    ),
+    "grad_key": (
+        Row(2, 32, 32, Tile(16, 64, 4, 2)),
+        Row(2, 32, 64, Tile(16, 32, 4, 2)),
+        Row(2, 32, 128, Tile(16, 16, 4, 2)),
+        Row(4, 32, 128, Tile(16, 16, 4)),
     ),
 }
 

@@ -47,32 +47,32 @@ def column_factor(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
 
 @triton.jit
 def load_weights(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr, UNMIX: tl.constexpr):
-    """The mixing weights, heads after mixing down and before it across, or with UNMIX the other way round: float32,
+    """The mixing weights, heads before mixing down and after it across, or with UNMIX the other way round: float32,
     PACK times down the diagonal."""
     factor = column_factor(norm, SHAPE, BACKWARD)
     if UNMIX:
-        theta = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE)
-        if SHAPE.NORM == "layer":
-            # Centring over the heads is linear.
-            ones = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE, ONES=True)
-            theta -= ones * (tl.sum(theta, axis=1) / SHAPE.HEADS)[:, None]
-        weights = theta * factor[None, :]
-    else:
         theta = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE)
         if SHAPE.NORM == "layer":
+            # Centring over the heads is linear.
             ones = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE, ONES=True)
             theta -= ones * (tl.sum(theta, axis=0) / SHAPE.HEADS)[None, :]
         weights = theta * factor[:, None]
+    else:
+        theta = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE)
+        if SHAPE.NORM == "layer":
+            ones = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE, ONES=True)
+            theta -= ones * (tl.sum(theta, axis=1) / SHAPE.HEADS)[:, None]
+        weights = theta * factor[None, :]
     return weights
 
 
 @triton.jit
 def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
     """The mixing weights in the dots' dtype; the shift, with what centring took from the maps; gamma and beta. Vectors
-    are [1, PACK * HEADS_PADDED, 1]; where gamma and beta are not needed, they are the shift."""
+    are [1, 1, PACK * HEADS_PADDED]; where gamma and beta are not needed, they are the shift."""
     weights = load_weights(norm, SHAPE, BACKWARD, False)
     bias = load_heads(norm.bias, 0.0, SHAPE)
-    taken = tl.sum(weights, axis=1) * centre
+    taken = tl.sum(weights, axis=0) * centre
     if SHAPE.NORM == "none":
         shift = bias * norm.output_scale + taken
     elif SHAPE.NORM == "layer":
@@ -89,18 +89,18 @@ def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD
         shift = (bias - load_heads(norm.running_mean, 0.0, SHAPE)) * factor + taken
         if not BACKWARD:
             shift += load_beta(norm, SHAPE)
-    shift = shift[None, :, None]
+    shift = shift[None, None, :]
     gamma, beta = shift, shift
     if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
-        gamma = load_gamma(norm, SHAPE)[None, :, None]
-        beta = load_beta(norm, SHAPE)[None, :, None]
+        gamma = load_gamma(norm, SHAPE)[None, None, :]
+        beta = load_beta(norm, SHAPE)[None, None, :]
     return weights.to(dtype), shift, gamma, beta
 
 
 @triton.jit
 def load_unmixing(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps, which is
-    gamma dN - common - along A: [1, PACK * HEADS_PADDED, 1]. Without such statistics both vectors are gamma, unused."""
+    gamma dN - common - along A: [1, 1, PACK * HEADS_PADDED]. Without such statistics both vectors are gamma, unused."""
     weights = load_weights(norm, SHAPE, True, True).to(dtype)
     common = load_gamma(norm, SHAPE)
     along = common
@@ -110,7 +110,7 @@ def load_unmixing(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
         of_out = load_heads(norm.grad_sums, 0.0, SHAPE)
         along = ((of_out - load_beta(norm, SHAPE).to(tl.float64) * of_values) / positions).to(tl.float32)
         common = (common.to(tl.float64) * of_values / positions).to(tl.float32)
-    return weights, common[None, :, None], along[None, :, None]
+    return weights, common[None, None, :], along[None, None, :]
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
     """Mixes a tile and divides it by its root mean square over heads where the norm does: the result, the quotient,
     1 / rms."""
     weights, shift, gamma, beta = mixing
-    normed = mix_heads(weights, centred, SHAPE) + shift
+    normed = mix_heads(centred, weights, SHAPE) + shift
     unit, inverse_rms = normed, normed
     if SHAPE.NORM == "layer":
         inverse_rms = tl.rsqrt(mean_over_heads(normed * normed, weights.dtype, SHAPE) + norm.eps)
@@ -130,7 +130,7 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
 
 @triton.jit
 def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: tl.constexpr):
-    """The gradient of the mixed tile from that of the normalised one: row-major."""
+    """The gradient of the mixed tile from that of the normalised one: by position."""
     _, _, gamma, _ = mixing
     weights, common, along = unmixing
     grad_mixed = grad_normed
@@ -141,7 +141,7 @@ def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: 
         scaled -= mean_over_heads(scaled, weights.dtype, SHAPE)
         if SHAPE.HEADS < SHAPE.HEADS_PADDED:
             head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
-            scaled = tl.where((head < SHAPE.HEADS)[None, :, None], scaled, 0.0)
+            scaled = tl.where((head < SHAPE.HEADS)[None, None, :], scaled, 0.0)
         grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, weights.dtype, SHAPE))
     if SHAPE.NORM == "batch":
         grad_mixed = grad_normed * gamma

@@ -3,19 +3,21 @@
 import triton
 import triton.language as tl
 
-from .tiles import dot_rows, is_finite, load_rows, to_row_major
+from .tiles import by_position, dot_rows, held, is_finite, load_rows
 
 
 @triton.jit
 def score_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHAPE: tl.constexpr,
+    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, scale_log2, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Scores as exponents to base 2, -inf at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32."""
     columns = column_start + tl.arange(0, BLOCK_N)
-    dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, BLOCK_M, BLOCK_N, SHAPE)
+    dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE)
     scores = rounded_product(dots, scale_log2)
-    return tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+    if not WHOLE:
+        scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -28,6 +30,12 @@ def rounded_product(a, b):
     return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
+# What the backward pass takes for the LSE of rows outside the sequence.
+OUTSIDE = tl.constexpr(1e30)
+# Keys at a time while the LSE is computed: more than in the other sweep, which has to keep other tiles as well.
+LSE_KEYS = tl.constexpr(32)
+
+
 @triton.jit
 def probabilities(scores, lse, SHAPE: tl.constexpr):
     """exp2(scores - lse): [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
@@ -36,35 +44,56 @@ def probabilities(scores, lse, SHAPE: tl.constexpr):
     zero here, and ``poison_rows`` makes its results NaN again.
     """
     exponents = scores - lse[:, :, None]
-    if SHAPE.PACK > 1:
-        exponents = tl.where(is_finite(lse)[:, :, None], exponents, float("-inf"))
+    if SHAPE.PACK > 1 or SHAPE.CHUNKS > 1:
+        # Rows outside the sequence have no part in anything, whatever an infinite key makes of them.
+        known = lse != OUTSIDE
+        if SHAPE.PACK > 1:
+            known = known & is_finite(lse)
+        exponents = tl.where(known[:, :, None], exponents, float("-inf"))
     return tl.exp2(exponents)
 
 
 @triton.jit
+def lse_step(
+    running_max, running_sum, q_tile, q, row_start, k, start, batch, scale_log2, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The largest score, and the sum of exp2(score - that), after some more keys: [HEADS_PADDED, BLOCK_M] each."""
+    k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
+    scores = score_tile(q_tile, q, row_start, k_tile, k, start, batch, 0, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE)
+    new_max = tl.maximum(running_max, tl.max(scores, axis=2))
+    # A row of -inf so far would give inf - inf.
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    running_sum = running_sum * tl.exp2(running_max - finite_max)
+    running_sum += tl.sum(tl.exp2(scores - finite_max[:, :, None]), axis=2)
+    return new_max, running_sum
+
+
+@triton.jit
 def row_lse(
-    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
+    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
     """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
     running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
     running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
-    for start in range(0, k.seqlen, BLOCK_N):
-        k_tile = load_rows(k, batch, start, 0, BLOCK_N, SHAPE)
-        scores = score_tile(q_tile, q, row_start, k_tile, k, start, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
-        new_max = tl.maximum(running_max, tl.max(scores, axis=2))
-        # A row of -inf so far would give inf - inf.
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        running_sum = running_sum * tl.exp2(running_max - finite_max)
-        running_sum += tl.sum(tl.exp2(scores - finite_max[:, :, None]), axis=2)
-        running_max = new_max
+    q_tile = held(q_tile[0]), q_tile[1]
+    whole = k.seqlen // LSE_KEYS * LSE_KEYS
+    for start in range(0, whole, LSE_KEYS):
+        running_max, running_sum = lse_step(
+            running_max, running_sum, q_tile, q, row_start, k, start, batch, scale_log2, BLOCK_M, LSE_KEYS, SHAPE, True
+        )
+    if whole < k.seqlen:
+        running_max, running_sum = lse_step(
+            running_max, running_sum, q_tile, q, row_start, k, whole, batch, scale_log2, BLOCK_M, LSE_KEYS, SHAPE, False
+        )
     return running_max + tl.log2(running_sum)
 
 
 @triton.jit
-def dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE: tl.constexpr):
-    """Drops and rescales a head-major tile; what is drawn depends on seed and position alone, not on the tiling."""
+def dropout(probs, seed_ptr, dropout_p, batch, first_head, rows, columns, SHAPE: tl.constexpr):
+    """Drops and rescales a tile, by head; what is drawn depends on seed and position alone, not on the tiling."""
     if seed_ptr is not None:
-        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        heads = first_head + tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
         zero = tl.full(probs.shape, 0, dtype=tl.int32)
         bits, _, _, _ = tl.philox(
             tl.load(seed_ptr),
@@ -86,13 +115,15 @@ def uint_to_uniform_float(bits):
 @triton.jit
 def map_tile(
     q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the softmax maps, P and P after dropout, head-major; and the latter centred, row-major, in the dots'
-    dtype."""
+    """A tile of the softmax maps, P and P after dropout, by head; and the latter centred, by position, in the
+    dots' dtype."""
     rows = row_start + tl.arange(0, BLOCK_M)
     columns = column_start + tl.arange(0, BLOCK_N)
-    scores = score_tile(q_tile, q, row_start, k_tile, k, column_start, batch, scale_log2, BLOCK_M, BLOCK_N, SHAPE)
+    scores = score_tile(
+        q_tile, q, row_start, k_tile, k, column_start, batch, 0, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
+    )
     probs = probabilities(scores, lse, SHAPE)
-    kept = dropout(probs, seed_ptr, dropout_p, batch, rows, columns, SHAPE)
-    return probs, kept, to_row_major((kept - 1.0 / k.seqlen).to(dtype), SHAPE)
+    kept = dropout(probs, seed_ptr, dropout_p, batch, 0, rows, columns, SHAPE)
+    return probs, kept, by_position((kept - 1.0 / k.seqlen).to(dtype), SHAPE)

@@ -190,7 +190,7 @@ def unfold_kernel(
     norm, vectors_ptr, products_ptr, grad_theta_ptr, grad_bias_ptr, grad_weight_ptr, grad_norm_bias_ptr, programs,
     centre, BLOCK: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of what the user gave from the sums that programs of ``backward_query_kernel`` left: a program for
+    """The gradients of what the user gave from the sums that programs of ``grad_maps_kernel`` left: a program for
     each row of theta, and one for the vectors."""
     PACK: tl.constexpr = SHAPE.PACK
     HEADS_PACKED: tl.constexpr = PACK * SHAPE.HEADS_PADDED

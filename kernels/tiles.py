@@ -1,10 +1,12 @@
 """Tiles, and the steps on them that the kernels share.
 
-Two arrangements of a tile of maps occur. *Head-major* ``[HEADS_PADDED, BLOCK_M, BLOCK_N]`` suits the products with
-query, key and value: one dot batched over the heads. *Row-major* ``[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]``
-suits mixing: one dot for every row, with the heads as the axis summed over, and the norm's reduction over heads within
-a warp. A dot sums over at least 16 terms, so with fewer than 16 padded heads PACK rows share one, and the mixing
-weights stand repeated down a block diagonal.
+Two arrangements of a tile of maps occur. *By head*, ``[HEADS_PADDED, BLOCK_M, BLOCK_N]``, suits the products with
+query, key and value: one dot batched over the heads, which the warps share out among them. *By position*, ``[GROUPS,
+POSITIONS, PACK * HEADS_PADDED]``, suits mixing: positions of the maps are rows and heads are columns. Mixing is then
+one dot with the weights, and a norm's reduction over heads stays within four lanes. Positions come in groups, one for
+each of 8 warps, and a dot is batched over the groups: none needs what another warp has. A dot sums over at least 16
+terms, so with fewer than 16 padded heads PACK query rows share one, and the mixing weights stand repeated down a block
+diagonal.
 
 head_dim is covered by two powers of two, DIM_MAIN and DIM_TAIL (0 for none): 33 is 32 + 16, not 64. Where all of it
 does not fit on chip, it is cut in CHUNKS of DIM_MAIN instead: products over head_dim load one after the other, and
@@ -73,39 +75,67 @@ def which_block(seqlen, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(view, batch, start, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """The first element of every head's rows, and which lie inside: [HEADS_PADDED, ROWS, 1].
+def row_pointers(
+    view, batch, first_head, start, ROWS: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
+    REPEAT: tl.constexpr = False,
+):  # fmt: skip
+    """The first element of rows of all heads, or some from the first on, and which lie inside: [HEADS_PADDED, ROWS, 1].
+
+    WHOLE: all rows are known to. REPEAT: rows behind the last are the last again.
 
     The block's own offset is 64-bit; within it 32 bits do (the launcher sets WIDE where they do not) and spare
     registers.
     """
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
     rows = tl.arange(0, ROWS)[None, :, None]
-    inside = (heads < SHAPE.HEADS) & (start + rows < view.seqlen)
+    if REPEAT:
+        rows = tl.minimum(rows, view.seqlen - 1 - start)
+    if WHOLE:
+        inside = (first_head + heads < SHAPE.HEADS) & (rows >= 0)  # of one shape with the other
+    else:
+        # One comparison: heads that do not exist have no rows.
+        inside = rows < tl.where(first_head + heads < SHAPE.HEADS, view.seqlen - start, 0)
     if SHAPE.WIDE:
         heads = heads.to(tl.int64)
         rows = rows.to(tl.int64)
     base = view.ptr + tl.cast(batch, tl.int64) * view.batch_stride + tl.cast(start, tl.int64) * view.row_stride
+    base += tl.cast(first_head, tl.int64) * view.head_stride
     return base + (heads * view.head_stride + rows * view.row_stride), inside
 
 
 @triton.jit
-def load_rows(view, batch, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """A chunk of head_dim of every head's rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL])."""
-    base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
+def load_rows(
+    view, batch, first_head, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
+    REPEAT: tl.constexpr = False,
+):  # fmt: skip
+    """A chunk of head_dim of all heads' rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL]). WHOLE and
+    REPEAT as in ``row_pointers``."""
+    base, inside = row_pointers(view, batch, first_head, start, ROWS, SHAPE, WHOLE, REPEAT)
     dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
-    main = tl.load(base + dims, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
+    main = tl.load(heads_first(base, dims), mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     tail = main
     if SHAPE.DIM_TAIL > 0:
         dims = (SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_TAIL))[None, None, :]
-        tail = tl.load(base + dims, mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
+        tail = tl.load(heads_first(base, dims), mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     return main, tail
 
 
 @triton.jit
-def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+def heads_first(base, dims):
+    """``base + dims``, pointers [HEADS, ROWS, DIM], loaded so that neighbouring threads have neighbouring heads.
+
+    What a thread loads are then rows of one head, and Triton stores them, as operands of dots, swizzled by row. By
+    itself it would let neighbouring threads have neighbouring rows and swizzle by head, so that ``ldmatrix``, which
+    reads eight rows of a head, met the same banks eight times. It orders the axes by how many elements are contiguous
+    along each. For heads the hint is not true; nothing but their order depends on it, since vectors go along DIM.
+    """
+    return tl.max_contiguous(base + dims, (2, 1, 16))
+
+
+@triton.jit
+def store_rows(view, batch, first_head, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Writes a chunk of head_dim of every head's rows, in the tensor's dtype."""
-    base, inside = row_pointers(view, batch, start, ROWS, SHAPE)
+    base, inside = row_pointers(view, batch, first_head, start, ROWS, SHAPE)
     dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
     tl.store(base + dims, main.to(view.ptr.dtype.element_ty), mask=inside & (dims < SHAPE.HEAD_DIM))
     if SHAPE.DIM_TAIL > 0:
@@ -114,14 +144,15 @@ def store_rows(view, batch, start, chunk, main, tail, ROWS: tl.constexpr, SHAPE:
 
 
 @triton.jit
-def per_row_pointers(ptr, batch, start, seqlen, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+def per_row_pointers(ptr, batch, first_head, start, seqlen, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """Pointers into a contiguous (batch, heads, seqlen) tensor, and which lie inside: [HEADS_PADDED, ROWS]."""
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None]
     rows = tl.arange(0, ROWS)[None, :]
-    inside = (heads < SHAPE.HEADS) & (start + rows < seqlen)
+    inside = (first_head + heads < SHAPE.HEADS) & (start + rows < seqlen)
     if SHAPE.WIDE:
         heads = heads.to(tl.int64)
-    return ptr + (tl.cast(batch, tl.int64) * SHAPE.HEADS * seqlen + start) + (heads * seqlen + rows), inside
+    base = ptr + ((tl.cast(batch, tl.int64) * SHAPE.HEADS + first_head) * seqlen + start)
+    return base + (heads * seqlen + rows), inside
 
 
 @triton.jit
@@ -151,28 +182,21 @@ def load_heads(ptr, default, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def rows_inside(row_start, seqlen, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
-    """Which rows of a row-major tile lie inside the sequence: [BLOCK_M / PACK, PACK * HEADS_PADDED]."""
-    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    groups = tl.arange(0, BLOCK_M // SHAPE.PACK)[:, None]
-    rows = row_start + groups * SHAPE.PACK + (tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED)[None, :]
-    return rows < seqlen
+def rows_inside(row_start, seqlen, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """Which positions lie in rows of the sequence: [GROUPS, POSITIONS, 1], with heads where a dot has several rows."""
+    group = tl.arange(0, groups(BLOCK_M, SHAPE))[:, None, None]
+    rows = group + tl.arange(0, positions(BLOCK_M, BLOCK_N, SHAPE))[None, :, None] // BLOCK_N * groups(BLOCK_M, SHAPE)
+    if SHAPE.PACK > 1:
+        pack = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)[None, None, :] // SHAPE.HEADS_PADDED
+        rows += pack * (BLOCK_M // SHAPE.PACK)
+    return row_start + rows < seqlen
 
 
 @triton.jit
-def inside_by_row(row_start, seqlen, columns, seqlen_k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
-    """Which positions of a row-major tile lie inside both sequences: [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
-    return rows_inside(row_start, seqlen, BLOCK_M, SHAPE)[:, :, None] & (columns < seqlen_k)[None, None, :]
-
-
-@triton.jit
-def store_partial_sums(vector_ptr, matrix_ptr, vector, matrix):
-    """This program's sums into (programs, SIZE) and (programs, SIZE, SIZE), contiguous."""
-    program = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, vector.shape[0])
-    tl.store(vector_ptr + program * vector.shape[0] + index, vector)
-    matrix_ptr += program * vector.shape[0] * vector.shape[0]
-    tl.store(matrix_ptr + index[:, None] * vector.shape[0] + index[None, :], matrix)
+def keys_inside(column_start, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """Which positions belong to keys of the sequence: [1, POSITIONS, 1]."""
+    position = tl.arange(0, positions(BLOCK_M, BLOCK_N, SHAPE))
+    return (column_start + position % BLOCK_N < seqlen_k)[None, :, None]
 
 
 @triton.jit
@@ -186,7 +210,8 @@ def dot_heads(a_tile, b_tile, SHAPE: tl.constexpr):
 
 @triton.jit
 def dot_rows(
-    a_tile, a, a_start, b_tile, b, b_start, batch, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, SHAPE: tl.constexpr
+    a_tile, a, a_start, b_tile, b, b_start, batch, first_head, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
     """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk."""
     if SHAPE.CHUNKS == 1:
@@ -194,8 +219,8 @@ def dot_rows(
     else:
         product = tl.full((SHAPE.HEADS_PADDED, A_ROWS, B_ROWS), 0.0, dtype=tl.float32)
         for chunk in range(SHAPE.CHUNKS):
-            a_chunk = load_rows(a, batch, a_start, chunk, A_ROWS, SHAPE)
-            b_chunk = load_rows(b, batch, b_start, chunk, B_ROWS, SHAPE)
+            a_chunk = load_rows(a, batch, first_head, a_start, chunk, A_ROWS, SHAPE)
+            b_chunk = load_rows(b, batch, first_head, b_start, chunk, B_ROWS, SHAPE)
             product += dot_heads(a_chunk, b_chunk, SHAPE)
     return product
 
@@ -219,42 +244,48 @@ def accumulate(main, tail, weights, tile, SHAPE: tl.constexpr):
     return main, tail
 
 
-@triton.jit
-def to_row_major(tile, SHAPE: tl.constexpr):
-    """[HEADS_PADDED, BLOCK_M, BLOCK_N] -> [BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N]."""
-    by_row = tl.permute(tile, (1, 0, 2))
-    return tl.reshape(by_row, (tile.shape[1] // SHAPE.PACK, SHAPE.PACK * SHAPE.HEADS_PADDED, tile.shape[2]))
+@triton.constexpr_function
+def groups(block_m, shape):
+    """Into how many groups the positions of a tile of so many query rows come."""
+    return min(8, block_m // shape.PACK)
+
+
+@triton.constexpr_function
+def positions(block_m, block_n, shape):
+    """How many a group of ``groups`` has. (Triton 3.6 cannot call one such function from another.)"""
+    return max(1, block_m // shape.PACK // 8) * block_n
 
 
 @triton.jit
-def to_head_major(tile, SHAPE: tl.constexpr):
-    """[BLOCK_M / PACK, PACK * HEADS_PADDED, BLOCK_N] -> [HEADS_PADDED, BLOCK_M, BLOCK_N]."""
-    by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
-    return tl.permute(by_row, (1, 0, 2))
+def by_position(tile, SHAPE: tl.constexpr):
+    """[HEADS_PADDED, BLOCK_M, BLOCK_N] -> [GROUPS, POSITIONS, PACK * HEADS_PADDED]."""
+    GROUPS: tl.constexpr = groups(tile.shape[1], SHAPE)
+    ROWS: tl.constexpr = tile.shape[1] // SHAPE.PACK // GROUPS
+    apart = tl.reshape(tile, (SHAPE.HEADS_PADDED, SHAPE.PACK, ROWS, GROUPS, tile.shape[2]))
+    return tl.reshape(
+        tl.permute(apart, (3, 2, 4, 1, 0)), (GROUPS, ROWS * tile.shape[2], SHAPE.PACK * SHAPE.HEADS_PADDED)
+    )
 
 
 @triton.jit
-def mix_heads(weights, tile, SHAPE: tl.constexpr):
-    """weights @ tile over the heads of every row: [HEADS, HEADS] x [ROWS, HEADS, BLOCK_N] -> [ROWS, HEADS, BLOCK_N],
-    float32."""
-    ROWS: tl.constexpr = tile.shape[0]
-    HEADS: tl.constexpr = tile.shape[1]
-    BLOCK_N: tl.constexpr = tile.shape[2]
-    weights = weights.to(tile.dtype)
-    if (tile.dtype == tl.float32 and SHAPE.PRECISION == "ieee") or SHAPE.HEADS_PADDED > 16:
-        # Not on tensor cores: a dot batched over rows would hold the weights once for every row.
-        columns = tl.reshape(tl.permute(tile, (1, 0, 2)), (HEADS, ROWS * BLOCK_N))
-        mixed = tl.reshape(tl.dot(weights, columns, input_precision="ieee"), (HEADS, ROWS, BLOCK_N))
-        mixed = tl.permute(mixed, (1, 0, 2))
-    else:
-        weights = tl.broadcast_to(weights[None, :, :], (ROWS, HEADS, HEADS))
-        mixed = tl.dot(weights, tile, input_precision=SHAPE.PRECISION)
-    return mixed
+def by_head(tile, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """[GROUPS, POSITIONS, PACK * HEADS_PADDED] -> [HEADS_PADDED, BLOCK_M, BLOCK_N]."""
+    GROUPS: tl.constexpr = tile.shape[0]
+    ROWS: tl.constexpr = tile.shape[1] // BLOCK_N
+    apart = tl.reshape(tile, (GROUPS, ROWS, BLOCK_N, SHAPE.PACK, SHAPE.HEADS_PADDED))
+    return tl.reshape(tl.permute(apart, (4, 3, 1, 0, 2)), (SHAPE.HEADS_PADDED, SHAPE.PACK * ROWS * GROUPS, BLOCK_N))
+
+
+@triton.jit
+def mix_heads(tile, weights, SHAPE: tl.constexpr):
+    """tile @ weights over the heads of every position, float32: [.., HEADS] x [HEADS, HEADS], by position."""
+    weights = tl.broadcast_to(weights.to(tile.dtype)[None, :, :], (tile.shape[0], tile.shape[2], tile.shape[2]))
+    return tl.dot(tile, weights, input_precision=SHAPE.PRECISION)
 
 
 @triton.jit
 def mean_over_heads(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """Mean over the heads of every row, in place of each: row-major in and out, float32. ``dtype``: of the dots.
+    """Mean over the heads of every position, in place of each: float32. ``dtype``: of the dots.
 
     In full precision a dot of float32 leaves a layout whose warps lie across several axes, and of that Triton before
     3.8 computes sums wrongly (github.com/triton-lang/triton/pull/9219): a dot with ones takes the sum's place. Which
@@ -264,13 +295,65 @@ def mean_over_heads(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
         # The padding gets the mean of its row too, and no root of zero.
         index = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)
         same_row = (index // SHAPE.HEADS_PADDED)[:, None] == (index // SHAPE.HEADS_PADDED)[None, :]
-        ones = tl.where(same_row & (index % SHAPE.HEADS_PADDED < SHAPE.HEADS)[None, :], 1.0, 0.0)
-        means = mix_heads(ones, tile, SHAPE) * (1.0 / SHAPE.HEADS)
+        ones = tl.where(same_row & (index % SHAPE.HEADS_PADDED < SHAPE.HEADS)[:, None], 1.0, 0.0)
+        means = mix_heads(tile, ones, SHAPE) * (1.0 / SHAPE.HEADS)
+    elif SHAPE.PACK == 1:
+        means = tl.broadcast_to(tl.sum(tile, axis=2, keep_dims=True) * (1.0 / SHAPE.HEADS), tile.shape)
     else:
-        by_row = tl.reshape(tile, (tile.shape[0] * SHAPE.PACK, SHAPE.HEADS_PADDED, tile.shape[2]))
-        mean = tl.sum(by_row, axis=1, keep_dims=True) * (1.0 / SHAPE.HEADS)
-        means = tl.reshape(tl.broadcast_to(mean, by_row.shape), tile.shape)
+        apart = tl.reshape(tile, (tile.shape[0], tile.shape[1], SHAPE.PACK, SHAPE.HEADS_PADDED))
+        mean = tl.sum(apart, axis=3, keep_dims=True) * (1.0 / SHAPE.HEADS)
+        means = tl.reshape(tl.broadcast_to(mean, apart.shape), tile.shape)
     return means
+
+
+@triton.jit
+def zero_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """What ``fold_positions`` of such tiles adds up in: [GROUPS, 8, PACK * HEADS_PADDED], float32."""
+    return tl.full((groups(BLOCK_M, SHAPE), 8, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32)
+
+
+@triton.jit
+def fold_positions(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """Sums of every eighth position: by position, to [GROUPS, 8, PACK * HEADS_PADDED]. After a 16-bit dot each sum lies
+    in one lane; for full float32 see ``mean_over_heads``. ``dtype``: of the dots."""
+    apart = tl.reshape(tile, (tile.shape[0], tile.shape[1] // 8, 8, tile.shape[2]))
+    if dtype == tl.float32 and SHAPE.PRECISION == "ieee":
+        rows = tl.reshape(tl.permute(apart, (1, 0, 2, 3)), (tile.shape[1] // 8, tile.shape[0] * 8 * tile.shape[2]))
+        sums = tl.reshape(sum_by_halves(rows), (tile.shape[0], 8, tile.shape[2]))
+    else:
+        sums = tl.sum(apart, axis=1)
+    return sums
+
+
+@triton.jit
+def held(tile):
+    """A tile that was loaded before a loop, in registers: else dots fetch it from shared memory in every turn."""
+    if tile.dtype.primitive_bitwidth == 16:
+        tile = tl.inline_asm_elementwise("", "=r,0", [tile], dtype=tile.dtype, is_pure=True, pack=2)
+    return tile
+
+
+@triton.jit
+def laid_out_like(tile, other):
+    """A 16-bit tile in the layout of a float32 tile, or of one that broadcasts to it, which a dot has computed.
+
+    Nothing is computed: an empty instruction takes both tiles, which need one layout for that, and Triton takes that
+    of the dot. It converts through shared memory with a swizzle that suits both sides, and what then lies as a dot's
+    result does is the first operand of the next dot as it is. By itself Triton would store the tile as an operand,
+    with a swizzle for one side, and the other would meet the same banks eight times.
+    """
+    if tile.dtype.primitive_bitwidth == 16:
+        other = tl.broadcast_to(other, tile.shape)
+        tile = tl.inline_asm_elementwise("", "=r,0,r,r", [tile, other], dtype=tile.dtype, is_pure=True, pack=2)
+    return tile
+
+
+@triton.jit
+def dot_layout(weights, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, AXIS: tl.constexpr, SHAPE: tl.constexpr):
+    """For ``laid_out_like``: the layout of what dots of [GROUPS, ROWS, HEADS] tiles with the weights leave. Before the
+    loop it takes one such dot, of zeros, whose largest number along AXIS holds few registers."""
+    tile = tl.full((groups(BLOCK_M, SHAPE), ROWS, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=weights.dtype)
+    return tl.max(mix_heads(tile, weights, SHAPE), axis=AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -281,7 +364,7 @@ def is_finite(tile):
 
 @triton.jit
 def poison_rows(tile, lse, SHAPE: tl.constexpr):
-    """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: head-major."""
+    """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: by head."""
     if SHAPE.PACK > 1:
         tile = tl.where(is_finite(over_heads(lse))[:, :, None], tile, float("nan"))
     return tile

@@ -48,7 +48,7 @@ def test_default_configurations_compile_without_faults(release: str, group: str)
     print(report.stdout)
     assert report.returncode == 0, report.stdout + report.stderr
     problems = len(archs) * 3 * len(norms) * len(dropout)
-    for kernel in ("forward", "backward_query", "backward_key", "unfold"):
+    for kernel in ("forward", "grad_maps", "grad_query", "grad_key", "unfold"):
         assert report.stdout.count(f" {kernel} ") == problems
     # Statistics of one rank, and of several.
     for kernel, times in (("finish", 2), ("grad_sums", 1), ("add_up", 2)):

@@ -306,6 +306,30 @@ def test_offsets_beyond_two_to_the_31(mode, device, recorded_shapes):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_every_problem_has_rows_enough():
+    """Rows of a block that mixes heads: at least as many as share a dot."""
+    for kernel, heads, head_dim in itertools.product(("forward", "grad_maps"), range(1, 33), range(1, 129)):
+        for arch, itemsize, dropout in itertools.product((SMALL_SHARED, LARGE_SHARED), (2, 4), (False, True)):
+            tile = configs.tile(kernel, arch, itemsize, heads, head_dim, dropout)
+            assert tile.BLOCK_M * configs.padded(heads) >= 16, (kernel, itemsize, heads, head_dim)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("mode", "dtype"), [("layer", torch.bfloat16), ("batch-training", torch.float32)])
+def test_backward_pass_in_parts(mode, dtype, blocks, device, monkeypatch):
+    """Parts of so many blocks of rows: some samples, one, or some rows of one, whose sums go on in float32."""
+    parts, cut = [], common.cut_workspace
+    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(triton, "_processors", lambda tensor: blocks)
+    monkeypatch.setattr(common, "cut_workspace", lambda *args: parts.extend(found := cut(*args)) or found)
+    sizes = {"heads": 6, "head_dim": 20, "seqlen": 70, "seqlen_k": 45, "batch": 3}
+    assert_parity(make_problem(mode, **sizes, dtype=dtype, device=device, dropout_p=0.2), "triton")
+    rows = {row for part in parts for row in range(part.first_row, part.first_row + part.rows)}
+    assert rows == set(range(70)) and {part.first_sample for part in parts} <= set(range(3))
+    assert len(parts) > 1 and (blocks > 2 or any(part.first_row for part in parts))
+
+
 # The table's tile, and those that tuning tries beside it: the faster, the less right.
 TABLES, RIGHT, SPOILT = configs.Tile(16, 16), configs.Tile(16, 32), configs.Tile(32, 16)
 MILLISECONDS = {TABLES: 3.0, RIGHT: 2.0, SPOILT: 1.0}
@@ -358,7 +382,7 @@ def test_tuning_takes_the_fastest_tile_once(mode, tuning, caplog, device):
     problem = make_problem(mode, **SMALL, device=device)
     for _ in range(2):
         lines = assert_tuned(problem, tuning[1], caplog)
-        assert len(lines) == 3 and all(line.startswith("tuned ") for line in lines)
+        assert len(lines) == 4 and all(line.startswith("tuned ") for line in lines)
 
 
 WAYS_TO_SPOIL = {
@@ -370,15 +394,22 @@ WAYS_TO_SPOIL = {
         "too many registers": triton.triton.runtime.errors.OutOfResources(300, 255, "registers"),
         "not compiled": RuntimeError("PassManager::run failed"),
     },
-    "backward_query_kernel": {
+    "grad_maps_kernel": {
         "a block left out": "a block left out",
-        "delta": lambda q, k, v, grad, grad_q, norm, lse, delta, *_: delta[0, 0, 0].add_(1),
-        "a partial sum": lambda *args: args[9][:, 0].add_(5),
-        "the products": lambda *args: args[12].mul_(1.1),
+        "delta": lambda q, k, v, grad, norm, lse, delta, *_: delta[0, 0, 0].add_(1),
+        "a normalised map": lambda *args: args[8][0, 1, 3].mul_(1.1),
+        "a map's gradient": lambda *args: args[9][0, 1, 3].mul_(1.1),
+        "a partial sum": lambda *args: args[10][..., 0].add_(5),
+        "the products": lambda *args: args[13].mul_(1.1),
     },
-    "backward_key_kernel": {
+    "grad_query_kernel": {
         "a block left out": "a block left out",
-        "the value's gradient": lambda q, k, v, grad, grad_k, grad_v, *_: grad_v.ptr.mul_(1.05),
+        "the query's gradient": lambda q, k, grad_q, *_: grad_q.ptr[0, 0, 3].mul_(1.1),
+        "the scores' gradient": lambda *args: args[6][0, 1, 3].mul_(1.1),
+    },
+    "grad_key_kernel": {
+        "a block left out": "a block left out",
+        "the value's gradient": lambda q, grad, grad_k, grad_v, *_: grad_v.ptr.mul_(1.05),
     },
 }
 
@@ -420,12 +451,12 @@ def test_tuning_again_for_another_kernel(tuning, monkeypatch, device):
     problems += [problems[0].with_options(dropout_p=0.1), problems[0].with_tensors(bias=None)]
     for number, problem in enumerate(problems, 1):
         compute(problem, "triton")
-        assert len(chosen) == 3 * number
+        assert len(chosen) == 4 * number
     make_shape = configs.shape
     for number, change in enumerate(({"WIDE": True}, {"PRECISION": "tf32"}), len(problems) + 1):
         monkeypatch.setattr(configs, "shape", lambda *args, new=change, **kw: make_shape(*args, **kw)._replace(**new))
         compute(problems[0], "triton")
-        assert len(chosen) == 3 * number
+        assert len(chosen) == 4 * number
     monkeypatch.setattr(configs, "shape", make_shape)
     compute(make_problem("layer", seqlen=21, device=device), "triton")
-    assert len(chosen) == 3 * number
+    assert len(chosen) == 4 * number

@@ -17,7 +17,7 @@ from fuzz import FLOATS, mask_of, random_problem
 from parity import MODES, STATISTICS, assert_parity, assert_same, compute, device_of, drawn_mask, make_problem
 
 from reattn import re_attention
-from reattn.backends import choose, cpu, cuda, cuda_driver, cuda_plan, triton
+from reattn.backends import choose, common, cpu, cuda, cuda_driver, cuda_plan, triton
 from reattn.backends.contract import Inputs
 from reattn.backends.cuda_plan import SHARED_LIMIT, Plan, Size
 from reattn.problem import Problem
@@ -81,7 +81,7 @@ def use_cut(monkeypatch, use_launch, forget_plans):
 
         def launches_of(size, multiprocessors):
             block = 2 * 16 * size.heads * cuda_plan.round_up(size.seqlen_k, 16) * size.element_bytes
-            monkeypatch.setattr(cuda_plan, "WORKSPACE_BYTES", cut.launch_blocks * block)
+            monkeypatch.setattr(common, "WORKSPACE_BYTES", cut.launch_blocks * block)
             return cuda_plan.cut_backward(size, 1)
 
         def count(loaded, *args):
@@ -717,7 +717,7 @@ def test_grids_are_within_limits():
         (9, 7, 70, 70),
     ]:
         cut = cuda_plan.cut_backward(Size(2, heads, 128, batch, seqlen, seqlen_k, False), 132)
-        assert all(part.samples * heads < 1 << 16 for part in cut.launches)
+        assert all(part.samples * heads < 1 << 16 for part in cut.parts)
 
 
 @pytest.mark.parametrize("cut", ["32 rows, all keys", "16 rows, all keys"])

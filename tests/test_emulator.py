@@ -467,10 +467,13 @@ def swapped(text):
 PROBLEM = {"heads": 12, "head_dim": 32, "seqlen": 33, "batch": 1, "dtype": torch.bfloat16}
 
 
-@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_query_kernel", "backward_key_kernel"])
-def test_a_barrier_less(kernel, planted):
+@pytest.mark.parametrize(
+    ("kernel", "which"),
+    [("forward_kernel", 0), ("grad_maps_kernel", 0), ("grad_query_kernel", 0), ("grad_key_kernel", 1)],
+)
+def test_a_barrier_less(kernel, which, planted):
     """A race, or what a shared load finds has not been written."""
-    planted(kernel, without(r"bar\.sync"))
+    planted(kernel, without(r"bar\.sync", which))
     with pytest.raises(Fault, match=f"^{kernel}: .*(a race|has not waited for|nothing has written)"):
         compute(make_problem("layer", **PROBLEM), "triton")
 
@@ -481,7 +484,7 @@ def test_a_wait_less(planted):
         compute(make_problem("layer", **PROBLEM), "triton")
 
 
-@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_query_kernel", "backward_key_kernel"])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "grad_maps_kernel", "grad_query_kernel", "grad_key_kernel"])
 def test_a_wrong_fragment(kernel, planted):
     planted(kernel, swapped)
     with pytest.raises(AssertionError, match="error"):

@@ -12,7 +12,7 @@ from parity import assert_parity, make_problem
 pytest.importorskip("emulator.cuda", exc_type=ImportError)
 
 from emulator import Fault, Program  # noqa: E402
-from reattn.backends import cuda, cuda_compile, cuda_driver, cuda_plan  # noqa: E402
+from reattn.backends import common, cuda, cuda_compile, cuda_driver, cuda_plan  # noqa: E402
 from reattn.backends.cuda_plan import SHARED_LIMIT  # noqa: E402
 
 SOURCE = pathlib.Path(__file__).parent / "cuda" / "faults.cu"
@@ -269,7 +269,7 @@ def test_faults_of_the_kernels_themselves(change, sources, monkeypatch):
     assert times, old
     (sources / "cuda" / file).write_text(text)
     # Launches of 32 rows, which another one follows.
-    monkeypatch.setattr(cuda_plan, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 2))
     problem = {"mode": "layer", "dtype": torch.float16} | options
     error, pattern = (Fault, rf"reattn\d+{kernel}E.*: block .*({reported})") if reported else (AssertionError, None)

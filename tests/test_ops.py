@@ -158,7 +158,8 @@ def test_launches(mode, gpu_backend, launches):
     assert len(launches) == LAUNCHES["forward"].get(mode, 1), launches
     launches.clear()
     torch.ops.reattn.backward(made.grad, None, *inputs, *outputs, **options)
-    assert len(launches) == LAUNCHES["backward"][mode], launches
+    # Triton's query gradient has a kernel of its own.
+    assert len(launches) == LAUNCHES["backward"][mode] + (gpu_backend == "triton"), launches
     if mode == "batch-training":
         options["synchronised"] = True
         launches.clear()

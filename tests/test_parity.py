@@ -228,6 +228,20 @@ def kind(tensor):
     return tensor.isnan().int() + 2 * tensor.isinf().int()
 
 
+@pytest.mark.parametrize("mode", ["layer", "none"])
+@pytest.mark.parametrize("heads", [3, 12])
+def test_an_infinite_key_that_no_query_is_drawn_to(heads, mode, backend, device):
+    """All maps are finite. Rows of a block that are outside the sequence, of which the key makes NaN, reach nothing."""
+    problem = make_problem(mode, heads=heads, device=device)
+    key = problem["key"].clone()
+    key[1, :, 2, 5] = float("-inf")
+    problem = problem.with_tensors(query=problem["query"].abs(), key=key)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    assert expected["output"].isfinite().all() and expected["key gradient"].isfinite().all()
+    for name in expected:
+        assert torch.equal(found[name].isfinite(), expected[name].isfinite()), name
+
+
 @pytest.mark.parametrize("mode", ["batch-eval", "layer", "none"])
 @pytest.mark.parametrize("heads", [3, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

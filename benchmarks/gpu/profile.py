@@ -15,8 +15,8 @@ from benchmarks.gpu import cases, table
 from benchmarks.gpu.pool import NOT_RUN, Job, run_command
 from benchmarks.gpu.run import Run
 
-# What Triton and what CUDA launches for the most of a step.
-PROFILED = ("forward", "backward_query", "backward", "products")
+# What Triton and CUDA launch that takes most of a step.
+PROFILED = ("forward", "grad_maps", "grad_query", "grad_key", "backward", "products")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy", "InstructionStats")
 METRICS = (
     "gpu__time_duration.sum",

@@ -27,8 +27,9 @@ EMULATED = False
 RESULTS = {
     "forward": ("output",),
     "finish": ("output", "running_mean", "running_var"),
-    "backward_query": ("query gradient",),
-    "backward_key": ("key gradient", "value gradient"),
+    "grad_maps": ("query gradient", "value gradient"),
+    "grad_query": ("query gradient",),
+    "grad_key": ("key gradient", "value gradient"),
     "backward": ("query gradient",),
     "products": ("key gradient", "value gradient"),
     "unfold": ("theta gradient", "bias gradient", "norm_weight gradient", "norm_bias gradient"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,3 +148,40 @@ def splits(shape: torch.Size, processors: int) -> int:
 def address(tensor: Tensor | None) -> int:
     """Of the first element, as the kernels take it; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# Bytes of the maps that one kernel of a backward pass leaves to others, unless a block for each multiprocessor leaves
+# more. So many fit the L2 cache of an H100.
+WORKSPACE_BYTES = 48 << 20
+
+
+class Part(NamedTuple):
+    """Rows of some samples whose gradients are computed together."""
+
+    first_sample: int
+    samples: int
+    first_row: int
+    rows: int
+
+
+def cut_workspace(
+    row_bytes: int, batch: int, seqlen: int, block_rows: int, multiprocessors: int, multiple: int
+) -> tuple[Part, ...]:
+    """Cuts a backward pass into parts whose maps fit the workspace: WORKSPACE_BYTES, or what a block of rows for each
+    multiprocessor takes if that is more, whatever the batch. ``row_bytes``: of the maps of a query row, all heads.
+
+    The first part is the largest. A sample that comes in several parts is cut at multiples of ``multiple`` rows, which
+    may add so many rows to a part.
+    """
+    blocks = -(-seqlen // block_rows)
+    # In whole waves of the card.
+    waves = WORKSPACE_BYTES // (row_bytes * block_rows * multiprocessors)
+    most = max(1, waves) * multiprocessors
+    samples = max(1, min(batch, most // blocks))
+    step = -(-blocks // -(-blocks // most)) * block_rows  # of the rows of a sample: all, or alike many
+    step = min(-(-step // multiple) * multiple, seqlen)
+    return tuple(
+        Part(sample, min(samples, batch - sample), row, min(step, seqlen - row))
+        for sample in range(0, batch, samples)
+        for row in range(0, seqlen, step)
+    )

@@ -189,9 +189,9 @@ def backward(
         for launch in work.sums:
             cuda_driver.launch(*launch, stream, params, tensors)
         params.blocks = blocks
-    for part, ends, sweep, products in work.parts:
-        params.first_sample, _, params.first_row, params.rows_of_launch, params.row_blocks_of_launch = part
-        params.first_rows, params.last_rows = ends
+    for part, which, sweep, products in work.parts:
+        params.first_sample, _, params.first_row, params.rows_of_launch = part
+        params.row_blocks_of_launch, params.first_rows, params.last_rows = which
         cuda_driver.launch(*sweep, stream, params, tensors)
         cuda_driver.launch(*products, stream, params, tensors)
     cuda_driver.launch(*work.unfold, stream, params, tensors)
@@ -216,15 +216,15 @@ class Work(NamedTuple):
 
 class BackwardWork(NamedTuple):
     """``sums``: what is launched first, for those of this batch, which so many blocks take. ``parts``: each of
-    ``cut.launches``, whether its rows are the first and the last of a sequence, and what is launched for it. A call has
-    a workspace of so many ``numbers`` in float32: vectors, and ``offsets`` bytes after them matrices, two sums and, in
-    float64, those of the batch."""
+    ``cut.parts``, its blocks of rows of a sample, whether its rows are the first and the last of a sequence, and what
+    is launched for it. A call has a workspace of so many ``numbers`` in float32: vectors, and ``offsets`` bytes after
+    them matrices, two sums and, in float64, those of the batch."""
 
     params: Params
     cut: BackwardCut
     sums: tuple[Launch, ...]
     sum_blocks: int
-    parts: tuple[tuple[cuda_plan.Launch, tuple[bool, bool], Launch, Launch], ...]
+    parts: tuple[tuple[common.Part, tuple[int, bool, bool], Launch, Launch], ...]
     unfold: Launch
     numbers: int
     offsets: tuple[int, int, int, int]
@@ -305,11 +305,11 @@ def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, s
     parts = tuple(
         (
             part,
-            (part.first_row == 0, part.first_row + part.rows == seqlen),
-            (sweep, (part.samples * part.row_blocks, 1), 32 * plan.warps, plan.shared_bytes),
+            (row_blocks := -(-part.rows // 16), part.first_row == 0, part.first_row + part.rows == seqlen),
+            (sweep, (part.samples * row_blocks, 1), 32 * plan.warps, plan.shared_bytes),
             (products, (cut.products.blocks, part.samples * heads), *product_block),
         )
-        for part in cut.launches
+        for part in cut.parts
     )
     padded = cuda_plan.padded_heads(heads)
     matrices = 3 * padded * blocks

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ctypes import Structure, c_bool, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
 from typing import NamedTuple
 
+from reattn.backends.common import Part, cut_workspace
+
 
 class Tensor(Structure):
     """(batch, heads, rows, head_dim), the last contiguous; strides in elements."""
@@ -69,9 +71,6 @@ SUM_BYTES = 128 + 32 * SUM_THREADS
 
 # Columns of an output that a block of the forward pass computes; more head_dim means more blocks.
 OUT_DIMS = 64
-# What the backward sweep leaves for the gradients of key and value before these are computed: so much, in bytes, but no
-# less than a block for each multiprocessor has. It fits the L2 cache.
-WORKSPACE_BYTES = 48 << 20
 
 
 class Plan(NamedTuple):
@@ -193,45 +192,21 @@ def plan_products(size: Size) -> ProductPlan:
     return ProductPlan(tiles, shared_bytes, 2 * -(-head_dim // OUT_DIMS) * -(-seqlen_k // keys))
 
 
-class Launch(NamedTuple):
-    """Rows of some samples whose gradients are computed together; ``row_blocks``: blocks of 16 rows of a sample."""
-
-    first_sample: int
-    samples: int
-    first_row: int
-    rows: int
-    row_blocks: int
-
-
 class BackwardCut(NamedTuple):
-    """The launches of a backward pass, and elements of the workspace: for each of two maps, and for each of two sums
-    where rows come in several launches."""
+    """The parts of a backward pass, and elements of the workspace: for each of two maps, and for each of two sums where
+    rows come in several parts."""
 
-    launches: tuple[Launch, ...]
+    parts: tuple[Part, ...]
     products: ProductPlan
     maps: int
     sums: int
 
 
 def cut_backward(size: Size, multiprocessors: int) -> BackwardCut:
-    """A launch's two maps take WORKSPACE_BYTES or what a block for each multiprocessor takes, whichever is more,
-    whatever the batch."""
+    """See :func:`reattn.backends.common.cut_workspace`."""
     element_bytes, heads, head_dim, batch, seqlen, seqlen_k, *_ = size
-    keys, blocks = round_up(seqlen_k, 16), -(-seqlen // 16)
-    # In whole waves of the card.
-    most = max(1, WORKSPACE_BYTES // (2 * 16 * heads * keys * element_bytes) // multiprocessors) * multiprocessors
-    samples = max(1, min(batch, most // blocks))
-    step = -(-blocks // -(-blocks // most))  # of the rows of a sample: all, or alike many
-    launches = tuple(
-        Launch(
-            sample,
-            min(samples, batch - sample),
-            16 * first,
-            min(16 * step, seqlen - 16 * first),
-            min(step, blocks - first),
-        )
-        for sample in range(0, batch, samples)
-        for first in range(0, blocks, step)
-    )
-    sums = heads * seqlen_k * head_dim if step < blocks else 0
-    return BackwardCut(launches, plan_products(size), samples * heads * min(16 * step, seqlen) * keys, sums)
+    keys = round_up(seqlen_k, 16)
+    parts = cut_workspace(2 * heads * keys * element_bytes, batch, seqlen, 16, multiprocessors, 16)
+    first = parts[0]
+    sums = heads * seqlen_k * head_dim if first.rows < seqlen else 0
+    return BackwardCut(parts, plan_products(size), first.samples * heads * first.rows * keys, sums)

@@ -24,6 +24,7 @@ try:
     from reattn.kernels import backward as backward_kernels
     from reattn.kernels import configs
     from reattn.kernels import forward as forward_kernels
+    from reattn.kernels import scores as scores_kernels
     from reattn.kernels import sums as sums_kernels
     from reattn.kernels.tiles import Norm, View
 
@@ -95,7 +96,8 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         return {} if sums is None else {"sums": sums.sum(1, dtype=torch.float64)}
 
     written = {"out": outputs.out, "lse": outputs.lse}
-    sums = _tiled("forward", problem, inputs, (query, key, value, outputs.out), launch, written, left)
+    tensors = query, key, value, outputs.out
+    sums = launch(*_chosen("forward", problem, inputs, tensors, outputs.lse, launch, written, left))
     if sums is not None and problem.synchronised:
         _add_up(problem, norm, sums, outputs.statistics, query, key)
     elif sums is not None:
@@ -200,89 +202,152 @@ def backward(
     given, gradients = inputs, common.empty_gradients(inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given)
-    batch, heads, seqlen, _ = inputs.query.shape
     grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
-    lse = outputs.lse.contiguous()
-    delta = torch.empty_like(lse)
-    norm = _norm(problem, inputs, outputs, sums)
-    views = tuple(_view(tensor) for tensor in (query, key, value, grad))
-    scalars = (problem.scale, problem.scale * _LOG2E, problem.dropout_p)
-
-    def launch_query(tile: configs.Tile, shape: Any) -> tuple[Tensor, Tensor, Any]:
-        packed = shape.PACK * shape.HEADS_PADDED
-        programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
-        vectors = query.new_empty(3, programs, packed, dtype=torch.float32)
-        products = query.new_empty(programs, packed, packed, dtype=torch.float32)
-        _run(
-            backward_kernels.backward_query_kernel,
-            (programs, shape.CHUNKS),
-            tile,
-            *views,
-            _view(gradients.query),
-            norm,
-            lse,
-            delta,
-            inputs.seed,
-            *vectors,
-            products,
-            *scalars,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            SHAPE=shape,
-        )
-        return vectors, products, shape
-
-    def left_by_query(sums: tuple[Tensor, Tensor, Any]) -> dict[str, Tensor]:
-        vectors, products, shape = sums
-        # Without a norm only the first is written.
-        vectors = vectors[: 1 if problem.norm is None else 3].sum(1, dtype=torch.float64)
-        vectors = vectors.unflatten(1, (shape.PACK, -1))[:, :, :heads]
-        products = products.sum(0, dtype=torch.float64).unflatten(1, (shape.PACK, -1)).unflatten(0, (shape.PACK, -1))
-        products = products.diagonal(dim1=0, dim2=2)[:heads, :heads]
-        return {"sums": torch.cat([vectors.flatten(), products.flatten()])}
-
-    def launch_key(tile: configs.Tile, shape: Any) -> None:
-        _run(
-            backward_kernels.backward_key_kernel,
-            (triton.cdiv(key.shape[2], tile.BLOCK_N) * batch, shape.CHUNKS),
-            tile,
-            *views,
-            _view(gradients.key),
-            _view(gradients.value),
-            norm,
-            lse,
-            delta,
-            inputs.seed,
-            *scalars,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            SHAPE=shape,
-        )
-
-    read = query, key, value, grad
-    written = {"grad_query": gradients.query, "delta": delta}
-    vectors, products, shape = _tiled(
-        "backward_query", problem, inputs, (*read, gradients.query), launch_query, written, left_by_query, lse
-    )
-    written = {"grad_key": gradients.key, "grad_value": gradients.value}
-    _tiled("backward_key", problem, inputs, (*read, gradients.key, gradients.value), launch_key, written, lse=lse)
-    _run(
-        sums_kernels.unfold_kernel,
-        (heads + 1,),
-        configs.SUMS_TILE,
-        norm,
-        vectors,
-        products,
-        gradients.theta,
-        *(None if tensor is None else gradient for tensor, gradient in zip(inputs[4:7], gradients[4:], strict=True)),
-        products.shape[0],
-        1.0 / key.shape[2],
-        BLOCK=configs.UNFOLD_BLOCK,
-        SHAPE=shape,
-    )
+    norm, lse = _norm(problem, inputs, outputs, sums), outputs.lse.contiguous()
+    call = _BackwardCall(problem, inputs, norm, query, key, value, grad, lse, torch.empty_like(lse), gradients)
+    tiles = call.tiles()
+    partial_sums = call.empty_sums(*tiles[0])
+    for part in call.parts:
+        call.grad_maps(part, *tiles[0], *partial_sums)
+        call.grad_query(part, *tiles[1])
+        call.grad_key(part, *tiles[2])
+    call.unfold(tiles[0][1], *partial_sums)
     return common.as_inputs(gradients, given)
+
+
+class _BackwardCall:
+    """A backward pass on aligned tensors: its parts, what the kernels leave each other, and their launches, named after
+    the kernels."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        norm: Norm,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        gradients: Gradients,
+    ) -> None:
+        self.problem, self.inputs, self.norm, self.gradients = problem, inputs, norm, gradients
+        self.lse, self.delta = lse, delta
+        self.tensors = query, key, value, grad, *gradients[:3]
+        self.views = tuple(map(_view, self.tensors))
+        self.batch, self.heads, self.seqlen, head_dim = query.shape
+        self.seqlen_k = key.shape[2]
+        self.keys = -(-self.seqlen_k // 16) * 16  # of a row of the maps
+        rows = _table_tile("grad_maps", problem).BLOCK_M
+        row_bytes = 2 * self.heads * self.keys * query.element_size()
+        multiple = max(row.tile.BLOCK_M for row in configs.TABLE["grad_maps"])
+        self.parts = common.cut_workspace(row_bytes, self.batch, self.seqlen, rows, _processors(query), multiple)
+        first = self.parts[0]  # the largest
+        self.mixed, self.maps = query.new_empty(2, first.samples, self.heads, first.rows, self.keys)
+        # Gradients of key and value, where the rows of a sample come in several parts; as wide as columns are loaded.
+        samples = first.samples if first.rows < self.seqlen else 0
+        self.sums = query.new_empty(2, samples, self.seqlen_k, self.heads, head_dim, dtype=torch.float32).transpose(
+            2, 3
+        )
+
+    def grad_maps(self, part: common.Part, tile: configs.Tile, shape: Any, vectors: Tensor, products: Tensor) -> None:
+        maps = self.mixed, self.maps, *vectors, products
+        scalars = self.problem.scale * _LOG2E, self.problem.dropout_p
+        arguments = *self.views[:4], self.norm, self.lse, self.delta, self.inputs.seed, *maps, *scalars
+        self._launch(backward_kernels.grad_maps_kernel, part, part.rows, tile, shape, *arguments)
+
+    def grad_query(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
+        query, key, _, _, grad_query, _, _ = self.views
+        scalars = self.problem.scale, self.problem.scale * _LOG2E, self.problem.dropout_p
+        arguments = query, key, grad_query, self.lse, self.delta, self.inputs.seed, self.maps, *scalars
+        self._launch(backward_kernels.grad_query_kernel, part, part.rows, tile, shape, *arguments)
+
+    def grad_key(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
+        query, _, _, grad, _, *grads = self.views
+        arguments = query, grad, *grads, *map(_view, self.sums), self.mixed, self.maps, self.problem.scale
+        ends = {"FIRST": part.first_row == 0, "LAST": part.first_row + part.rows == self.seqlen}
+        self._launch(backward_kernels.grad_key_kernel, part, self.seqlen_k, tile, shape, *arguments, **ends)
+
+    def _launch(
+        self, kernel: Any, part: common.Part, length: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
+    ) -> None:
+        """``length``: of the rows or keys of a sample that programs share out among them."""
+        block = tile.BLOCK_N if ends else tile.BLOCK_M
+        grid = part.samples * triton.cdiv(length, block), triton.cdiv(self.heads, shape.HEADS_PADDED)
+        rows = backward_kernels.Rows(part.first_row, part.rows, self.keys)
+        constants = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "SHAPE": shape, **ends}
+        _run(kernel, grid, tile, *args, part.first_sample, rows, **constants)
+
+    def unfold(self, shape: Any, vectors: Tensor, products: Tensor) -> None:
+        given, gradients = self.inputs[4:7], self.gradients
+        _run(
+            sums_kernels.unfold_kernel,
+            (self.heads + 1,),
+            configs.SUMS_TILE,
+            self.norm,
+            vectors,
+            products,
+            gradients.theta,
+            *(None if tensor is None else to for tensor, to in zip(given, gradients[4:], strict=True)),
+            products.shape[0] * products.shape[1],
+            1.0 / self.seqlen_k,
+            BLOCK=configs.UNFOLD_BLOCK,
+            SHAPE=shape,
+        )
+
+    def empty_sums(self, tile: configs.Tile, shape: Any) -> tuple[Tensor, Tensor]:
+        """For the sums of ``grad_maps``: vectors and heads x heads matrices, by sample and block of rows."""
+        packed, blocks = shape.PACK * shape.HEADS_PADDED, triton.cdiv(self.seqlen, tile.BLOCK_M)
+        vectors = self.lse.new_empty(3, self.batch, blocks, packed)
+        return vectors, self.lse.new_empty(self.batch, blocks, packed, packed)
+
+    def tiles(self) -> tuple[tuple[configs.Tile, Any], ...]:
+        """Of ``grad_maps``, ``grad_query`` and ``grad_key``, with the shapes that go with them."""
+        first = self.parts[0]
+
+        def choose(kernel: str, *how: Any) -> tuple[configs.Tile, Any]:
+            return _chosen(kernel, self.problem, self.inputs, self.tensors, self.lse, *how)
+
+        def try_maps(tile: configs.Tile, shape: Any) -> tuple[Any, ...]:
+            sums = self.empty_sums(tile, shape)
+            self.grad_maps(first, tile, shape, *sums)
+            return tile, shape, *sums
+
+        written = {"delta": self.delta, "mixed": self.mixed, "grad_maps": self.maps}
+        of_maps = choose("grad_maps", try_maps, written, self._sums_of_first)
+
+        def try_query(tile: configs.Tile, shape: Any) -> None:
+            try_maps(*of_maps)  # which grad_query overwrites
+            self.grad_query(first, tile, shape)
+
+        written = {"grad_query": self.gradients.query, "grad_scores": self.maps}
+        of_query = choose("grad_query", try_query, written)
+
+        def try_key(tile: configs.Tile, shape: Any) -> None:
+            try_query(*of_query)
+            self.grad_key(first, tile, shape)
+
+        written = {"grad_key": self.gradients.key, "grad_value": self.gradients.value}
+        if first.rows < self.seqlen:
+            columns = self.sums[..., : self.problem.head_dim]
+            written = {"grad_key": columns[0], "grad_value": columns[1]}
+        return of_maps, of_query, choose("grad_key", try_key, written)
+
+    def _sums_of_first(self, tried: tuple[Any, ...]) -> dict[str, Tensor]:
+        """What ``grad_maps`` summed up in the first part, in one tensor, however the tile cut it."""
+        tile, shape, vectors, products = tried
+        first, pack = self.parts[0], shape.PACK
+        samples, blocks = slice(first.samples), slice(triton.cdiv(first.rows, tile.BLOCK_M))
+        # Without a norm only the first vector is written.
+        vectors = vectors[: 1 if self.problem.norm is None else 3, samples, blocks].sum((1, 2), dtype=torch.float64)
+        # Which row of a dot a query has depends on the tile.
+        vectors = vectors.unflatten(1, (pack, -1)).sum(1)[:, : self.heads]
+        products = products[samples, blocks].sum((0, 1), dtype=torch.float64)
+        products = products.unflatten(1, (pack, -1)).unflatten(0, (pack, -1)).diagonal(dim1=0, dim2=2).sum(2)
+        return {"sums": torch.cat([vectors.flatten(), products[: self.heads, : self.heads].flatten()])}
 
 
 _LOG2E = math.log2(math.e)
@@ -336,8 +401,12 @@ def _no_norm(problem: Problem) -> Norm:
 
 
 def _splits(out: Tensor) -> int:
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    return common.splits(out.shape, processors)
+    return common.splits(out.shape, _processors(out))
+
+
+def _processors(tensor: Tensor) -> int:
+    """Multiprocessors of its device."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
@@ -345,9 +414,10 @@ def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
     heads = problem.heads
     tf32 = tensors[0].dtype == torch.float32 and _tf32_allowed()
     # The farthest offset within a tile; rows and heads outside are computed, though not touched.
-    extents = (configs.padded(heads), max(tile.BLOCK_M, tile.BLOCK_N))
+    rows = max(tile.BLOCK_M, tile.BLOCK_N, scores_kernels.LSE_KEYS.value)
+    extents = (configs.padded(heads), rows)
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
-    reach = max(reach, *(configs.padded(heads) * tensor.shape[2] for tensor in tensors))
+    reach = max(reach, *(max(extents) * tensor.shape[2] for tensor in tensors))
     return configs.shape(
         heads,
         problem.head_dim,
@@ -382,40 +452,46 @@ def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
     return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
 
 
-def _tiled(
+def _chosen(
     kernel: str,
     problem: Problem,
     inputs: Inputs,
     tensors: tuple[Tensor, ...],
+    lse: Tensor,
     launch: Callable[[configs.Tile, Any], Any],
     written: dict[str, Tensor],
     left: Callable[[Any], dict[str, Tensor]] = lambda _: {},
-    lse: Tensor | None = None,
-) -> Any:
-    """Launches with the tile that the table gives for this problem, or that tuning finds.
+) -> tuple[configs.Tile, Any]:
+    """The tile that the table gives for this problem, or that tuning finds, and the shape that goes with it.
 
-    ``tensors``: queries first and keys second, what the kernel reads and writes row by row; ``written``: what it
-    writes, which does not change what it reads; ``left``: what is to be compared of what ``launch`` returns.
+    ``tensors``: queries first and keys second, what the kernel reads and writes row by row. For tuning: ``launch``
+    launches with a tile; ``written``: what that writes, which does not change what it reads; ``left``: what is to be
+    compared of what it returns.
     """
 
-    def run(tile: configs.Tile) -> Any:
-        return launch(tile, _shape(problem, tile, *tensors))
+    def with_shape(tile: configs.Tile) -> tuple[configs.Tile, Any]:
+        if kernel not in configs.BY_HEAD:
+            return tile, _shape(problem, tile, *tensors)
+        shape = _shape(problem, tile._replace(dim=common.MAX_HEAD_DIM), *tensors)
+        return tile, shape._replace(HEADS_PADDED=min(tile.num_warps, shape.HEADS_PADDED))
 
-    tile = _table_tile(kernel, problem)
+    tile, shape = with_shape(_table_tile(kernel, problem))
     if os.environ.get("REATTN_AUTOTUNE") != "1" or not all(tensor.numel() for tensor in tensors):
-        return run(tile)
-    shape = _shape(problem, tile, *tensors)
+        return tile, shape
     absent = tuple(tensor is None for tensor in inputs)
     key = kernel, _arch(problem.device), problem.dtype, absent, shape
     if key not in _tuned_tiles:
         lengths = tensors[0].shape[2] + tensors[1].shape[2] + problem.head_dim
 
+        def run(tile: configs.Tile) -> Any:
+            return launch(*with_shape(tile))
+
         def allowed() -> float:
-            return _allowance(problem.dtype, shape.PRECISION, lengths, written["lse"] if lse is None else lse)
+            return _allowance(problem.dtype, shape.PRECISION, lengths, lse)
 
         candidates = configs.candidates(kernel, problem.dtype.itemsize, problem.heads)
         _tuned_tiles[key] = _tuned(key, [tile, *candidates], run, written, left, allowed)
-    return run(_tuned_tiles[key])
+    return with_shape(_tuned_tiles[key])
 
 
 # By what compiles another kernel, or chooses among the table's rows.
