@@ -33,8 +33,8 @@ TRITON_ARCHS = (80, 86, 89, 90, 100)
 # large needs none, and moves more through shared memory. Most kernels have none at all.
 FEW_SPILLS = 1 / 80
 # The same as a number, for float32 and more than 16 heads: tiles small enough to need none run longer. Most have
-# grad_maps with 32 heads and batch statistics, of which a lane holds five vectors of eight heads (90), and by Triton 3.6
-# grad_query in float32 at head_dim 128 (153).
+# grad_maps with 32 heads and batch statistics, of which a lane holds five vectors of eight heads (90), and by Triton
+# 3.6 grad_query in float32 at head_dim 128 (153).
 RARE_SPILLS = 160
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # "batch" in training.
