@@ -33,6 +33,7 @@ from .tiles import (
     rows_inside,
     store_rows,
     sum_by_halves,
+    which_block,
     zero_rows,
     zero_sums,
 )
@@ -101,8 +102,7 @@ def grad_maps_kernel(
     """
     GROUPS: tl.constexpr = groups(BLOCK_M, SHAPE)
     HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
-    blocks = tl.cdiv(rows.count, BLOCK_M)
-    sample, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    sample, row = which_block(rows.count, BLOCK_M)
     batch, row_start = first_sample + sample, rows.first + row
     # Rows outside the sequence repeat the last query: zero times an infinite key would be NaN. They have no gradient.
     q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
@@ -118,9 +118,9 @@ def grad_maps_kernel(
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
-    grad_shift = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
-    grad_gamma = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
-    grad_beta = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
+    grad_shift = zero_sums(BLOCK_M, SHAPE)
+    grad_gamma = zero_sums(BLOCK_M, SHAPE)
+    grad_beta = zero_sums(BLOCK_M, SHAPE)
     # A sum for every group of positions, added up at the end.
     grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
     for column in range(0, k.seqlen, BLOCK_N):
@@ -210,9 +210,8 @@ def grad_query_kernel(
     SHAPE: tl.constexpr,
 ):
     """One block of query rows, some heads: dQ, and in the place of the gradients of the maps those of the scores."""
-    blocks = tl.cdiv(rows.count, BLOCK_M)
-    row, first_head = tl.program_id(0) % blocks * BLOCK_M, tl.program_id(1) * SHAPE.HEADS_PADDED
-    sample = tl.program_id(0) // blocks
+    sample, row = which_block(rows.count, BLOCK_M)
+    first_head = tl.program_id(1) * SHAPE.HEADS_PADDED
     batch, row_start = first_sample + sample, rows.first + row
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     q_tile = load_rows(q, batch, first_head, row_start, 0, BLOCK_M, SHAPE)
@@ -262,9 +261,8 @@ def grad_key_kernel(
     """One block of keys, some heads: dV = N^T dO and dK = dS^T Q. Where the rows of a sample come in several parts:
     unless this is the FIRST, the sums start from ``sum_v`` and ``sum_k``; unless it is the LAST, they are stored there.
     """
-    blocks = tl.cdiv(grad_k.seqlen, BLOCK_N)
-    column, first_head = tl.program_id(0) % blocks * BLOCK_N, tl.program_id(1) * SHAPE.HEADS_PADDED
-    sample = tl.program_id(0) // blocks
+    sample, column = which_block(grad_k.seqlen, BLOCK_N)
+    first_head = tl.program_id(1) * SHAPE.HEADS_PADDED
     batch = first_sample + sample
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)

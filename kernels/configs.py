@@ -1,10 +1,10 @@
 """Tile configurations: one table, and the choice among its rows.
 
-Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles without
-spilling in a loop, with dropout too unless the row says otherwise; float32 and more heads spill a few registers at
-most, and so does Triton 3.6 (``python -m benchmarks.compile_report`` shows what each row costs, with the Triton release
-that it imports). Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall
-blocks of query rows, since keys and values are read again for every block.
+Every row fits the shared memory of each architecture it serves, and in 16 bits, up to 16 heads, compiles with next to
+no spills in a loop, with dropout too unless the row says otherwise; float32 and more heads spill more. ``python -m
+benchmarks.compile_report`` shows what each row costs, with the Triton release that it imports, and has the limits.
+Which of several such rows is fastest has not been measured on a GPU yet: they were chosen for tall blocks of query
+rows, since keys and values are read again for every block.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .tiles import Shape
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: block of query rows, block of keys, warps, pipelining stages, most of head_dim held at
-    once."""
+    """How a kernel is cut: block of query rows, block of keys (the LSE has its own, ``scores.LSE_KEYS``), warps,
+    pipelining stages, most of head_dim held at once."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -64,7 +64,7 @@ def forward_kernel(
     layout = dot_layout(mixing[0], BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
     rows = rows_inside(row_start, q.seqlen, BLOCK_M, BLOCK_N, SHAPE)
-    sums = zero_sums(BLOCK_M, BLOCK_N, SHAPE)
+    sums = zero_sums(BLOCK_M, SHAPE)
     squares = sums
     # The last keys apart, so that the others need no mask.
     whole = k.seqlen // BLOCK_N * BLOCK_N if APART else k.seqlen

@@ -69,7 +69,8 @@ class Shape(NamedTuple):
 
 @triton.jit
 def which_block(seqlen, BLOCK: tl.constexpr):
-    """This program's sample and first row; samples follow one another along the one grid axis that may be long."""
+    """This program's sample and first row, or key; samples follow one another along the one grid axis that may be
+    long."""
     blocks = tl.cdiv(seqlen, BLOCK)
     return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
 
@@ -81,7 +82,7 @@ def row_pointers(
 ):  # fmt: skip
     """The first element of rows of all heads, or some from the first on, and which lie inside: [HEADS_PADDED, ROWS, 1].
 
-    WHOLE: all rows are known to. REPEAT: rows behind the last are the last again.
+    WHOLE: all rows are known to lie inside. REPEAT: rows behind the last repeat it.
 
     The block's own offset is 64-bit; within it 32 bits do (the launcher sets WIDE where they do not) and spare
     registers.
@@ -307,7 +308,7 @@ def mean_over_heads(tile, dtype: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def zero_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+def zero_sums(BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
     """What ``fold_positions`` of such tiles adds up in: [GROUPS, 8, PACK * HEADS_PADDED], float32."""
     return tl.full((groups(BLOCK_M, SHAPE), 8, SHAPE.PACK * SHAPE.HEADS_PADDED), 0.0, dtype=tl.float32)
 

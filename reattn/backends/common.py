@@ -71,7 +71,8 @@ def beyond_limits(problem: Problem) -> list[str]:
 def empty_heads_last(like: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
     dtype of ``like``."""
-    shape = _, heads, seqlen, head_dim = like.shape
+    shape = like.shape
+    _, heads, seqlen, head_dim = shape
     row = heads * head_dim
     # In one operation: at batch 1 every one of them shows.
     return like.new_empty_strided(shape, (seqlen * row, head_dim, row, 1))

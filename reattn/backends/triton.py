@@ -206,7 +206,7 @@ def backward(
     if problem.batch_statistics and sums is None:
         sums = grad_sums(problem, grad, outputs)
     norm, lse = _norm(problem, inputs, outputs, sums), outputs.lse.contiguous()
-    call = _BackwardCall(problem, inputs, norm, query, key, value, grad, lse, torch.empty_like(lse), gradients)
+    call = _BackwardCall(problem, inputs, norm, query, key, value, grad, lse, gradients)
     tiles = call.tiles()
     partial_sums = call.empty_sums(*tiles[0])
     for part in call.parts:
@@ -231,11 +231,10 @@ class _BackwardCall:
         value: Tensor,
         grad: Tensor,
         lse: Tensor,
-        delta: Tensor,
         gradients: Gradients,
     ) -> None:
         self.problem, self.inputs, self.norm, self.gradients = problem, inputs, norm, gradients
-        self.lse, self.delta = lse, delta
+        self.lse, self.delta = lse, torch.empty_like(lse)
         self.tensors = query, key, value, grad, *gradients[:3]
         self.views = tuple(map(_view, self.tensors))
         self.batch, self.heads, self.seqlen, head_dim = query.shape
@@ -249,34 +248,34 @@ class _BackwardCall:
         self.mixed, self.maps = query.new_empty(2, first.samples, self.heads, first.rows, self.keys)
         # Gradients of key and value, where the rows of a sample come in several parts; as wide as columns are loaded.
         samples = first.samples if first.rows < self.seqlen else 0
-        self.sums = query.new_empty(2, samples, self.seqlen_k, self.heads, head_dim, dtype=torch.float32).transpose(
-            2, 3
-        )
+        self.sums = lse.new_empty(2, samples, self.seqlen_k, self.heads, head_dim).transpose(2, 3)
 
     def grad_maps(self, part: common.Part, tile: configs.Tile, shape: Any, vectors: Tensor, products: Tensor) -> None:
         maps = self.mixed, self.maps, *vectors, products
         scalars = self.problem.scale * _LOG2E, self.problem.dropout_p
         arguments = *self.views[:4], self.norm, self.lse, self.delta, self.inputs.seed, *maps, *scalars
-        self._launch(backward_kernels.grad_maps_kernel, part, part.rows, tile, shape, *arguments)
+        blocks = triton.cdiv(part.rows, tile.BLOCK_M)
+        self._launch(backward_kernels.grad_maps_kernel, part, blocks, tile, shape, *arguments)
 
     def grad_query(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
         query, key, _, _, grad_query, _, _ = self.views
         scalars = self.problem.scale, self.problem.scale * _LOG2E, self.problem.dropout_p
         arguments = query, key, grad_query, self.lse, self.delta, self.inputs.seed, self.maps, *scalars
-        self._launch(backward_kernels.grad_query_kernel, part, part.rows, tile, shape, *arguments)
+        blocks = triton.cdiv(part.rows, tile.BLOCK_M)
+        self._launch(backward_kernels.grad_query_kernel, part, blocks, tile, shape, *arguments)
 
     def grad_key(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
         query, _, _, grad, _, *grads = self.views
         arguments = query, grad, *grads, *map(_view, self.sums), self.mixed, self.maps, self.problem.scale
         ends = {"FIRST": part.first_row == 0, "LAST": part.first_row + part.rows == self.seqlen}
-        self._launch(backward_kernels.grad_key_kernel, part, self.seqlen_k, tile, shape, *arguments, **ends)
+        blocks = triton.cdiv(self.seqlen_k, tile.BLOCK_N)
+        self._launch(backward_kernels.grad_key_kernel, part, blocks, tile, shape, *arguments, **ends)
 
     def _launch(
-        self, kernel: Any, part: common.Part, length: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
+        self, kernel: Any, part: common.Part, blocks: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
     ) -> None:
-        """``length``: of the rows or keys of a sample that programs share out among them."""
-        block = tile.BLOCK_N if ends else tile.BLOCK_M
-        grid = part.samples * triton.cdiv(length, block), triton.cdiv(self.heads, shape.HEADS_PADDED)
+        """``blocks``: of the rows or keys of a sample."""
+        grid = part.samples * blocks, triton.cdiv(self.heads, shape.HEADS_PADDED)
         rows = backward_kernels.Rows(part.first_row, part.rows, self.keys)
         constants = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "SHAPE": shape, **ends}
         _run(kernel, grid, tile, *args, part.first_sample, rows, **constants)
