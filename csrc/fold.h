@@ -27,7 +27,7 @@ struct Parameters {
   const float *bias, *norm_weight, *norm_bias;
   float *running_mean, *running_var;
   int64_t* num_batches_tracked;
-  double* statistics;  // of the batch, (2 heads + 1): mean of the centred maps, 1 / deviation, positions
+  double* statistics;  // of the batch, (3, heads): mean of the centred maps, 1 / deviation, positions
   double* grad_sums;   // (2, heads): of grad * out, and of grad times the sum of the values
   Norm norm;
   bool training;  // batch norm: statistics of the batch
@@ -100,12 +100,15 @@ struct Fold {
   }
 
   // Through batch statistics, the gradient of A is gamma dN - common - along A.
-  REATTN_FOLD double positions() const { return p.statistics[2 * p.heads] > 0 ? p.statistics[2 * p.heads] : 1.0; }
+  REATTN_FOLD double positions(int g) const {
+    const double positions = p.statistics[2 * p.heads + g];
+    return positions > 0 ? positions : 1.0;
+  }
   REATTN_FOLD float common(int g) const {
-    return batch_statistics() ? float(gamma(g) * p.grad_sums[p.heads + g] / positions()) : 0.0f;
+    return batch_statistics() ? float(gamma(g) * p.grad_sums[p.heads + g] / positions(g)) : 0.0f;
   }
   REATTN_FOLD float along(int g) const {
-    return batch_statistics() ? float((p.grad_sums[g] - beta(g) * p.grad_sums[p.heads + g]) / positions()) : 0.0f;
+    return batch_statistics() ? float((p.grad_sums[g] - beta(g) * p.grad_sums[p.heads + g]) / positions(g)) : 0.0f;
   }
 
   // The gradients of what the user gave, from sums over all maps, by head: of P dA, of dA, of dN A, of dN.
@@ -167,8 +170,9 @@ REATTN_FOLD void update_running(const Parameters& p, const Moments& moments, dou
   if (!p.running_mean || !(positions > 0)) return;
   const double share = p.momentum < 0 ? 1.0 / double(*p.num_batches_tracked + 1) : double(p.momentum);
   const double mean = moments.mean + (p.bias ? double(p.bias[g]) : 0.0);
-  const double variance = moments.variance * (positions / (positions - 1));
   p.running_mean[g] = float(double(p.running_mean[g]) + share * (mean - double(p.running_mean[g])));
+  if (!(positions > 1)) return;
+  const double variance = moments.variance * (positions / (positions - 1));
   p.running_var[g] = float(double(p.running_var[g]) + share * (variance - double(p.running_var[g])));
 }
 

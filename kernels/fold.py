@@ -105,7 +105,7 @@ def load_unmixing(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
     common = load_gamma(norm, SHAPE)
     along = common
     if SHAPE.NORM == "batch" and SHAPE.TRAINING:
-        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS)
+        positions = load_heads(norm.statistics + 2 * SHAPE.HEADS, 1.0, SHAPE)
         of_values = load_heads(norm.grad_sums + SHAPE.HEADS, 0.0, SHAPE)
         of_out = load_heads(norm.grad_sums, 0.0, SHAPE)
         along = ((of_out - load_beta(norm, SHAPE).to(tl.float64) * of_values) / positions).to(tl.float32)

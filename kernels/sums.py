@@ -36,7 +36,7 @@ def moments(
     if SYNCHRONISED:
         total = tl.load(norm.statistics + head)
         squares = tl.load(norm.statistics + SHAPE.HEADS + head)
-        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS)
+        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS + head)
     else:
         total, squares = raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK, SHAPE)
     count = tl.maximum(positions, 1.0)
@@ -51,7 +51,7 @@ def add_up_kernel(
     norm, sums_ptr, totals_ptr, programs, positions, centre, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """One head: the sums that programs left, to (2 * HEADS + 1,) after the forward pass or (2, HEADS) before the
+    """One head: the sums that programs left, to (3, HEADS) after the forward pass or (2, HEADS) before the
     backward pass, float64, for an all-reduce."""
     head = tl.program_id(0)
     positions = tl.cast(positions, tl.float64)
@@ -60,8 +60,7 @@ def add_up_kernel(
         second = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK)
     else:
         first, second = raw_sums(norm, sums_ptr, head, programs, positions, tl.cast(centre, tl.float64), BLOCK, SHAPE)
-        if head == 0:
-            tl.store(totals_ptr + 2 * SHAPE.HEADS, positions)
+        tl.store(totals_ptr + 2 * SHAPE.HEADS + head, positions)
     tl.store(totals_ptr + head, first)
     tl.store(totals_ptr + SHAPE.HEADS + head, second)
 
@@ -107,7 +106,7 @@ def finish_kernel(
             )
             tl.store(statistics_ptr + head, mean - mixed_centre(norm, head, centre, SHAPE))
             tl.store(statistics_ptr + SHAPE.HEADS + head, inverse)
-            tl.store(statistics_ptr + 2 * SHAPE.HEADS, counted)
+            tl.store(statistics_ptr + 2 * SHAPE.HEADS + head, counted)
             if norm.running_mean is not None:
                 bias = tl.cast(0.0, tl.float64)
                 if norm.bias is not None:
@@ -117,7 +116,7 @@ def finish_kernel(
                 tl.debug_barrier()
                 # A batch of no positions leaves them as they are.
                 share = tl.where(counted > 0, share, 0.0)
-                unbiased = tl.where(counted > 0, variance * (counted / (counted - 1.0)), old_var)
+                unbiased = tl.where(counted > 1, variance * (counted / (counted - 1.0)), old_var)
                 new_mean = old_mean + share * (mean + bias - old_mean)
                 new_var = old_var + share * (unbiased - old_var)
                 tl.store(norm.running_mean + head, new_mean.to(tl.float32))

@@ -34,7 +34,7 @@ class View(NamedTuple):
 
 class Norm(NamedTuple):
     """What the user gave beside query, key and value: pointers to float32 parameters, None where there is none, and
-    numbers. ``statistics (2 * HEADS + 1,)`` and ``grad_sums (2, HEADS)`` are float64, of batch norm in training."""
+    numbers. ``statistics (3, HEADS)`` and ``grad_sums (2, HEADS)`` are float64, of batch norm in training."""
 
     theta: Any
     bias: Any

@@ -67,6 +67,27 @@ def check_heads(query: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"{name} must not require a gradient: the operator has none for it")
 
 
+def check_mask(query: Tensor, key: Tensor, attn_mask: object, is_causal: object) -> None:
+    """``attn_mask`` None, boolean or floating, on the query's device, and broadcastable to the maps; ``is_causal`` a
+    bool."""
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must have dtype bool or a floating one, got {attn_mask.dtype}")
+    maps = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(attn_mask.shape), reversed(maps), strict=False)
+    if attn_mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(
+            f"attn_mask must broadcast to (batch, heads, seqlen, seqlen_k) = {maps}, got {tuple(attn_mask.shape)}"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on {query.device}, as query is, got {attn_mask.device}")
+
+
 def check_numbers(**options: object) -> None:
     """Plain numbers: a tensor in their place would never get its gradient."""
     for name, option in options.items():

@@ -65,10 +65,13 @@ def re_attention(
         scale: factor of the scores; ``head_dim**-0.5`` when None. A tensor of one element, as a learned temperature
             is, is differentiated.
         dropout_p: share of the softmax probabilities dropped, before mixing; drawn from torch's generator.
-        attn_mask: boolean (True takes part) or added to the scores, broadcastable to ``(batch, heads, seqlen,
-            seqlen_k)``.
-        is_causal: query i sees keys up to i. Masks are computed by the reference backend.
-        process_group: batch statistics are those of all its ranks together (one all-reduce of 2 heads + 1 numbers).
+        attn_mask: boolean (True takes part) or floating (added to the scores, in the dtype of ``query``, and
+            differentiated), broadcastable to ``(batch, heads, seqlen, seqlen_k)``. A key is hidden where it is False,
+            -infinity, or the lowest number of its dtype, ``torch.finfo(dtype).min``: its weight is then 0, after mixing
+            and norm, and it is no part of batch statistics. A query that sees no key gives 0.
+        is_causal: query i sees keys up to i, as in ``scaled_dot_product_attention``, and beside that what
+            ``attn_mask`` lets it see.
+        process_group: batch statistics are those of all its ranks together (one all-reduce of 3 heads numbers).
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; an explicit one raises where it
             cannot run.
 
@@ -96,6 +99,8 @@ def re_attention(
     checks.check_numbers(eps=eps, dropout_p=dropout_p, momentum=0 if momentum is None else momentum)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    checks.check_mask(query, key, attn_mask, is_causal)
+    attn_mask = None if attn_mask is None else _in_four_dimensions(attn_mask, query.dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     checks.check_factor("scale", scale)
     checks.check_factor("output_scale", output_scale)
@@ -120,7 +125,9 @@ def re_attention(
         norm=norm,
         training=training,
         synchronised=process_group is not None,
-        masked=is_causal or attn_mask is not None,
+        mask=None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
+        mask_gradient=attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled(),
+        is_causal=is_causal,
         scale=scale,
         output_scale=output_scale,
         eps=eps,
@@ -154,8 +161,19 @@ def re_attention(
             )
         else:
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
+            inputs = inputs._replace(attn_mask=attn_mask)
             out = ops.re_attention(name, problem, inputs, process_group, packed)
     return out if factor is None else out * factor
+
+
+def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask, its dimensions of size 1 where it was expanded; one that is added in the given dtype."""
+    mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
+    if not mask.requires_grad:
+        for dim in range(4):
+            if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+                mask = mask.narrow(dim, 0, 1)
+    return mask if mask.dtype == torch.bool else mask.to(dtype)
 
 
 def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from reattn.backends import FUSED
 from reattn.backends.common import empty_heads_last, empty_outputs
-from reattn.backends.contract import Inputs, Outputs
+from reattn.backends.contract import Gradients, Inputs, Outputs
 from reattn.problem import Problem
 
 _library = torch.library.Library("reattn", "DEF")
@@ -31,25 +31,26 @@ _STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tr
 _UPDATED = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
 _MAPS = "Tensor query, Tensor key, Tensor value, "
 _OPTIONS = (
-    "*, str backend, str? norm, bool training, bool synchronised, float scale, float output_scale, float eps, "
-    "float dropout_p, float? momentum"
+    "*, str backend, str? norm, bool training, bool synchronised, str? mask, bool mask_gradient, bool is_causal, "
+    "float scale, float output_scale, float eps, float dropout_p, float? momentum"
 )
-_library.define(f"forward({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_MASKS = "Tensor? seed, Tensor? attn_mask, "
+_library.define(f"forward({_MAPS}{_PARAMETERS}{_UPDATED}{_MASKS}{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"finish({_MAPS}{_PARAMETERS}{_UPDATED}Tensor? seed, Tensor(d!) out, Tensor lse, Tensor statistics, "
+    f"finish({_MAPS}{_PARAMETERS}{_UPDATED}{_MASKS}Tensor(d!) out, Tensor lse, Tensor statistics, "
     f"Tensor(e!) value_sum, {_OPTIONS}) -> Tensor"
 )
 _library.define(
     f"grad_sums(Tensor grad, Tensor out, Tensor lse, Tensor statistics, Tensor value_sum, {_OPTIONS}) -> Tensor"
 )
 _library.define(
-    f"backward(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, Tensor lse, "
-    f"Tensor statistics, Tensor value_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}{_MASKS}Tensor out, Tensor lse, "
+    f"Tensor statistics, Tensor value_sum, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(Gradients._fields))})"
 )
 _library.define(
-    f"backward_into(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}Tensor? seed, Tensor out, "
+    f"backward_into(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}{_MASKS}Tensor out, "
     f"Tensor lse, Tensor statistics, Tensor value_sum, Tensor(a!) grad_query, Tensor(b!) grad_key, "
-    f"Tensor(c!) grad_value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor(c!) grad_value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -96,8 +97,9 @@ def _backward_into(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backen
 
 
 @torch.library.register_fake("reattn::forward", lib=_library)
-def _(query: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
-    return tuple(empty_outputs(Problem.of(query, **options), query))
+def _(*tensors: Any, backend: str, **options: Any) -> Any:
+    inputs = Inputs(*tensors)
+    return tuple(empty_outputs(Problem.of(inputs.query, **options), inputs.query, inputs.attn_mask))
 
 
 @torch.library.register_fake("reattn::finish", lib=_library)
@@ -112,16 +114,18 @@ def _(grad: Tensor, *tensors: Any, backend: str, **options: Any) -> Any:
 
 @torch.library.register_fake("reattn::backward", lib=_library)
 def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
-    maps, parameters = tensors[:3], tensors[3:7]
-    return (
-        *(empty_heads_last(tensor) for tensor in maps),
-        *(grad.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters),
-    )
+    inputs = Inputs(*tensors[:_INPUTS])
+    return *(empty_heads_last(tensor) for tensor in inputs[:3]), *_empty_like_parameters(grad, inputs, **options)
 
 
 @torch.library.register_fake("reattn::backward_into", lib=_library)
 def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
-    return tuple(grad.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in tensors[3:7])
+    return _empty_like_parameters(grad, Inputs(*tensors[:_INPUTS]), **options)
+
+
+def _empty_like_parameters(grad: Tensor, inputs: Inputs, mask_gradient: bool, **_: Any) -> tuple[Tensor, ...]:
+    given = (*inputs[3:7], inputs.attn_mask if mask_gradient else None)
+    return tuple(grad.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape) for t in given)
 
 
 def _one_by_one(op: Any) -> Any:
@@ -178,7 +182,7 @@ def re_attention(
     options = _options(backend, problem)
     if not torch.compiler.is_compiling():
         _refuse_tangents(inputs)
-        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7])):
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
             # The Function would cost as much as a small problem.
             return _run_forward(inputs, options, group).out
     function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction
@@ -199,6 +203,9 @@ def _options(backend: str, problem: Problem) -> dict[str, Any]:
         "norm": problem.norm,
         "training": problem.batch_statistics,
         "synchronised": problem.synchronised and problem.batch_statistics,
+        "mask": problem.mask,
+        "mask_gradient": problem.mask_gradient,
+        "is_causal": problem.is_causal,
         "scale": problem.scale,
         "output_scale": problem.output_scale,
         "eps": problem.eps,
@@ -227,9 +234,11 @@ def _inputs_of(packed: Tensor | None, tensors: Sequence[Any]) -> Inputs:
     return Inputs(*tensors) if packed is None else Inputs(*unpack(packed), *tensors[3:])
 
 
-def _present(tensors: Iterable[Tensor | None], gradients: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of what is there."""
-    return tuple(None if tensor is None else grad for tensor, grad in zip(tensors, gradients, strict=True))
+def _of_others(inputs: Inputs, gradients: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    """What the Function returns beside the gradients of query, key and value: the others, in the order of its
+    arguments."""
+    parameters = (None if given is None else grad for given, grad in zip(inputs[3:7], gradients[:4], strict=True))
+    return *parameters, *(None,) * 4, gradients[4] if options["mask_gradient"] else None, None, None
 
 
 def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:
@@ -304,10 +313,10 @@ class ReAttentionFunction(torch.autograd.Function):
         else:
             whole = torch.empty_like(packed, memory_format=torch.contiguous_format)
             gradients = _run_backward(grads[0], inputs, outputs, ctx.options, ctx.group, unpack(whole))
-            return whole, *(None,) * 3, *_present(inputs[3:7], gradients), *(None,) * 6
+            return whole, *(None,) * 3, *_of_others(inputs, gradients, ctx.options)
         of_packed = None if packed is None else torch.stack(gradients[:3]).permute(1, 3, 0, 2, 4)
         maps = gradients[:3] if packed is None else (None,) * 3
-        return of_packed, *maps, *_present(inputs[3:7], gradients[3:]), *(None,) * 6
+        return of_packed, *maps, *_of_others(inputs, gradients[3:], ctx.options)
 
 
 class ReAttentionBackward(torch.autograd.Function):

@@ -12,7 +12,8 @@ class Problem(NamedTuple):
     """One call of the operator but for its tensors: what backends decide by.
 
     ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
-    from this batch. ``synchronised``: from those of several ranks. ``masked``: some keys are hidden.
+    from this batch. ``synchronised``: from those of several ranks. ``mask``: the kind of ``attn_mask``, "bool" or
+    "float"; ``mask_gradient``: it is differentiated.
     """
 
     device: torch.device
@@ -22,7 +23,9 @@ class Problem(NamedTuple):
     norm: str | None = None
     training: bool = False
     synchronised: bool = False
-    masked: bool = False
+    mask: str | None = None
+    mask_gradient: bool = False
+    is_causal: bool = False
     scale: float = 1.0
     output_scale: float = 1.0
     eps: float = 1e-5
@@ -39,3 +42,8 @@ class Problem(NamedTuple):
     def batch_statistics(self) -> bool:
         """Whether the norm needs sums over the whole batch."""
         return self.norm == "batch" and self.training
+
+    @property
+    def masked(self) -> bool:
+        """Whether keys may be hidden."""
+        return self.mask is not None or self.is_causal

@@ -20,6 +20,13 @@ def re_attention(
 ) -> Tensor:
     """Equivalent to ``re_attention_maps(...)[1] @ value``; arguments as in :func:`reattn.re_attention`."""
     _, mixed = re_attention_maps(query, key, theta, bias, **options)
+    visible = visible_keys(options.get("attn_mask"), options.get("is_causal", False), query, key)
+    if visible is not None:
+        # Zero times what is not finite would be NaN in rows that do not see it.
+        finite = value.isfinite()
+        reached = visible.to(value.dtype) @ (~finite).to(value.dtype) > 0
+        out = torch.where(reached, mixed @ value, mixed @ value.where(finite, 0.0))
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
     # Written in (batch, seqlen, heads, head_dim) order, so that merging the heads needs no copy.
     return (mixed @ value).transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -53,7 +60,8 @@ def re_attention_maps(
     repeated with the mask another backend drew.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attn = masked_softmax((query * scale) @ key.mT, attn_mask, is_causal)
+    attn = masked_softmax(query * scale, key, attn_mask, is_causal)
+    visible = visible_keys(attn_mask, is_causal, query, key)
     dropped = attn
     if keep is not None:
         dropped = attn * keep / (1.0 - dropout_p)
@@ -82,28 +90,51 @@ def re_attention_maps(
             momentum=factor,
             eps=eps,
             group=process_group,
+            visible=visible,
         )
     elif norm == "layer":
         over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, -1), theta.shape[1:], weight, shift, eps)
         mixed = over_heads.movedim(-1, 1)
     if output_scale != 1.0:
         mixed = mixed * output_scale
+    if visible is not None:
+        mixed = mixed.where(visible, 0.0)
     return attn, mixed.to(attn.dtype)
 
 
-def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Softmax over the keys that a mask allows (True or an added term, as in SDPA); a row that may see none is all
-    zero."""
+def visible_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """Which keys a query sees: boolean, ``(batch or 1, heads or 1, seqlen or 1, seqlen_k)``; None: all of them.
+
+    Hidden is what a boolean mask has as False, an additive one as -infinity or the lowest number of its dtype, and with
+    ``is_causal`` every key behind the query's own position.
+    """
+    if attn_mask is None and not is_causal:
+        return None
+    visible = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    if attn_mask is None:
-        return scores.softmax(-1)
-    if attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    else:
-        scores = scores + attn_mask
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
+        visible = visible.expand(-1, -1, query.shape[2], -1).tril()
+    if attn_mask is not None:
+        is_boolean = attn_mask.dtype == torch.bool
+        visible = visible & (attn_mask if is_boolean else attn_mask.detach() > torch.finfo(attn_mask.dtype).min)
+    return visible
+
+
+def masked_softmax(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Softmax of ``query @ key^T``, plus an additive mask, over the keys that a query sees; zero where it sees none.
+
+    Nothing of what is hidden reaches result or gradients, should it be NaN: a row is NaN where it sees a key that is
+    not finite.
+    """
+    visible = visible_keys(attn_mask, is_causal, query, key)
+    if visible is None:
+        return (query @ key.mT).softmax(-1)
+    blind = ~visible.any(-1, keepdim=True)
+    finite = key.isfinite().all(-1, keepdim=True)
+    scores = query.masked_fill(blind, 0.0) @ key.where(finite, 0.0).mT
+    scores = scores.masked_fill(~finite.mT, float("nan"))
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.where(visible, 0.0)
+    scores = scores.masked_fill(~visible, float("-inf"))
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
@@ -116,14 +147,16 @@ def batch_norm(
     momentum: float | Tensor,
     eps: float,
     group: dist.ProcessGroup | None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Batch norm over ``(batch, heads, seqlen, seqlen_k)``, its heads as channels; in training over the batch of all of
-    ``group``, if given. ``momentum``: the share of this batch in the running statistics."""
+    ``group``, if given, and of its positions over those that are ``visible``. ``momentum``: the share of this batch in
+    the running statistics."""
     running_mean, running_var = running
     if not training:
         assert running_mean is not None and running_var is not None
         return F.batch_norm(mixed, running_mean.to(mixed.dtype), running_var.to(mixed.dtype), *affine, eps=eps)
-    if group is None and not isinstance(momentum, Tensor):
+    if group is None and visible is None and not isinstance(momentum, Tensor):
         kept = [None if tensor is None else tensor.to(mixed.dtype) for tensor in running]
         normed = F.batch_norm(mixed, kept[0], kept[1], *affine, training=True, momentum=momentum, eps=eps)
         for tensor, updated in zip(running, kept, strict=True):
@@ -131,15 +164,20 @@ def batch_norm(
                 tensor.copy_(updated)
         return normed
     over = (0, 2, 3)
-    count = torch.tensor([mixed.numel() // mixed.shape[1]], dtype=mixed.dtype, device=mixed.device)
-    count = _all_reduce(count, group)
-    mean = _all_reduce(mixed.sum(over), group) / count
+    taken = torch.ones_like(mixed) if visible is None else visible.to(mixed.dtype).expand(mixed.shape)
+    count = _all_reduce(taken.sum(over), group)
+    mean = _all_reduce((mixed * taken).sum(over), group) / count.clamp(min=1)
     centred = mixed - mean[:, None, None]
-    var = _all_reduce(centred.square().sum(over), group) / count
+    var = _all_reduce((centred.square() * taken).sum(over), group) / count.clamp(min=1)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            for tensor, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-                tensor.copy_(torch.lerp(tensor.to(mixed.dtype), batch, momentum))
+            # Too few positions for an estimate leave it as it is.
+            for tensor, batch, known in (
+                (running_mean, mean, count > 0),
+                (running_var, var * (count / (count - 1)), count > 1),
+            ):
+                updated = torch.lerp(tensor.to(mixed.dtype), batch, momentum)
+                tensor.copy_(torch.where(known, updated, tensor))
     normed = centred * (var + eps).rsqrt()[:, None, None]
     weight, shift = affine
     if weight is not None:

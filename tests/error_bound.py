@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reattn.reference import visible_keys
+
 # Makes a wrong step of a right one and of the named steps before it.
 Fault = Callable[[Tensor, dict[str, Tensor]], Tensor]
 # Simulated computations of an estimate.
@@ -103,9 +105,13 @@ def _simulate(
     output_scale: float = 1.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
 ) -> dict[str, Tensor]:
     assert problem.keep is not None or dropout_p == 0, "the mask has to be given"
     tensors = {name: tensor.double() for name, tensor in problem.tensors.items() if tensor is not None}
+    mask = problem.tensors.get("attn_mask")
+    visible = visible_keys(mask, is_causal, tensors["query"], tensors["key"])
+    seen = torch.ones((), dtype=torch.float64, device=problem.grad.device) if visible is None else visible.double()
     query, key, value, theta = (tensors[name] for name in ("query", "key", "value", "theta"))
     zeros, ones = torch.zeros_like(theta[0]), torch.ones_like(theta[0])
     bias, beta = (tensors.get(name, zeros) for name in ("bias", "norm_bias"))
@@ -114,14 +120,21 @@ def _simulate(
     grad = problem.grad.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seqlen_k = key.shape[2]
-    count, over = query.shape[0] * query.shape[2] * seqlen_k, (0, 2, 3)
+    maps, over = (*query.shape[:3], seqlen_k), (0, 2, 3)
+    count = seen.expand(maps).sum(over)
 
     # Scores and softmax.
     scores = rounding(rounding(query @ key.mT, query.abs() @ key.abs().mT) * scale, name="scores")
-    lse = scores.logsumexp(-1, keepdim=True)
+    if mask is not None and mask.is_floating_point():
+        scores = rounding(scores + mask.double().where(visible, 0.0))
+    blind = torch.zeros((), dtype=torch.bool, device=grad.device)
+    if visible is not None:
+        blind = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True).masked_fill(blind, 0.0)
     lse = rounding(lse, 1 + lse.abs(), "lse")
     probs = (scores - lse).exp()
-    probs = rounding(probs, probs * (1 + (scores - lse).abs()), "probs")
+    probs = rounding(probs, probs * (1 + (scores - lse).abs().masked_fill(probs == 0, 0.0)), "probs")
     kept: Tensor | float = 1.0
     if problem.keep is not None:
         # The factor is one number in float32: all elements share its error.
@@ -141,9 +154,10 @@ def _simulate(
         # Statistics are those of the maps without their common part, to which the bias belongs. What rounds the mean,
         # which holds that part, moves a head as a whole.
         common = theta.sum(0) / seqlen_k + bias
-        centred = mixed + per_head(bias - common)
-        offset = rounding(centred.mean(over), centred.abs().mean(over))
-        var = rounding(centred.square().mean(over) - offset.square(), centred.square().mean(over))
+        centred = (mixed + per_head(bias - common)) * seen
+        offset = rounding(centred.sum(over) / count, centred.abs().sum(over) / count)
+        var = centred.square().sum(over) / count
+        var = rounding(var - offset.square(), var)
         rstd = per_head(rounding((var + eps).rsqrt()))
         mean = rounding(offset + common, theta.abs().sum(0) / seqlen_k + bias.abs())
         hat = rounding((mixed + per_head(bias - mean)) * rstd)
@@ -174,14 +188,15 @@ def _simulate(
         slope = rstd * output_scale
     rounding.steps["hat"] = hat
     normed_size = slope.abs() * hat.abs() + shift.abs()
-    normed = rounding.operand(rounding(slope * hat + shift, normed_size, "normed"))
+    normed_size = normed_size * seen
+    normed = rounding.operand(rounding((slope * hat + shift) * seen, normed_size, "normed"))
     output = rounding(normed @ value, normed_size @ value.abs(), "output")
     output = results["output"] = rounding.stored(output, problem.grad.dtype)
 
     # Backward: values, then norm.
     grad_value = rounding(normed.mT @ grad, normed_size.mT @ grad.abs(), "grad_value")
-    size = grad.abs() @ value.abs().mT
-    grad_normed = rounding(grad @ value.mT, size, "grad_normed")
+    size = grad.abs() @ value.abs().mT * seen
+    grad_normed = rounding(grad @ value.mT * seen, size, "grad_normed")
     grad_shift = rounding(grad_normed.sum(over), size.sum(over), "grad_shift")
     size = (grad_normed * hat_size).abs().sum(over)
     grad_slope = rounding((grad_normed * hat).sum(over), size, "grad_slope")
@@ -189,9 +204,9 @@ def _simulate(
         # In place of grad_slope, which the sweep over the maps knows only when it has ended.
         kappa = (grad * output).sum(over) - beta * grad_shift
         kappa = rounding(kappa, (grad * output).abs().sum(over) + (beta * grad_shift).abs())
-        mean, pull = per_head(grad_shift) / count, per_head(kappa) / count
-        grad_mixed = rstd * (slope * (grad_normed - mean) - pull * hat)
-        size = rstd * (slope.abs() * (grad_normed.abs() + mean.abs()) + pull.abs() * hat_size)
+        mean, pull = per_head(grad_shift / count), per_head(kappa / count)
+        grad_mixed = rstd * (slope * (grad_normed - mean) - pull * hat) * seen
+        size = rstd * (slope.abs() * (grad_normed.abs() + mean.abs()) + pull.abs() * hat_size) * seen
     elif norm == "layer":
         scaled = slope * grad_normed
         dot = (scaled * hat).mean(1, keepdim=True)
@@ -219,6 +234,7 @@ def _simulate(
     grad_key = scale * rounding(grad_scores.mT @ query, grad_scores.abs().mT @ query.abs(), "grad_key")
 
     gradients = {
+        "attn_mask": None if mask is None else grad_scores.sum_to_size(mask.shape),
         "query": grad_query,
         "key": grad_key,
         "value": grad_value,
@@ -228,7 +244,7 @@ def _simulate(
         "norm_bias": grad_shift * output_scale,
     }
     for name, tensor in problem.tensors.items():
-        if tensor is None:
+        if tensor is None or tensor.dtype == torch.bool:
             continue
         if name in gradients:
             results[f"{name} gradient"] = rounding.stored(gradients[name], tensor.dtype)

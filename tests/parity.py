@@ -62,7 +62,10 @@ class Problem:
         return replace(self, options=self.options | options)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        tensors = {name: None if tensor is None else tensor.to(dtype) for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor if tensor is None or tensor.dtype == torch.bool else tensor.to(dtype)
+            for name, tensor in self.tensors.items()
+        }
         return replace(self, tensors=tensors, grad=self.grad.to(dtype))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -125,7 +128,8 @@ def compute(problem: Problem, backend: str) -> dict[str, Tensor]:
     arguments: dict[str, Any] = {}
     for name, tensor in problem.tensors.items():
         if tensor is not None:
-            arguments[name] = tensor.clone() if name in STATISTICS else tensor.detach().requires_grad_()
+            constant = name in STATISTICS or tensor.dtype == torch.bool
+            arguments[name] = tensor.clone() if constant else tensor.detach().requires_grad_()
     torch.manual_seed(problem.seed)
     if problem.keep is not None and backend == "reference":
         output = reference.re_attention(**arguments, **problem.options, keep=problem.keep)
@@ -136,7 +140,7 @@ def compute(problem: Problem, backend: str) -> dict[str, Tensor]:
     for name, argument in arguments.items():
         if name in STATISTICS:
             results[name] = argument
-        else:
+        elif argument.requires_grad:
             results[f"{name} gradient"] = torch.zeros_like(argument) if argument.grad is None else argument.grad
     return results
 
@@ -172,12 +176,16 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sizes = (*problem["query"].shape[1:], problem["key"].shape[2])
     heads, rows, dims, columns = (torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes)
+    if problem.options.get("is_causal"):
+        rows, columns = rows.sort().values, columns.sort().values
     orders = dict.fromkeys(("query", "output"), (None, heads, rows, dims))
     orders |= dict.fromkeys(("key", "value"), (None, heads, columns, dims)) | {"theta": (heads, heads)}
+    orders["attn_mask"] = (None, heads, rows, columns)
 
     def reordered(tensor: Tensor, order: tuple[Tensor | None, ...]) -> Tensor:
         for dim, permutation in enumerate(order):
-            if permutation is not None:
+            # A mask has one of them for all.
+            if permutation is not None and tensor.shape[dim] == len(permutation):
                 tensor = tensor.index_select(dim, permutation)
         return tensor
 

@@ -56,7 +56,7 @@ def test_available_backends():
 
 def test_triton_gives_every_reason(monkeypatch):
     monkeypatch.setattr(triton, "EMULATED", False)
-    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, masked=True)
+    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, is_causal=True)
     assert triton.not_supported(problem) == [
         "needs a CUDA device, got cpu",
         "dtype must be float32, float16 or bfloat16, got torch.float64",
@@ -107,7 +107,7 @@ def test_why_an_extension_is_missing(error, kept, reason, tmp_path, monkeypatch)
 @pytest.mark.extension
 def test_cpu_gives_every_reason(monkeypatch):
     monkeypatch.setenv("REATTN_CPU_ISA", "mmx")
-    problem = Problem(torch.device("cuda"), torch.float64, heads=33, head_dim=129, masked=True)
+    problem = Problem(torch.device("cuda"), torch.float64, heads=33, head_dim=129, is_causal=True)
     isa, *reasons = cpu.not_supported(problem)
     assert re.fullmatch(r"REATTN_CPU_ISA must be one of \['portable'.*\] on this machine, got 'mmx'", isa)
     assert reasons == [

@@ -364,7 +364,7 @@ def test_what_a_launch_raises(use_launch, monkeypatch):
 
 
 def test_every_reason_that_inputs_give():
-    problem = Problem(torch.device("meta"), torch.float64, heads=33, head_dim=129, masked=True)
+    problem = Problem(torch.device("meta"), torch.float64, heads=33, head_dim=129, is_causal=True)
     reasons = [
         "needs a CUDA tensor, got meta",
         "dtype must be float32, float16 or bfloat16, got torch.float64",

@@ -311,16 +311,16 @@ void run_forward(const Call& call) {
     const RawSums raw(parameters, g, found[size_t(g)], found[size_t(p.heads + g)], positions);
     parameters.statistics[g] = raw.sum;
     parameters.statistics[p.heads + g] = raw.squares;
+    parameters.statistics[2 * p.heads + g] = positions;
   }
-  parameters.statistics[2 * p.heads] = positions;
   if (!call.synchronised) run_finish(call);
 }
 
 void run_finish(const Call& call) {
   const Problem& p = call.problem;
   const Parameters& parameters = call.parameters;
-  const double positions = parameters.statistics[2 * p.heads];
   for (int g = 0; g < p.heads; g++) {
+    const double positions = parameters.statistics[2 * p.heads + g];
     const Moments moments(parameters.statistics[g], parameters.statistics[p.heads + g], positions, parameters.eps);
     update_running(parameters, moments, positions, g);
     parameters.statistics[g] = moments.mean - mixed_centre(parameters, g);

@@ -19,7 +19,7 @@ struct Params {
   Fold fold;
   const int64_t* seed;
   float* lse;        // (batch, heads, seqlen), to base 2
-  float* value_sum;  // (batch, heads, head_dim)
+  float* value_sum;  // (batch, heads, 1, head_dim)
   // Partial sums of blocks. Forward, and before the backward pass: (2 heads, blocks) in vectors; backward: (blocks, 3,
   // padded heads) and, in products, (blocks, padded heads, padded heads).
   float *vectors, *products;

@@ -138,7 +138,7 @@ REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
   const double* statistics = p.fold.p.statistics;
   positions = p.positions;
   if (p.added_up) {
-    positions = read<double>(statistics + 2 * kHeads);
+    positions = read<double>(statistics + 2 * kHeads + head);
     return Moments(read<double>(statistics + head), read<double>(statistics + kHeads + head), positions, p.fold.p.eps);
   }
   const Two sums = sums_of(p, head);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Pa
   const RawSums raw(fold.p, head, sums.first, sums.second, p.positions);
   write(p.fold.p.statistics + head, raw.sum);
   write(p.fold.p.statistics + kHeads + head, raw.squares);
-  if (head == 0) write(p.fold.p.statistics + 2 * kHeads, p.positions);
+  write(p.fold.p.statistics + 2 * kHeads + head, p.positions);
 }
 
 // out = slope out + level times the sum of the values; the block after all others writes the statistics.
@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Pa
       update_running(p.fold.p, moments, positions, head);
       write(p.final_statistics + head, moments.mean - mixed_centre(p.fold.p, head));
       write(p.final_statistics + kHeads + head, moments.inverse_deviation);
+      write(p.final_statistics + 2 * kHeads + head, positions);
     }
     if (thread() > 0) return;
-    write(p.final_statistics + 2 * kHeads, positions);
     if (p.fold.p.num_batches_tracked) *p.fold.p.num_batches_tracked += 1;
     return;
   }

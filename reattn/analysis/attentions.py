@@ -100,7 +100,7 @@ def timm_maps(attention: Any, x: Tensor, attn_mask: Tensor | None = None, is_cau
     """The softmax maps of timm's ViT ``Attention``, whatever its ``fused_attn``: ``(batch, heads, seqlen, seqlen)``."""
     query, key, _ = _timm_project(attention, x)
     query, key = attention.q_norm(query), attention.k_norm(key)
-    return masked_softmax((query * attention.scale) @ key.mT, attn_mask, is_causal)
+    return masked_softmax(query * attention.scale, key, attn_mask, is_causal)
 
 
 def timm_values(attention: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -63,9 +63,12 @@ def beyond_limits(problem: Problem) -> list[str]:
         reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
     if problem.head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
-    if problem.masked:
-        reasons.append("does not take attn_mask or is_causal")
     return reasons
+
+
+def no_masks(problem: Problem) -> list[str]:
+    """The reason of a backend without masks."""
+    return ["does not take attn_mask or is_causal"] * problem.masked
 
 
 def empty_heads_last(like: Tensor) -> Tensor:
@@ -78,10 +81,11 @@ def empty_heads_last(like: Tensor) -> Tensor:
     return like.new_empty_strided(shape, (seqlen * row, head_dim, row, 1))
 
 
-def empty_outputs(problem: Problem, query: Tensor) -> Outputs:
+def empty_outputs(problem: Problem, query: Tensor, attn_mask: Tensor | None) -> Outputs:
     """Uninitialised, for these queries."""
     batch, heads, seqlen, head_dim = query.shape
-    sums, values = (2 * heads + 1, (batch, heads, head_dim)) if problem.batch_statistics else (0, 0)
+    rows = seqlen if hides_by_row(problem, attn_mask) else 1
+    sums, values = ((3, heads), (batch, heads, rows, head_dim)) if problem.batch_statistics else (0, 0)
     return Outputs(
         empty_heads_last(query),
         query.new_empty(batch, heads, seqlen, dtype=torch.float32),  # numbers: a torch.Size takes twice as long
@@ -90,18 +94,24 @@ def empty_outputs(problem: Problem, query: Tensor) -> Outputs:
     )
 
 
+def hides_by_row(problem: Problem, attn_mask: Tensor | None) -> bool:
+    """Whether the keys that are hidden differ between queries."""
+    return problem.is_causal or (attn_mask is not None and attn_mask.shape[2] > 1)
+
+
 def _empty_gradient(like: Tensor, parameter: Tensor | None) -> Tensor:
     if parameter is None:
         return like.new_empty(0, dtype=torch.float32)
     return torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-def empty_gradients(inputs: Inputs, into: Maps | None) -> Gradients:
-    """Uninitialised: of query, key and value the tensors given or new ones; of the parameters in float32."""
+def empty_gradients(problem: Problem, inputs: Inputs, into: Maps | None) -> Gradients:
+    """Uninitialised: of query, key and value the tensors given or new ones; of all others in float32."""
     if into is None:
         query, key = map(empty_heads_last, inputs[:2])
         into = query, key, torch.empty_like(key)  # value is shaped alike
-    return Gradients(*into, *[_empty_gradient(inputs.theta, tensor) for tensor in inputs[3:7]])
+    others = (*inputs[3:7], inputs.attn_mask if problem.mask_gradient else None)
+    return Gradients(*into, *[_empty_gradient(inputs.theta, tensor) for tensor in others])
 
 
 def zeroed(gradients: Gradients) -> Gradients:
@@ -112,11 +122,13 @@ def zeroed(gradients: Gradients) -> Gradients:
 def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
     """The gradients of parameters in the dtypes of these; as a rule they are, and nothing is copied. Those of query,
     key and value are."""
-    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], inputs[3:7]))
+    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], (*inputs[3:7], inputs.attn_mask)))
 
 
-def _in_dtype_of(gradient: Tensor, parameter: Tensor | None) -> Tensor:
-    return gradient if parameter is None or parameter.dtype is gradient.dtype else gradient.to(parameter.dtype)
+def _in_dtype_of(gradient: Tensor, given: Tensor | None) -> Tensor:
+    if given is None or given.dtype is gradient.dtype or not gradient.numel():
+        return gradient
+    return gradient.to(given.dtype)
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:

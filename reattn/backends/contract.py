@@ -14,8 +14,12 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, as :func:`reattn.re_attention` takes them; ``seed``: one int64 on the device, given
-    exactly when something is dropped."""
+    """The tensors of a call, as :func:`reattn.re_attention` takes them.
+
+    ``seed``: one int64 on the device, given exactly when something is dropped. ``attn_mask``: four dimensions, each of
+    size 1 or that of the maps ``(batch, heads, seqlen, seqlen_k)``; boolean, or in the dtype of ``query``, where
+    :func:`lowest` hides. With ``is_causal`` it hides beside that.
+    """
 
     query: Tensor
     key: Tensor
@@ -28,16 +32,23 @@ class Inputs(NamedTuple):
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
     seed: Tensor | None = None
+    attn_mask: Tensor | None = None
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """The largest number of an additive mask that hides a key: what libraries write in place of -infinity."""
+    return torch.finfo(dtype).min
 
 
 class Outputs(NamedTuple):
     """What a forward pass leaves. The last two are empty where there are no batch statistics.
 
     ``out (batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order; ``lse (batch, heads,
-    seqlen)``: log-sum-exp of the scores, to base 2, float32. ``statistics (2 heads + 1,)``, float64: of the mixed maps
-    less their mean without dropout, the sum and the sum of squares by head, and how many positions were summed; once
-    they are final, mean and 1 / standard deviation by head, and the number again. ``value_sum (batch, heads,
-    head_dim)``, float32: the sum of value over the keys.
+    seqlen)``: log-sum-exp of the scores, to base 2, float32; -infinity for a query that sees no key. ``statistics (3,
+    heads)``, float64: of the mixed maps less their bias, sum, sum of squares and number of the positions that are not
+    hidden, by head; once they are final, the mean less what 1 / seqlen_k as maps would give, 1 / standard deviation,
+    and the number again. ``value_sum (batch, heads, rows, head_dim)``, float32: the sum of value over the keys that are
+    not hidden; a row for each query where what is hidden differs between them, else one.
     """
 
     out: Tensor
@@ -56,6 +67,7 @@ class Gradients(NamedTuple):
     bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
+    attn_mask: Tensor  # empty, too, unless ``mask_gradient``
 
 
 class Backend(Protocol):

@@ -44,7 +44,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
 
 
 def instruction_set() -> str:
@@ -83,7 +83,7 @@ def _use_torch_threads() -> bool:
 
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    outputs = common.empty_outputs(problem, inputs.query)
+    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
     call, kept, running = _call(problem, inputs, outputs, update=not problem.synchronised)
     call.query, call.key, call.value = map(_argument, inputs[:3])
     _cpu.forward(call)
@@ -120,7 +120,7 @@ def backward(
     into: Maps | None = None,
 ) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    gradients = common.empty_gradients(inputs, into)
+    gradients = common.empty_gradients(problem, inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), inputs)
     outputs = outputs._replace(lse=outputs.lse.contiguous())

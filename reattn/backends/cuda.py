@@ -37,7 +37,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
@@ -86,7 +86,7 @@ def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[st
 @on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    outputs = common.empty_outputs(problem, inputs.query)
+    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
     finishes = problem.batch_statistics and not problem.synchronised
     if not inputs.query.numel():
         outputs.statistics.zero_(), outputs.value_sum.zero_()
@@ -150,7 +150,7 @@ def backward(
     into: Maps | None = None,
 ) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    given, gradients = inputs, common.empty_gradients(inputs, into)
+    given, gradients = inputs, common.empty_gradients(problem, inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given)
     grad, inputs = _aligned(grad), _readable(problem, inputs)
@@ -447,7 +447,7 @@ def _stream(query: Tensor) -> int:
 
 def _readable(problem: Problem, inputs: Inputs) -> Inputs:
     """What kernels read, as they read it."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask = inputs
     _, sign = _positive(problem.scale)
     if sign != 1:
         query = query * sign
@@ -455,7 +455,7 @@ def _readable(problem: Problem, inputs: Inputs) -> Inputs:
         mean, var = as_float32(mean), as_float32(var)
     maps = _aligned(query), _aligned(key), _aligned(value)
     parameters = as_float32(theta), as_float32(bias), as_float32(norm_weight), as_float32(norm_bias)
-    return Inputs(*maps, *parameters, mean, var, count, seed)  # type: ignore[arg-type]
+    return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask)  # type: ignore[arg-type]
 
 
 def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Params:
@@ -494,7 +494,7 @@ def _strided(strides: tuple[int, ...], rows: int) -> cuda_plan.Tensor:
 
 def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs) -> Params:
     """A copy with the addresses of what both directions have."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask = inputs
     params = Params.from_buffer_copy(template)
     params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
     params.lse, params.seed = outputs.lse.data_ptr(), address(seed)

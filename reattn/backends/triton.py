@@ -61,14 +61,14 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
 
 
 @on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = inputs.query.shape
-    outputs = common.empty_outputs(problem, inputs.query)
+    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
     query, key, value = map(_aligned, inputs[:3])
     norm = _norm(problem, inputs)
 
@@ -199,7 +199,7 @@ def backward(
     into: Maps | None = None,
 ) -> Gradients:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    given, gradients = inputs, common.empty_gradients(inputs, into)
+    given, gradients = inputs, common.empty_gradients(problem, inputs, into)
     if not inputs.query.numel():
         return common.as_inputs(common.zeroed(gradients), given)
     grad, query, key, value = map(_aligned, (grad, *inputs[:3]))
@@ -290,7 +290,7 @@ class _BackwardCall:
             vectors,
             products,
             gradients.theta,
-            *(None if tensor is None else to for tensor, to in zip(given, gradients[4:], strict=True)),
+            *(None if tensor is None else to for tensor, to in zip(given, gradients[4:7], strict=True)),
             products.shape[0] * products.shape[1],
             1.0 / self.seqlen_k,
             BLOCK=configs.UNFOLD_BLOCK,

@@ -109,7 +109,7 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   parameters.output_scale = 0.5f, parameters.eps = 1e-5f, parameters.momentum = 0.1f;
   parameters.centre = 1.0f / float(c.seqlen_k), parameters.unit_scale = 1;
   std::vector<float> lse(size_t(c.batch * heads * c.seqlen), nan), value_sum(size_t(c.batch * heads * c.head_dim), nan);
-  std::vector<double> statistics(size_t(2 * heads + 1), nan);
+  std::vector<double> statistics(size_t(3 * heads), nan);
   std::vector<float> grads(size_t((heads + 3) * heads), nan);
   const int64_t seed = 123456789012345;
   p.lse = lse.data(), p.seed = &seed, p.value_sum = value_sum.data(), parameters.statistics = statistics.data();

@@ -1,0 +1,336 @@
+"""Masks and causal attention: what they mean, and every backend against float64."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from fuzz import random_problem
+from parity import BACKENDS, MODES, assert_parity, assert_same, compute, device_of, make_problem
+from torch.nn import functional as F
+
+from reattn import re_attention
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+def lengths(batch, seqlen_k):
+    """Of each sample another number of keys: all of them, and at least two."""
+    return torch.linspace(seqlen_k, max(2, seqlen_k // 3), batch).long()[:, None, None, None]
+
+
+def padding(batch, heads, seqlen, seqlen_k, draw):
+    return torch.arange(seqlen_k) < lengths(batch, seqlen_k)
+
+
+def by_row(batch, heads, seqlen, seqlen_k, draw):
+    """Some queries see nothing, and some keys are seen by none."""
+    mask = torch.rand(seqlen, seqlen_k, generator=draw) < 0.6
+    mask[1::5], mask[:, 2::7] = False, False
+    mask[0, 0] = True
+    return mask
+
+
+def by_head(batch, heads, seqlen, seqlen_k, draw):
+    return torch.rand(1, heads, seqlen, seqlen_k, generator=draw) < 0.7
+
+
+def rows_alone(batch, heads, seqlen, seqlen_k, draw):
+    mask = torch.rand(batch, 1, seqlen, 1, generator=draw) < 0.7
+    mask[0, :, 0] = True
+    return mask
+
+
+def full_bias(batch, heads, seqlen, seqlen_k, draw):
+    """Some of it hides, in either way."""
+    mask = torch.randn(batch, heads, seqlen, seqlen_k, generator=draw)
+    hidden = torch.rand(batch, heads, seqlen, seqlen_k, generator=draw)
+    return mask.masked_fill(hidden < 0.2, -torch.inf).masked_fill((hidden > 0.8), torch.finfo(torch.float32).min)
+
+
+def table_bias(batch, heads, seqlen, seqlen_k, draw):
+    return torch.randn(heads, seqlen, seqlen_k, generator=draw)
+
+
+def key_bias(batch, heads, seqlen, seqlen_k, draw):
+    return torch.randn(batch, 1, 1, seqlen_k, generator=draw)
+
+
+def no_mask(batch, heads, seqlen, seqlen_k, draw):
+    return None
+
+
+# name: (attn_mask, is_causal)
+KINDS = {
+    "padding": (padding, False),
+    "by-row": (by_row, False),
+    "by-head": (by_head, False),
+    "rows-alone": (rows_alone, False),
+    "full-bias": (full_bias, False),
+    "table-bias": (table_bias, False),
+    "key-bias": (key_bias, False),
+    "causal": (no_mask, True),
+    "causal-padding": (padding, True),
+    "causal-bias": (table_bias, True),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def masked_problem(kind, mode="layer", *, heads=3, seqlen=17, seqlen_k=None, batch=2, seed=0, **options):
+    seqlen_k = seqlen if seqlen_k is None else seqlen_k
+    sizes = {"heads": heads, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": batch}
+    problem = make_problem(mode, **sizes, **options)
+    make, is_causal = KINDS[kind]
+    mask = make(batch, heads, seqlen, seqlen_k, torch.Generator().manual_seed(seed))
+    if mask is not None:
+        lowest = mask == torch.finfo(torch.float32).min
+        mask = mask.to(problem.grad.device, mask.dtype if mask.dtype == torch.bool else problem.grad.dtype)
+        if mask.is_floating_point():
+            mask = mask.masked_fill(lowest.to(mask.device), torch.finfo(mask.dtype).min)
+    return problem.with_tensors(attn_mask=mask).with_options(is_causal=is_causal)
+
+
+# heads, head_dim, seqlen, seqlen_k, batch
+SHAPES = [
+    (3, 16, 17, 17, 2),
+    (12, 32, 50, 50, 2),
+    (6, 33, 17, 50, 3),
+    (16, 16, 50, 17, 1),
+    (12, 64, 40, 70, 2),
+    (1, 8, 9, 9, 2),
+]
+
+
+def parity_cases():
+    """Every kind with every mode; shapes and dtypes in turn."""
+    for index, kind in enumerate(KINDS):
+        for turn, mode in enumerate(MODES):
+            shape, dtype = SHAPES[(index + turn) % len(SHAPES)], list(FLOATS)[(index + turn) % 3]
+            sizes = dict(zip(("heads", "head_dim", "seqlen", "seqlen_k", "batch"), shape, strict=True))
+            yield pytest.param(
+                kind, mode, sizes, FLOATS[dtype], id=f"{kind}-{mode}-{'x'.join(map(str, shape))}-{dtype}"
+            )
+
+
+@pytest.mark.parametrize(("kind", "mode", "sizes", "dtype"), list(parity_cases()))
+def test_parity(kind, mode, sizes, dtype, backend, device):
+    assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device), backend)
+
+
+def definition(problem):
+    """What the operator is with a mask, in float64, term by term."""
+    t, options = problem.tensors, problem.options
+    query, key, value, theta = (t[name] for name in ("query", "key", "value", "theta"))
+    shape = (*query.shape[:3], key.shape[2])
+    visible = torch.ones(shape, dtype=torch.bool)
+    scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[3] ** -0.5
+    mask = t["attn_mask"]
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        visible = visible & (mask > torch.finfo(mask.dtype).min)
+        scores = scores + mask.where(visible, 0.0)
+    if options["is_causal"]:
+        visible = visible & (torch.arange(shape[2])[:, None] >= torch.arange(shape[3]))
+    weights = scores.exp() * visible
+    maps = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    mixed = torch.einsum("bhij,hg->bijg", maps, theta) + t["bias"]
+    seen = visible.movedim(1, 3)
+    if options["norm"] == "layer":
+        mixed = F.layer_norm(mixed, mixed.shape[-1:], t["norm_weight"], t["norm_bias"])
+    elif options["norm"] == "batch":
+        mean, var = t["running_mean"], t["running_var"]
+        if options["training"]:
+            count = seen.sum((0, 1, 2))
+            mean = (mixed * seen).sum((0, 1, 2)) / count
+            var = ((mixed - mean).square() * seen).sum((0, 1, 2)) / count
+        mixed = (mixed - mean) / (var + 1e-5).sqrt() * t["norm_weight"] + t["norm_bias"]
+    return torch.einsum("bijg,bgjd->bgid", mixed * seen, value)
+
+
+@kinds
+@modes
+def test_the_reference_is_the_definition(kind, mode):
+    problem = masked_problem(kind, mode, seqlen_k=21, dtype=torch.float64, parameter_dtype=torch.float64)
+    found = compute(problem, "reference")
+    leaves = {
+        name: tensor.detach().requires_grad_() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in problem.tensors.items()
+    }
+    expected = definition(problem.with_tensors(**leaves))
+    torch.testing.assert_close(found["output"], expected, rtol=1e-10, atol=1e-10)
+    expected.backward(problem.grad)
+    for name, result in found.items():
+        if name.endswith("gradient"):
+            right = leaves[name.removesuffix(" gradient")].grad
+            torch.testing.assert_close(result, right, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@modes
+def test_running_statistics_are_those_of_what_is_visible(mode, backend, device):
+    """Two samples padded to one length: the statistics are those of the positions that are there."""
+    if mode != "batch-training":
+        pytest.skip("no statistics")
+    problem = masked_problem("padding", mode, seqlen=9, device=device, momentum=1.0)
+    found = compute(problem, backend)
+    mask = problem["attn_mask"]
+    maps = (problem["query"].double() @ problem["key"].double().mT / 4).masked_fill(~mask, -torch.inf).softmax(-1)
+    mixed = torch.einsum("bhij,hg->bgij", maps, problem["theta"].double()) + problem["bias"].double()[:, None, None]
+    visible = mixed.movedim(1, -1)[mask[:, 0].expand(-1, 9, -1)]
+    torch.testing.assert_close(found["running_mean"].double(), visible.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["running_var"].double(), visible.var(0), rtol=1e-4, atol=1e-7)
+
+
+@everywhere
+@modes
+@pytest.mark.parametrize("kind", ["padding", "causal", "by-row", "full-bias"])
+def test_nothing_of_hidden_keys_arrives(kind, mode, backend):
+    """What is NaN in a key and its value reaches no query that does not see it."""
+    problem = masked_problem(kind, mode, heads=5, device=device_of(backend))
+    clean = compute(problem, backend)
+    visible = torch.ones(2, 5, 17, 17, dtype=torch.bool, device=problem.grad.device)
+    mask = problem.tensors["attn_mask"]
+    if mask is not None:
+        visible &= mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    if problem.options["is_causal"]:
+        visible = visible.tril()
+    # Of the last sample and all heads, a key that not all see.
+    seen_by = visible[-1].any(0).sum(0)
+    index = int(seen_by.argmin())
+    assert seen_by[index] < 17
+    broken = {name: problem[name].clone() for name in ("key", "value")}
+    for tensor in broken.values():
+        tensor[-1, :, index] = float("nan")
+    found = compute(problem.with_tensors(**broken), backend)
+    blind = ~visible[-1, :, :, index].any(0)
+    if mode == "batch-training" and seen_by[index]:
+        return  # batch statistics take it everywhere, as they should
+    assert torch.equal(found["output"][-1, :, blind], clean["output"][-1, :, blind])
+    assert torch.equal(found["output"][0], clean["output"][0])
+    assert torch.equal(found["query gradient"][-1, :, blind], clean["query gradient"][-1, :, blind])
+    assert found["output"][-1, :, ~blind].isnan().all()
+
+
+@everywhere
+@modes
+def test_queries_that_see_nothing(mode, backend):
+    """They give 0 and send no gradient, even where they are NaN; with no key visible at all, nothing is NaN."""
+    device = device_of(backend)
+    problem = masked_problem("rows-alone", mode, device=device)
+    rows = ~problem["attn_mask"].expand(2, 3, 17, 17).any(-1)
+    clean = compute(problem, backend)
+    assert not clean["output"][rows].any() and not clean["query gradient"][rows].any()
+    query = problem["query"].clone()
+    query[rows] = float("nan")
+    found = compute(problem.with_tensors(query=query), backend)
+    assert_same(found, clean)
+    nothing = problem.with_tensors(attn_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device))
+    for name, result in compute(nothing, backend).items():
+        if name.startswith("running"):
+            assert torch.equal(result, problem[name])
+        else:
+            assert not result.any(), name
+
+
+@modes
+def test_masks_in_any_layout(mode, backend, device):
+    """Expanded, transposed, sliced: the same results, and an expanded mask is not copied."""
+    problem = masked_problem("by-row", mode, device=device)
+    mask = problem["attn_mask"]
+    clean = compute(problem, backend)
+    wide = torch.zeros(34, 51, dtype=torch.bool, device=device)
+    wide[::2, ::3] = mask
+    for other in (mask.expand(2, 3, 17, 17), mask.T.contiguous().T, wide[::2, ::3], mask[None, None]):
+        assert_same(compute(problem.with_tensors(attn_mask=other), backend), clean)
+
+
+@kinds
+def test_gradient_of_a_bias_that_others_share(kind, backend, device):
+    """In the shape that was given; none is computed where none is asked for, with the same other results."""
+    problem = masked_problem(kind, "batch-training", device=device)
+    mask = problem.tensors["attn_mask"]
+    if mask is None or mask.dtype == torch.bool:
+        pytest.skip("has no gradient")
+    found = compute(problem, backend)
+    assert found["attn_mask gradient"].shape == mask.shape
+    constant = problem.with_tensors(attn_mask=None).with_options(attn_mask=mask.detach())
+    results = compute(constant, backend)
+    assert_same(results, {name: found[name] for name in results})
+
+
+@modes
+@pytest.mark.parametrize("kind", ["padding", "causal-bias"])
+def test_dropout(kind, mode, backend, device):
+    from parity import drawn_mask
+
+    problem = masked_problem(kind, mode, device=device, dropout_p=0.3)
+    assert_parity(replace(problem, keep=drawn_mask(backend)), backend)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_fuzz(seed, backend):
+    draw = random.Random(1000 + seed)
+    problem, what = random_problem(draw, backend, most_queries=40, most_keys=50)
+    batch, heads, seqlen, _ = problem["query"].shape
+    seqlen_k = problem["key"].shape[2]
+    kind = draw.choice([kind for kind in KINDS if seqlen > 1])
+    make, is_causal = KINDS[kind]
+    mask = make(batch, heads, seqlen, seqlen_k, torch.Generator().manual_seed(seed))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(problem.grad.dtype)
+    device = device_of(backend)
+    problem = problem.with_tensors(attn_mask=mask if mask is None else mask.to(device))
+    print(kind, what)
+    assert_parity(problem.with_options(is_causal=is_causal), backend)
+
+
+def test_float_masks_are_cast(backend, device):
+    """A float32 bias beside 16-bit queries, and under autocast, takes their dtype; its gradient is its own."""
+    problem = masked_problem("table-bias", device=device, dtype=torch.bfloat16)
+    found = compute(problem.with_tensors(attn_mask=problem["attn_mask"].float()), backend)
+    assert found["attn_mask gradient"].dtype == torch.float32
+    clean = compute(problem, backend)
+    assert torch.equal(found["output"], clean["output"])
+    torch.testing.assert_close(found["attn_mask gradient"].bfloat16(), clean["attn_mask gradient"])
+    maps = [problem[name].float() for name in ("query", "key", "value")]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = re_attention(*maps, problem["theta"], attn_mask=problem["attn_mask"].float(), backend=backend)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([[True]], TypeError, "attn_mask must be a Tensor, got list"),
+        (
+            torch.ones(5, 6, dtype=torch.int64),
+            TypeError,
+            "attn_mask must have dtype bool or a floating one, got torch.int64",
+        ),
+        (
+            torch.ones(2, 6, dtype=torch.bool),
+            ValueError,
+            r"attn_mask must broadcast to .* = \(2, 3, 5, 6\), got \(2, 6\)",
+        ),
+        (torch.ones(4, 3, 5, 6), ValueError, r"attn_mask must broadcast to .* = \(2, 3, 5, 6\), got \(4, 3, 5, 6\)"),
+        (torch.ones(1, 2, 3, 5, 6), ValueError, r"attn_mask must broadcast to .*, got \(1, 2, 3, 5, 6\)"),
+        (
+            torch.ones(5, 6, dtype=torch.bool, device="meta"),
+            ValueError,
+            "attn_mask must be on cpu, as query is, got meta",
+        ),
+    ],
+    ids=["list", "integers", "batch x keys", "another batch", "five dimensions", "another device"],
+)
+def test_what_a_mask_may_not_be(mask, error, message):
+    query, key = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 6, 8)
+    with pytest.raises(error, match=message):
+        re_attention(query, key, key, torch.eye(3), attn_mask=mask)
+
+
+def test_is_causal_is_a_bool():
+    query = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(TypeError, match="is_causal must be a bool, got Tensor"):
+        re_attention(query, query, query, torch.eye(1), is_causal=torch.tensor(True))
