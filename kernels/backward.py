@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
-from .scores import OUTSIDE, dropout, map_tile, probabilities, score_tile
+from .scores import OUTSIDE, dropout, find_hidden, keys_before, map_tile, probabilities, score_tile, unless_blind
 from .tiles import (
     accumulate,
     by_head,
@@ -58,9 +58,12 @@ def map_pointers(
     heads = first_head + tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
     own = tl.arange(0, BLOCK_M)[None, :, None]
     columns = tl.arange(0, BLOCK_N)[None, None, :]
+    inside = (row + own < tl.where(heads < SHAPE.HEADS, rows.count, 0)) & (column + columns < rows.keys)
+    if SHAPE.CAUSAL:
+        # Of what is hidden, 16 keys at a time, nothing was written.
+        inside &= (column + columns) // 16 * 16 <= rows.first + row + own
     if SHAPE.WIDE:
         own = own.to(tl.int64)
-    inside = (row + own < tl.where(heads < SHAPE.HEADS, rows.count, 0)) & (column + columns < rows.keys)
     matrix = tl.cast(rows.count, tl.int64) * rows.keys
     first = ptr + (tl.cast(sample, tl.int64) * SHAPE.HEADS * matrix + tl.cast(row, tl.int64) * rows.keys + column)
     pointers = first + (heads * matrix + (own * rows.keys + columns))
@@ -76,6 +79,7 @@ def grad_maps_kernel(
     v,
     grad,
     norm,
+    mask,
     lse_ptr,
     delta_ptr,
     seed_ptr,
@@ -108,7 +112,7 @@ def grad_maps_kernel(
     q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
     grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
-    lse = tl.load(lse_block, mask=row_mask, other=OUTSIDE)
+    lse = unless_blind(tl.load(lse_block, mask=row_mask, other=OUTSIDE), SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
     unmixing = load_unmixing(norm, dtype, SHAPE)
@@ -123,19 +127,25 @@ def grad_maps_kernel(
     grad_beta = zero_sums(BLOCK_M, SHAPE)
     # A sum for every group of positions, added up at the end.
     grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for column in range(0, k.seqlen, BLOCK_N):
+    for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
         k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE)
         v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE)
-        probs, kept, centred = map_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+        probs, kept, centred, _ = map_tile(
+            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE, False,
         )  # fmt: skip
         heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
         centred = laid_out_like(centred, layout)
+        if SHAPE.HIDES:
+            heads_by_position, _ = find_hidden(heads_by_position, 1.0 / k.seqlen, SHAPE)
+            centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
         # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
         grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE)
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
+        if SHAPE.HIDES:
+            normed = tl.where(hidden, 0.0, normed)
+            grad_normed = tl.where(hidden, 0.0, grad_normed)
         pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
         tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
 
@@ -143,6 +153,8 @@ def grad_maps_kernel(
         if SHAPE.TRAINING:
             # Batch statistics give positions outside the sequences a gradient, which must not be summed.
             inside_both = in_sequence & keys_inside(column, k.seqlen, BLOCK_M, BLOCK_N, SHAPE)
+            if SHAPE.HIDES:
+                inside_both &= ~hidden
             grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
         grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
         if SHAPE.NORM != "none":
@@ -158,6 +170,8 @@ def grad_maps_kernel(
         mass += tl.sum(probs, axis=2)
 
     # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
+    if SHAPE.HIDES:
+        row_mask &= mass != 0  # of a row that sees no key
     delta = tl.where(row_mask, tl.sum(delta, axis=2) / mass, 0.0)
     grad_shift = sum_by_halves(tl.reshape(grad_shift, (8 * GROUPS, HEADS_PACKED)))
     grad_gamma = sum_by_halves(tl.reshape(grad_gamma, (8 * GROUPS, HEADS_PACKED)))
@@ -196,6 +210,7 @@ def grad_query_kernel(
     q,
     k,
     grad_q,
+    mask,
     lse_ptr,
     delta_ptr,
     seed_ptr,
@@ -216,16 +231,16 @@ def grad_query_kernel(
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     q_tile = load_rows(q, batch, first_head, row_start, 0, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
-    lse = tl.load(lse_block, mask=row_mask, other=OUTSIDE)
+    lse = unless_blind(tl.load(lse_block, mask=row_mask, other=OUTSIDE), SHAPE)
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
     delta = tl.load(delta_block, mask=row_mask, other=0.0)
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-    for column in range(0, k.seqlen, BLOCK_N):
+    for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
         k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE)
         pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
         grad_kept = tl.load(pointers, mask=inside, other=0.0)
         scores = score_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, first_head, scale_log2, BLOCK_M, BLOCK_N, SHAPE
+            q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE
         )
         probs = probabilities(scores, lse, SHAPE)
         kept = dropout(
@@ -269,7 +284,10 @@ def grad_key_kernel(
     if not FIRST:
         dk_main, dk_tail = load_rows(sum_k, sample, first_head, column, 0, BLOCK_N, SHAPE)
         dv_main, dv_tail = load_rows(sum_v, sample, first_head, column, 0, BLOCK_N, SHAPE)
-    for row in range(0, rows.count, BLOCK_M):
+    first_row = 0
+    if SHAPE.CAUSAL:
+        first_row = tl.maximum(column - rows.first, 0) // BLOCK_M * BLOCK_M
+    for row in range(first_row, rows.count, BLOCK_M):
         q_tile = load_rows(q, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
         grad_tile = load_rows(grad, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
         pointers, inside = map_pointers(

@@ -120,7 +120,19 @@ def padded(heads: int) -> int:
 
 
 def shape(
-    heads: int, head_dim: int, dim_loaded: int, dim: int, precision: str, *, wide: bool, norm: str, training: bool
+    heads: int,
+    head_dim: int,
+    dim_loaded: int,
+    dim: int,
+    precision: str,
+    *,
+    wide: bool,
+    norm: str,
+    training: bool,
+    mask: str = "none",
+    mask_heads: bool = False,
+    mask_rows: bool = False,
+    causal: bool = False,
 ) -> Shape:
     """The compile-time constants for a problem of which at most ``dim`` columns of head_dim are held at once.
 
@@ -136,7 +148,9 @@ def shape(
             main, tail = 2 * main, 0
     heads_padded = padded(heads)
     pack = max(1, 16 // heads_padded)
-    return Shape(heads, heads_padded, pack, head_dim, dim_loaded, main, tail, chunks, precision, wide, norm, training)
+    dims = head_dim, dim_loaded, main, tail, chunks
+    masks = mask, mask_heads, mask_rows, causal, mask != "none" or causal
+    return Shape(heads, heads_padded, pack, *dims, precision, wide, norm, training, *masks)
 
 
 def sums_blocks(head_dim: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, normalise
-from .scores import map_tile, row_lse
+from .scores import find_hidden, keys_before, map_tile, row_lse, unless_blind
 from .tiles import (
     accumulate,
     by_head,
@@ -34,6 +34,7 @@ def forward_kernel(
     v,
     out,
     norm,
+    mask,
     lse_ptr,
     seed_ptr,
     sums_ptr,
@@ -46,7 +47,8 @@ def forward_kernel(
     """One block of query rows, all heads: the LSE in one sweep over the keys, the output in a second.
 
     Batch norm in training: what the mixed maps make of the values, of which ``finish_kernel`` makes the output; and
-    sums of the mixed maps and of their squares, by head, to (2 * HEADS, programs).
+    sums of the mixed maps and of their squares, and where keys may be hidden how many are not, by head, to (2 or 3 *
+    HEADS, programs).
     """
     batch, row_start = which_block(q.seqlen, BLOCK_M)
     chunk = tl.program_id(1) if SHAPE.CHUNKS > 1 else 0
@@ -55,9 +57,11 @@ def forward_kernel(
     APART: tl.constexpr = SHAPE.DIM_MAIN <= 32
     if APART:
         q_tile = held(q_tile[0]), q_tile[1]
-    lse = row_lse(q_tile, q, row_start, k, batch, scale_log2, BLOCK_M, SHAPE)
+    keys = keys_before(row_start + BLOCK_M, k, SHAPE)
+    lse = row_lse(q_tile, q, row_start, k, keys, batch, mask, scale_log2, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(lse_block, lse, mask=row_mask)
+    lse = unless_blind(lse, SHAPE)
 
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, False)
@@ -65,19 +69,19 @@ def forward_kernel(
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
     rows = rows_inside(row_start, q.seqlen, BLOCK_M, BLOCK_N, SHAPE)
     sums = zero_sums(BLOCK_M, SHAPE)
-    squares = sums
+    squares, counts = sums, sums
     # The last keys apart, so that the others need no mask.
-    whole = k.seqlen // BLOCK_N * BLOCK_N if APART else k.seqlen
+    whole = keys // BLOCK_N * BLOCK_N if APART else keys
     for start in range(0, whole, BLOCK_N):
-        out_main, out_tail, sums, squares = forward_step(
-            out_main, out_tail, sums, squares, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing, layout,
-            norm, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, APART,
+        out_main, out_tail, sums, squares, counts = forward_step(
+            out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing,
+            layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, APART,
         )  # fmt: skip
     if APART:
-        if whole < k.seqlen:
-            out_main, out_tail, sums, squares = forward_step(
-                out_main, out_tail, sums, squares, q_tile, q, row_start, k, v, whole, batch, chunk, lse, mixing, layout,
-                norm, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False,
+        if whole < keys:
+            out_main, out_tail, sums, squares, counts = forward_step(
+                out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, whole, batch, chunk, lse, mixing,
+                layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False,
             )  # fmt: skip
     out_main = poison_rows(out_main, lse, SHAPE)
     out_tail = poison_rows(out_tail, lse, SHAPE)
@@ -86,23 +90,30 @@ def forward_kernel(
         # Every chunk's program stores the same values here.
         store_head_sums(sums_ptr, 0, sums, lse, row_mask, dtype, SHAPE)
         store_head_sums(sums_ptr, SHAPE.HEADS, squares, lse, row_mask, dtype, SHAPE)
+        if SHAPE.HIDES:
+            store_head_sums(sums_ptr, 2 * SHAPE.HEADS, counts, lse, row_mask, dtype, SHAPE)
 
 
 @triton.jit
 def forward_step(
-    out_main, out_tail, sums, squares, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing, layout, norm,
-    rows, seed_ptr, scale_log2, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing, layout,
+    norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the output, and to the sums over the mixed maps."""
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
-    probs, _, centred = map_tile(
-        q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype,
+    probs, _, centred, _ = map_tile(
+        q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
         BLOCK_M, BLOCK_N, SHAPE, WHOLE,
     )  # fmt: skip
     # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
-    normed, _, _ = normalise(laid_out_like(centred, layout), mixing, norm, SHAPE, False)
+    centred = laid_out_like(centred, layout)
+    if SHAPE.HIDES:
+        centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
+    normed, _, _ = normalise(centred, mixing, norm, SHAPE, False)
+    if SHAPE.HIDES:
+        normed = tl.where(hidden, 0.0, normed)
     if SHAPE.TRAINING:
         inside = rows
         if not WHOLE:
@@ -110,10 +121,12 @@ def forward_step(
         summed = tl.where(inside, normed, 0.0)
         sums += fold_positions(summed, dtype, SHAPE)
         squares += fold_positions(summed * summed, dtype, SHAPE)
+        if SHAPE.HIDES:
+            counts += fold_positions(tl.where(inside & ~hidden, 1.0, 0.0), dtype, SHAPE)
     normed = laid_out_like(by_head(normed.to(dtype), BLOCK_N, SHAPE), probs)
     v_tile = load_rows(v, batch, 0, start, chunk, BLOCK_N, SHAPE, WHOLE)
     out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
-    return out_main, out_tail, sums, squares
+    return out_main, out_tail, sums, squares, counts
 
 
 @triton.jit

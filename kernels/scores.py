@@ -8,16 +8,68 @@ from .tiles import by_position, dot_rows, held, is_finite, load_rows
 
 @triton.jit
 def score_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, scale_log2, BLOCK_M: tl.constexpr,
+    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """Scores as exponents to base 2, -inf at keys outside the sequence: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32."""
+    """Scores as exponents to base 2, -inf at keys outside the sequence and at hidden ones: [HEADS_PADDED, BLOCK_M,
+    BLOCK_N], float32."""
     columns = column_start + tl.arange(0, BLOCK_N)
     dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE)
     scores = rounded_product(dots, scale_log2)
     if not WHOLE:
         scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+    if SHAPE.MASK != "none":
+        given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE)
+        if SHAPE.MASK == "float":
+            given = given.to(tl.float32)
+            scores += rounded_product(given, LOG2E)
+            # What is NaN is not hidden.
+            hidden = given <= mask.lowest
+        else:
+            hidden = given == 0
+        scores = tl.where(hidden, float("-inf"), scores)
+    if SHAPE.CAUSAL:
+        rows = row_start + tl.arange(0, BLOCK_M)
+        scores = tl.where(columns[None, None, :] > rows[None, :, None], float("-inf"), scores)
     return scores
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_mask(
+    mask, batch, first_head, row_start, q, column_start, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the mask: [HEADS_PADDED or 1, BLOCK_M or 1, BLOCK_N]; zero outside."""
+    columns = tl.arange(0, BLOCK_N)[None, None, :]
+    inside = columns < k.seqlen - column_start
+    if SHAPE.WIDE:
+        columns = columns.to(tl.int64)
+    base = mask.ptr + tl.cast(batch, tl.int64) * mask.batch_stride + tl.cast(column_start, tl.int64) * mask.key_stride
+    offsets = columns * mask.key_stride
+    if SHAPE.MASK_ROWS:
+        rows = tl.arange(0, BLOCK_M)[None, :, None]
+        inside &= rows < q.seqlen - row_start
+        if SHAPE.WIDE:
+            rows = rows.to(tl.int64)
+        base += tl.cast(row_start, tl.int64) * mask.row_stride
+        offsets += rows * mask.row_stride
+    if SHAPE.MASK_HEADS:
+        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        inside &= heads < SHAPE.HEADS - first_head
+        if SHAPE.WIDE:
+            heads = heads.to(tl.int64)
+        base += tl.cast(first_head, tl.int64) * mask.head_stride
+        offsets += heads * mask.head_stride
+    return tl.load(base + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def keys_before(row_end, k, SHAPE: tl.constexpr):
+    """How many keys the rows before row_end may see."""
+    return tl.minimum(row_end, k.seqlen) if SHAPE.CAUSAL else k.seqlen
 
 
 @triton.jit
@@ -30,10 +82,16 @@ def rounded_product(a, b):
     return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
-# What the backward pass takes for the LSE of rows outside the sequence.
+# What stands for the LSE of rows outside the sequence, and of those that see no key.
 OUTSIDE = tl.constexpr(1e30)
 # Keys at a time while the LSE is computed: more than in the other sweep, which has to keep other tiles as well.
 LSE_KEYS = tl.constexpr(32)
+
+
+@triton.jit
+def unless_blind(lse, SHAPE: tl.constexpr):
+    """The LSE, OUTSIDE for rows that see no key."""
+    return tl.where(lse == float("-inf"), OUTSIDE, lse) if SHAPE.HIDES else lse
 
 
 @triton.jit
@@ -44,7 +102,7 @@ def probabilities(scores, lse, SHAPE: tl.constexpr):
     zero here, and ``poison_rows`` makes its results NaN again.
     """
     exponents = scores - lse[:, :, None]
-    if SHAPE.PACK > 1 or SHAPE.CHUNKS > 1:
+    if SHAPE.PACK > 1 or SHAPE.CHUNKS > 1 or SHAPE.HIDES:
         # Rows outside the sequence have no part in anything, whatever an infinite key makes of them.
         known = lse != OUTSIDE
         if SHAPE.PACK > 1:
@@ -55,12 +113,14 @@ def probabilities(scores, lse, SHAPE: tl.constexpr):
 
 @triton.jit
 def lse_step(
-    running_max, running_sum, q_tile, q, row_start, k, start, batch, scale_log2, BLOCK_M: tl.constexpr,
+    running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The largest score, and the sum of exp2(score - that), after some more keys: [HEADS_PADDED, BLOCK_M] each."""
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
-    scores = score_tile(q_tile, q, row_start, k_tile, k, start, batch, 0, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE)
+    scores = score_tile(
+        q_tile, q, row_start, k_tile, k, start, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
+    )
     new_max = tl.maximum(running_max, tl.max(scores, axis=2))
     # A row of -inf so far would give inf - inf.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -71,21 +131,24 @@ def lse_step(
 
 @triton.jit
 def row_lse(
-    q_tile, q, row_start, k, batch, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
+    q_tile, q, row_start, k, keys, batch, mask, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
-    """Log-sum-exp, base 2, of the scores of a block of rows with every key: [HEADS_PADDED, BLOCK_M]."""
+    """Log-sum-exp, base 2, of the scores of a block of rows with the first ``keys`` keys: [HEADS_PADDED, BLOCK_M];
+    -inf for a row that sees none."""
     running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
     running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     q_tile = held(q_tile[0]), q_tile[1]
-    whole = k.seqlen // LSE_KEYS * LSE_KEYS
+    whole = keys // LSE_KEYS * LSE_KEYS
     for start in range(0, whole, LSE_KEYS):
         running_max, running_sum = lse_step(
-            running_max, running_sum, q_tile, q, row_start, k, start, batch, scale_log2, BLOCK_M, LSE_KEYS, SHAPE, True
-        )
-    if whole < k.seqlen:
+            running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M, LSE_KEYS, SHAPE,
+            True,
+        )  # fmt: skip
+    if whole < keys:
         running_max, running_sum = lse_step(
-            running_max, running_sum, q_tile, q, row_start, k, whole, batch, scale_log2, BLOCK_M, LSE_KEYS, SHAPE, False
-        )
+            running_max, running_sum, q_tile, q, row_start, k, whole, batch, mask, scale_log2, BLOCK_M, LSE_KEYS, SHAPE,
+            False,
+        )  # fmt: skip
     return running_max + tl.log2(running_sum)
 
 
@@ -114,16 +177,38 @@ def uint_to_uniform_float(bits):
 
 @triton.jit
 def map_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, scale_log2, dropout_p, dtype: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, mask, scale_log2, dropout_p,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the softmax maps, P and P after dropout, by head; and the latter centred, by position, in the
-    dots' dtype."""
+    """A tile of the softmax maps, P and P after dropout, by head; the latter centred, by position, in the dots' dtype,
+    HIDDEN where a key is hidden; and what is hidden, by head."""
     rows = row_start + tl.arange(0, BLOCK_M)
     columns = column_start + tl.arange(0, BLOCK_N)
     scores = score_tile(
-        q_tile, q, row_start, k_tile, k, column_start, batch, 0, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
+        q_tile, q, row_start, k_tile, k, column_start, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
     )
     probs = probabilities(scores, lse, SHAPE)
     kept = dropout(probs, seed_ptr, dropout_p, batch, 0, rows, columns, SHAPE)
-    return probs, kept, by_position((kept - 1.0 / k.seqlen).to(dtype), SHAPE)
+    centred = kept - 1.0 / k.seqlen
+    hidden = scores == float("-inf")
+    if SHAPE.HIDES:
+        centred = tl.where(hidden, HIDDEN, centred)
+    return probs, kept, by_position(centred.to(dtype), SHAPE), hidden
+
+
+# In place of a centred map, which is never below -1: the mask then takes the way of the maps to where heads are mixed.
+# Its bits are the same in bfloat16 and float16.
+HIDDEN = tl.constexpr(-2.0)
+
+
+@triton.jit
+def find_hidden(centred, centre, SHAPE: tl.constexpr):
+    """The centred maps, and what is hidden: by position. A head that a mask of its own hides is a map of zero to the
+    others; what is hidden from all heads may have any maps."""
+    if centred.dtype.primitive_bitwidth == 16:
+        hidden = centred.to(tl.int16, bitcast=True) == -0x4000
+    else:
+        hidden = centred.to(tl.int32, bitcast=True) == -0x40000000
+    if SHAPE.MASK_HEADS:
+        centred = tl.where(hidden, (-centre).to(centred.dtype), centred)
+    return centred, hidden

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from .fold import column_factor, mixed_centre, output_factors
+from .scores import keys_before
+from .tiles import is_finite, which_block
 
 
 @triton.jit
@@ -19,12 +21,15 @@ def sum_number(ptr, number, programs, BLOCK: tl.constexpr):
 
 @triton.jit
 def raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
-    """Sum and sum of squares of a head's mixed maps without bias, from what the forward programs left."""
+    """Sum and sum of squares of a head's mixed maps without bias, from what the forward programs left; and of how many
+    positions: ``positions``, or how many are not hidden."""
+    if SHAPE.HIDES:
+        positions = sum_number(sums_ptr, 2 * SHAPE.HEADS + head, programs, BLOCK)
     mean = mixed_centre(norm, head, centre, SHAPE)
     scale = tl.cast(norm.unit_scale, tl.float64)
     centred = sum_number(sums_ptr, head, programs, BLOCK) / scale
     squares = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK) / (scale * scale)
-    return centred + positions * mean, squares + 2 * mean * centred + positions * mean * mean
+    return centred + positions * mean, squares + 2 * mean * centred + positions * mean * mean, positions
 
 
 @triton.jit
@@ -38,7 +43,7 @@ def moments(
         squares = tl.load(norm.statistics + SHAPE.HEADS + head)
         positions = tl.load(norm.statistics + 2 * SHAPE.HEADS + head)
     else:
-        total, squares = raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK, SHAPE)
+        total, squares, positions = raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK, SHAPE)
     count = tl.maximum(positions, 1.0)
     mean = total / count
     variance = squares / count - mean * mean
@@ -59,7 +64,9 @@ def add_up_kernel(
         first = sum_number(sums_ptr, head, programs, BLOCK)
         second = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK)
     else:
-        first, second = raw_sums(norm, sums_ptr, head, programs, positions, tl.cast(centre, tl.float64), BLOCK, SHAPE)
+        first, second, positions = raw_sums(
+            norm, sums_ptr, head, programs, positions, tl.cast(centre, tl.float64), BLOCK, SHAPE
+        )
         tl.store(totals_ptr + 2 * SHAPE.HEADS + head, positions)
     tl.store(totals_ptr + head, first)
     tl.store(totals_ptr + SHAPE.HEADS + head, second)
@@ -85,11 +92,13 @@ def head_pointers(view, batch, head, start, end, ROWS: tl.constexpr, SHAPE: tl.c
 
 @triton.jit
 def finish_kernel(
-    v, out, norm, sums_ptr, statistics_ptr, value_sum_ptr, batches_ptr, programs, positions, splits, momentum,
-    SYNCHRONISED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr,
+    v, out, norm, mask, sums_ptr, statistics_ptr, value_sum_ptr, batches_ptr, programs, positions, splits, momentum,
+    SYNCHRONISED: tl.constexpr, BY_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
     """out = slope * out + level * sum of the values, for rows of one sample and head; the last program writes the
-    statistics, and takes them into the running ones (momentum < 0: as the mean over all batches)."""
+    statistics, and takes them into the running ones (momentum < 0: as the mean over all batches). BY_ROW: the sums of
+    the values have a row for each query, and are there already."""
     centre = 1.0 / tl.cast(v.seqlen, tl.float64)
     positions = tl.cast(positions, tl.float64)
     if tl.program_id(0) == tl.num_programs(0) - 1:
@@ -127,31 +136,98 @@ def finish_kernel(
         offset = mean - mixed_centre(norm, head, centre, SHAPE)
         slope, level = output_factors(norm, head, inverse, offset)
 
-        values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
-        for start in range(0, v.seqlen, ROWS):
-            pointers, mask = head_pointers(v, batch, head, start, v.seqlen, ROWS, SHAPE, DIM)
-            values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        value_sum = tl.sum(values, axis=0)
+        of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(out, BY_ROW)
         dims = tl.arange(0, DIM)
-        if first == 0:
-            place = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM + dims
-            tl.store(place, value_sum, mask=dims < SHAPE.HEAD_DIM)
+        value_sum = tl.full((1, DIM), 0.0, dtype=tl.float32)
+        if not BY_ROW:
+            values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
+            for start in range(0, v.seqlen, ROWS):
+                pointers, inside = head_pointers(v, batch, head, start, v.seqlen, ROWS, SHAPE, DIM)
+                if SHAPE.MASK != "none":
+                    keys = start + tl.arange(0, ROWS)[:, None]
+                    inside &= visible_of_head(mask, batch, head, 0, keys, keys < v.seqlen, SHAPE)
+                values += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            value_sum = tl.sum(values, axis=0)[None, :]
+            if first == 0:
+                tl.store(of_head + dims[None, :], value_sum, mask=dims[None, :] < SHAPE.HEAD_DIM)
         for start in range(first, end, ROWS):
-            pointers, mask = head_pointers(out, batch, head, start, end, ROWS, SHAPE, DIM)
-            finished = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * slope + level * value_sum[None, :]
-            tl.store(pointers, finished.to(out.ptr.dtype.element_ty), mask=mask)
+            pointers, inside = head_pointers(out, batch, head, start, end, ROWS, SHAPE, DIM)
+            seen = value_sum
+            if BY_ROW:
+                seen = load_value_sum(of_head, start, inside, ROWS, DIM, SHAPE)
+            finished = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * slope + level * seen
+            tl.store(pointers, finished.to(out.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def value_rows(out, BY_ROW: tl.constexpr):
+    """Rows that the sums of the values have."""
+    return out.seqlen if BY_ROW else 1
+
+
+@triton.jit
+def load_value_sum(of_head, start, inside, ROWS: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr):
+    """Sums of the values that some queries see: [ROWS, DIM]."""
+    rows = start + tl.arange(0, ROWS)[:, None]
+    return tl.load(of_head + rows.to(tl.int64) * SHAPE.HEAD_DIM + tl.arange(0, DIM)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def visible_of_head(mask, batch, head, rows, keys, inside, SHAPE: tl.constexpr):
+    """Which keys a head's mask does not hide, of those inside."""
+    base = mask.ptr + tl.cast(batch, tl.int64) * mask.batch_stride + tl.cast(head, tl.int64) * mask.head_stride
+    pointers = base + (tl.cast(rows, tl.int64) * mask.row_stride + tl.cast(keys, tl.int64) * mask.key_stride)
+    given = tl.load(pointers, mask=inside, other=0)
+    if SHAPE.MASK == "bool":
+        visible = given != 0
+    else:
+        visible = ~(given.to(tl.float32) <= mask.lowest)
+    return visible & inside
+
+
+@triton.jit
+def value_sum_kernel(
+    v, mask, value_sum_ptr, seqlen, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr
+):
+    """For rows of one sample and head: the sums of the values of the keys that each of them sees, to (batch, HEADS,
+    seqlen, HEAD_DIM), float32."""
+    batch, row_start = which_block(seqlen, ROWS)
+    head = tl.program_id(1)
+    dtype: tl.constexpr = v.ptr.dtype.element_ty
+    rows = row_start + tl.arange(0, ROWS)[:, None]
+    sums = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
+    broken = sums
+    for start in range(0, keys_before(row_start + ROWS, v, SHAPE), KEYS):
+        keys = start + tl.arange(0, KEYS)[None, :]
+        visible = (keys < v.seqlen) & (rows < seqlen)
+        if SHAPE.CAUSAL:
+            visible &= keys <= rows
+        if SHAPE.MASK != "none":
+            visible = visible_of_head(mask, batch, head, rows, keys, visible, SHAPE)
+        pointers, inside = head_pointers(v, batch, head, start, v.seqlen, KEYS, SHAPE, DIM)
+        values = tl.load(pointers, mask=inside, other=0.0)
+        finite = is_finite(values.to(tl.float32))
+        weights = tl.where(visible, 1.0, 0.0).to(dtype)
+        sums += tl.dot(weights, tl.where(finite, values, 0.0), input_precision="ieee")
+        broken += tl.dot(weights, tl.where(finite, 0.0, 1.0).to(dtype), input_precision="ieee")
+    # Zero times what is not finite would be NaN in rows that do not see it.
+    sums = tl.where(broken == 0, sums, float("nan"))
+    dims = tl.arange(0, DIM)[None, :]
+    place = value_sum_ptr + (tl.cast(batch, tl.int64) * SHAPE.HEADS + head) * seqlen * SHAPE.HEAD_DIM
+    tl.store(place + rows.to(tl.int64) * SHAPE.HEAD_DIM + dims, sums, mask=(rows < seqlen) & (dims < SHAPE.HEAD_DIM))
 
 
 @triton.jit
 def grad_sums_kernel(
-    grad, out, value_sum_ptr, sums_ptr, splits, ROWS: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr
-):
+    grad, out, value_sum_ptr, sums_ptr, splits, BY_ROW: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
     """Sums of grad * out and of grad times the sum of the values, over rows of one sample and head, to (2 * HEADS,
     samples * splits)."""
     batch, head, first, end = which_part(out.seqlen, splits, SHAPE)
-    dims = tl.arange(0, DIM)
-    place = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM + dims
-    values = tl.load(place, mask=dims < SHAPE.HEAD_DIM, other=0.0)
+    dims = tl.arange(0, DIM)[None, :]
+    of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(out, BY_ROW)
+    values = tl.load(of_head + dims, mask=dims < SHAPE.HEAD_DIM, other=0.0)
     of_out = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
     of_values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
     for start in range(first, end, ROWS):
@@ -159,7 +235,10 @@ def grad_sums_kernel(
         out_pointers, mask = head_pointers(out, batch, head, start, end, ROWS, SHAPE, DIM)
         grads = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
         of_out += grads * tl.load(out_pointers, mask=mask, other=0.0).to(tl.float32)
-        of_values += grads * values[None, :]
+        seen = values
+        if BY_ROW:
+            seen = load_value_sum(of_head, start, mask, ROWS, DIM, SHAPE)
+        of_values += grads * seen
     programs = tl.num_programs(0) // SHAPE.HEADS
     place = sums_ptr + tl.cast(head, tl.int64) * programs + batch * splits + tl.program_id(0) % splits
     tl.store(place, tl.sum(tl.sum(of_out, axis=1), axis=0))

@@ -49,9 +49,22 @@ class Norm(NamedTuple):
     unit_scale: Any
 
 
+class Mask(NamedTuple):
+    """A mask, or a bias of the scores: pointer, or None; strides, 0 where all share an element; the largest number that
+    hides."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+    key_stride: Any
+    lowest: Any
+
+
 class Shape(NamedTuple):
     """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
-    HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch."""
+    HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch. MASK:
+    "none", "bool" or "float", and whether it differs between heads and queries; HIDES: there is one, or CAUSAL."""
 
     HEADS: int
     HEADS_PADDED: int
@@ -65,6 +78,11 @@ class Shape(NamedTuple):
     WIDE: bool
     NORM: str
     TRAINING: bool
+    MASK: str
+    MASK_HEADS: bool
+    MASK_ROWS: bool
+    CAUSAL: bool
+    HIDES: bool
 
 
 @triton.jit

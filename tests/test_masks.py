@@ -236,14 +236,14 @@ def test_queries_that_see_nothing(mode, backend):
 
 @modes
 def test_masks_in_any_layout(mode, backend, device):
-    """Expanded, transposed, sliced: the same results, and an expanded mask is not copied."""
+    """Expanded, transposed, sliced: the same results, but for how their instructions are contracted."""
     problem = masked_problem("by-row", mode, device=device)
     mask = problem["attn_mask"]
     clean = compute(problem, backend)
     wide = torch.zeros(34, 51, dtype=torch.bool, device=device)
     wide[::2, ::3] = mask
     for other in (mask.expand(2, 3, 17, 17), mask.T.contiguous().T, wide[::2, ::3], mask[None, None]):
-        assert_same(compute(problem.with_tensors(attn_mask=other), backend), clean)
+        torch.testing.assert_close(compute(problem.with_tensors(attn_mask=other), backend), clean)
 
 
 @kinds
@@ -275,7 +275,7 @@ def test_fuzz(seed, backend):
     problem, what = random_problem(draw, backend, most_queries=40, most_keys=50)
     batch, heads, seqlen, _ = problem["query"].shape
     seqlen_k = problem["key"].shape[2]
-    kind = draw.choice([kind for kind in KINDS if seqlen > 1])
+    kind = draw.choice(list(KINDS))
     make, is_causal = KINDS[kind]
     mask = make(batch, heads, seqlen, seqlen_k, torch.Generator().manual_seed(seed))
     if mask is not None and mask.is_floating_point():

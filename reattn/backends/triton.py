@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reattn.backends import common
 from reattn.backends.common import as_float32, on_its_device
-from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
+from reattn.backends.contract import Gradients, Inputs, Maps, Outputs, lowest
 from reattn.problem import Problem
 
 try:
@@ -26,7 +26,7 @@ try:
     from reattn.kernels import forward as forward_kernels
     from reattn.kernels import scores as scores_kernels
     from reattn.kernels import sums as sums_kernels
-    from reattn.kernels.tiles import Norm, View
+    from reattn.kernels.tiles import Mask, Norm, View
 
     # Read once, as Triton does when a kernel is defined; torch.compile could not trace it.
     _interpreted = triton.knobs.runtime.interpret
@@ -61,7 +61,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
 @on_its_device
@@ -74,13 +74,15 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
 
     def launch(tile: configs.Tile, shape: Any) -> Tensor | None:
         programs = triton.cdiv(seqlen, tile.BLOCK_M) * batch
-        sums = query.new_empty(2 * heads, programs, dtype=torch.float32) if problem.batch_statistics else None
+        numbers = (3 if problem.masked else 2) * heads
+        sums = query.new_empty(numbers, programs, dtype=torch.float32) if problem.batch_statistics else None
         _run(
             forward_kernels.forward_kernel,
             (programs, shape.CHUNKS),
             tile,
             *map(_view, (query, key, value, outputs.out)),
             norm,
+            _mask(inputs),
             outputs.lse,
             inputs.seed,
             sums,
@@ -105,6 +107,24 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     return outputs
 
 
+def _sum_values(problem: Problem, inputs: Inputs, outputs: Outputs) -> None:
+    """The sums of the values that each query sees."""
+    batch, heads, seqlen, head_dim = outputs.out.shape
+    blocks = configs.sums_blocks(head_dim)
+    cut = {"ROWS": 32, "KEYS": 32, "DIM": blocks["DIM"]}
+    _run(
+        sums_kernels.value_sum_kernel,
+        (triton.cdiv(seqlen, cut["ROWS"]) * batch, heads),
+        configs.SUMS_TILE,
+        _view(inputs.value),
+        _mask(inputs),
+        outputs.value_sum,
+        seqlen,
+        **cut,
+        SHAPE=_shape(problem, configs.SUMS_TILE, inputs.attn_mask, inputs.value),
+    )
+
+
 @on_its_device
 def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
@@ -119,7 +139,9 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
     running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
     norm = _norm(problem, inputs, outputs, running=running)
     batch, heads, seqlen, head_dim = outputs.out.shape
-    splits = _splits(outputs.out)
+    splits, by_row = _splits(outputs.out), outputs.value_sum.shape[2] > 1
+    if by_row:
+        _sum_values(problem, inputs, outputs)
     _run(
         sums_kernels.finish_kernel,
         (batch * heads * splits + 1,),
@@ -127,6 +149,7 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
         _view(inputs.value),
         _view(outputs.out),
         norm,
+        _mask(inputs),
         sums,
         final,
         outputs.value_sum,
@@ -136,8 +159,9 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
         splits,
         -1.0 if problem.momentum is None else problem.momentum,
         SYNCHRONISED=sums is None,
+        BY_ROW=by_row,
         **configs.sums_blocks(head_dim),
-        SHAPE=_shape(problem, configs.SUMS_TILE, inputs.value, outputs.out),
+        SHAPE=_shape(problem, configs.SUMS_TILE, inputs.attn_mask, inputs.value, outputs.out),
     )
     common.store_running(inputs, running)
 
@@ -158,7 +182,7 @@ def _add_up(
         1.0 / key.shape[2],
         BACKWARD=backward,
         BLOCK=configs.sums_blocks(problem.head_dim)["BLOCK"],
-        SHAPE=_shape(problem, configs.SUMS_TILE, query),
+        SHAPE=_shape(problem, configs.SUMS_TILE, None, query),
     )
 
 
@@ -181,9 +205,10 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
         outputs.value_sum,
         sums,
         splits,
+        BY_ROW=outputs.value_sum.shape[2] > 1,
         ROWS=blocks["ROWS"],
         DIM=blocks["DIM"],
-        SHAPE=_shape(problem, configs.SUMS_TILE, grad, out),
+        SHAPE=_shape(problem, configs.SUMS_TILE, None, grad, out),
     )
     _add_up(problem, _no_norm(problem), sums, totals, grad, grad, backward=True)
     return totals
@@ -210,9 +235,13 @@ def backward(
     tiles = call.tiles()
     partial_sums = call.empty_sums(*tiles[0])
     for part in call.parts:
+        if problem.mask_gradient and problem.is_causal:
+            call.maps.zero_()  # of what is hidden nothing is written
         call.grad_maps(part, *tiles[0], *partial_sums)
         call.grad_query(part, *tiles[1])
         call.grad_key(part, *tiles[2])
+        if problem.mask_gradient:
+            call.grad_mask(part)
     call.unfold(tiles[0][1], *partial_sums)
     return common.as_inputs(gradients, given)
 
@@ -234,7 +263,7 @@ class _BackwardCall:
         gradients: Gradients,
     ) -> None:
         self.problem, self.inputs, self.norm, self.gradients = problem, inputs, norm, gradients
-        self.lse, self.delta = lse, torch.empty_like(lse)
+        self.mask, self.lse, self.delta = _mask(inputs), lse, torch.empty_like(lse)
         self.tensors = query, key, value, grad, *gradients[:3]
         self.views = tuple(map(_view, self.tensors))
         self.batch, self.heads, self.seqlen, head_dim = query.shape
@@ -253,14 +282,14 @@ class _BackwardCall:
     def grad_maps(self, part: common.Part, tile: configs.Tile, shape: Any, vectors: Tensor, products: Tensor) -> None:
         maps = self.mixed, self.maps, *vectors, products
         scalars = self.problem.scale * _LOG2E, self.problem.dropout_p
-        arguments = *self.views[:4], self.norm, self.lse, self.delta, self.inputs.seed, *maps, *scalars
+        arguments = *self.views[:4], self.norm, self.mask, self.lse, self.delta, self.inputs.seed, *maps, *scalars
         blocks = triton.cdiv(part.rows, tile.BLOCK_M)
         self._launch(backward_kernels.grad_maps_kernel, part, blocks, tile, shape, *arguments)
 
     def grad_query(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
         query, key, _, _, grad_query, _, _ = self.views
         scalars = self.problem.scale, self.problem.scale * _LOG2E, self.problem.dropout_p
-        arguments = query, key, grad_query, self.lse, self.delta, self.inputs.seed, self.maps, *scalars
+        arguments = query, key, grad_query, self.mask, self.lse, self.delta, self.inputs.seed, self.maps, *scalars
         blocks = triton.cdiv(part.rows, tile.BLOCK_M)
         self._launch(backward_kernels.grad_query_kernel, part, blocks, tile, shape, *arguments)
 
@@ -270,6 +299,18 @@ class _BackwardCall:
         ends = {"FIRST": part.first_row == 0, "LAST": part.first_row + part.rows == self.seqlen}
         blocks = triton.cdiv(self.seqlen_k, tile.BLOCK_N)
         self._launch(backward_kernels.grad_key_kernel, part, blocks, tile, shape, *arguments, **ends)
+
+    def grad_mask(self, part: common.Part) -> None:
+        """Adds the gradients of these scores to that of the mask, over what it shares."""
+        shape = part.samples, self.heads, part.rows, self.keys
+        grad_scores = self.maps.flatten()[: math.prod(shape)].view(shape)[..., : self.seqlen_k]
+        into = self.gradients.attn_mask
+        if part.first_sample == part.first_row == 0:
+            into.zero_()
+        for dim, first, size in ((0, part.first_sample, part.samples), (2, part.first_row, part.rows)):
+            into = into.narrow(dim, first, size) if into.shape[dim] > 1 else into
+        shared = [dim for dim in range(4) if into.shape[dim] == 1]
+        into += grad_scores.sum(shared, keepdim=True, dtype=torch.float32) if shared else grad_scores
 
     def _launch(
         self, kernel: Any, part: common.Part, blocks: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
@@ -352,6 +393,17 @@ class _BackwardCall:
 _LOG2E = math.log2(math.e)
 
 
+def _mask(inputs: Inputs) -> Mask:
+    """The mask as the kernels take it."""
+    mask = inputs.attn_mask
+    if mask is None:
+        return Mask(None, 0, 0, 0, 0, 0.0)
+    strides = (stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    if mask.is_floating_point():
+        return Mask(mask, *strides, lowest(mask.dtype))
+    return Mask(mask.view(torch.uint8), *strides, 0.0)
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where its rows can be read 16 bytes at a time; else a copy, head_dim padded with zeros to a multiple
     of 16.
@@ -408,7 +460,7 @@ def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
-def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
+def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tensors: Tensor) -> Any:
     """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
     heads = problem.heads
     tf32 = tensors[0].dtype == torch.float32 and _tf32_allowed()
@@ -417,6 +469,8 @@ def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
     extents = (configs.padded(heads), rows)
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
     reach = max(reach, *(max(extents) * tensor.shape[2] for tensor in tensors))
+    if attn_mask is not None:
+        reach = max(reach, sum(e * s for e, s in zip((*extents, rows), attn_mask.stride()[1:], strict=True)))
     return configs.shape(
         heads,
         problem.head_dim,
@@ -426,6 +480,10 @@ def _shape(problem: Problem, tile: configs.Tile, *tensors: Tensor) -> Any:
         wide=reach >= 2**31,
         norm=problem.norm or "none",
         training=problem.batch_statistics,
+        mask=problem.mask or "none",
+        mask_heads=attn_mask is not None and attn_mask.shape[1] > 1,
+        mask_rows=attn_mask is not None and attn_mask.shape[2] > 1,
+        causal=problem.is_causal,
     )
 
 
@@ -448,7 +506,7 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
     sizes = problem.dtype.itemsize, problem.heads, problem.head_dim
-    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
+    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0 or problem.masked)
 
 
 def _chosen(
@@ -470,8 +528,8 @@ def _chosen(
 
     def with_shape(tile: configs.Tile) -> tuple[configs.Tile, Any]:
         if kernel not in configs.BY_HEAD:
-            return tile, _shape(problem, tile, *tensors)
-        shape = _shape(problem, tile._replace(dim=common.MAX_HEAD_DIM), *tensors)
+            return tile, _shape(problem, tile, inputs.attn_mask, *tensors)
+        shape = _shape(problem, tile._replace(dim=common.MAX_HEAD_DIM), inputs.attn_mask, *tensors)
         return tile, shape._replace(HEADS_PADDED=min(tile.num_warps, shape.HEADS_PADDED))
 
     tile, shape = with_shape(_table_tile(kernel, problem))
