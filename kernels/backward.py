@@ -14,6 +14,7 @@ from .fold import load_mixing, load_unmixing, normalise, normalise_backward
 from .scores import OUTSIDE, dropout, find_hidden, keys_before, map_tile, probabilities, score_tile, unless_blind
 from .tiles import (
     accumulate,
+    any_broken,
     by_head,
     by_position,
     dot_layout,
@@ -26,6 +27,7 @@ from .tiles import (
     laid_out_like,
     load_rows,
     mix_heads,
+    only_finite,
     over_heads,
     per_row_pointers,
     poison_rows,
@@ -130,7 +132,7 @@ def grad_maps_kernel(
     for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
         k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE)
         v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE)
-        probs, kept, centred, _ = map_tile(
+        probs, kept, centred, hidden_by_head = map_tile(
             q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE, False,
         )  # fmt: skip
@@ -164,6 +166,9 @@ def grad_maps_kernel(
         grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
         grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
         grad_kept = laid_out_like(grad_kept, probs)
+        if SHAPE.HIDES:
+            # A row that shares the dot may see what is not finite here.
+            grad_kept = tl.where(hidden_by_head, 0.0, grad_kept).to(dtype)
         pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
         tl.store(pointers, grad_kept, mask=inside)
         delta += kept * grad_kept.to(tl.float32)
@@ -251,6 +256,18 @@ def grad_query_kernel(
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
         tl.store(pointers, grad_scores, mask=inside)
         dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
+    if SHAPE.HIDES:
+        if any_broken(dq_main, dq_tail, SHAPE) > 0:
+            # Zero times a key that is not finite is NaN. Seldom, so once more; rows that see it are NaN already.
+            tl.debug_barrier()
+            dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
+            for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
+                k_tile = only_finite(load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE), SHAPE)
+                pointers, inside = map_pointers(
+                    grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
+                )
+                grad_scores = tl.load(pointers, mask=inside, other=0.0)
+                dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
     store_rows(grad_q, batch, first_head, row_start, 0, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
 
 
@@ -300,6 +317,19 @@ def grad_key_kernel(
         )
         grad_scores = tl.load(pointers, mask=inside, other=0.0)
         dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
+    if SHAPE.HIDES:
+        if any_broken(dk_main, dk_tail, SHAPE) > 0:
+            # As in ``grad_query_kernel``, of queries that do not see these keys.
+            dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
+            if not FIRST:
+                dk_main, dk_tail = load_rows(sum_k, sample, first_head, column, 0, BLOCK_N, SHAPE)
+            for row in range(first_row, rows.count, BLOCK_M):
+                q_tile = load_rows(q, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
+                pointers, inside = map_pointers(
+                    grad_scores_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE, OPERANDS=True
+                )
+                grad_scores = tl.permute(tl.load(pointers, mask=inside, other=0.0), (0, 2, 1))
+                dk_main, dk_tail = accumulate(dk_main, dk_tail, grad_scores, only_finite(q_tile, SHAPE), SHAPE)
     if LAST:
         store_rows(grad_k, batch, first_head, column, 0, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
         store_rows(grad_v, batch, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)

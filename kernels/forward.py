@@ -7,6 +7,8 @@ from .fold import load_mixing, normalise
 from .scores import find_hidden, keys_before, map_tile, row_lse, unless_blind
 from .tiles import (
     accumulate,
+    any_broken,
+    broken_rows,
     by_head,
     dot_layout,
     fold_positions,
@@ -15,6 +17,7 @@ from .tiles import (
     keys_inside,
     laid_out_like,
     load_rows,
+    only_finite,
     per_row_pointers,
     poison_rows,
     positions,
@@ -75,14 +78,24 @@ def forward_kernel(
     for start in range(0, whole, BLOCK_N):
         out_main, out_tail, sums, squares, counts = forward_step(
             out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing,
-            layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, APART,
+            layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, APART, False,
         )  # fmt: skip
     if APART:
         if whole < keys:
             out_main, out_tail, sums, squares, counts = forward_step(
                 out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, whole, batch, chunk, lse, mixing,
-                layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False,
+                layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False, False,
             )  # fmt: skip
+    if SHAPE.HIDES:
+        if any_broken(out_main, out_tail, SHAPE) > 0:
+            # Zero times what is not finite is NaN. Seldom, so once more.
+            out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
+            for start in range(0, keys, BLOCK_N):
+                out_main, out_tail, _, _, _ = forward_step(
+                    out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse,
+                    mixing, layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False,
+                    True,
+                )  # fmt: skip
     out_main = poison_rows(out_main, lse, SHAPE)
     out_tail = poison_rows(out_tail, lse, SHAPE)
     store_rows(out, batch, 0, row_start, chunk, out_main, out_tail, BLOCK_M, SHAPE)
@@ -98,12 +111,13 @@ def forward_kernel(
 def forward_step(
     out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing, layout,
     norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+    SHAPE: tl.constexpr, WHOLE: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys to the output, and to the sums over the mixed maps."""
+    """Adds a tile of keys to the output, and to the sums over the mixed maps. STRICT: a value that is not finite reaches
+    no row that does not see it."""
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
-    probs, _, centred, _ = map_tile(
+    probs, _, centred, hidden_by_head = map_tile(
         q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
         BLOCK_M, BLOCK_N, SHAPE, WHOLE,
     )  # fmt: skip
@@ -125,6 +139,10 @@ def forward_step(
             counts += fold_positions(tl.where(inside & ~hidden, 1.0, 0.0), dtype, SHAPE)
     normed = laid_out_like(by_head(normed.to(dtype), BLOCK_N, SHAPE), probs)
     v_tile = load_rows(v, batch, 0, start, chunk, BLOCK_N, SHAPE, WHOLE)
+    if STRICT:
+        seen = broken_rows(v_tile, SHAPE)[:, None, :] & ~hidden_by_head
+        normed = tl.where(seen, float("nan"), normed).to(dtype)
+        v_tile = only_finite(v_tile, SHAPE)
     out_main, out_tail = accumulate(out_main, out_tail, normed, v_tile, SHAPE)
     return out_main, out_tail, sums, squares, counts
 

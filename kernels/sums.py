@@ -206,9 +206,9 @@ def value_sum_kernel(
             visible = visible_of_head(mask, batch, head, rows, keys, visible, SHAPE)
         pointers, inside = head_pointers(v, batch, head, start, v.seqlen, KEYS, SHAPE, DIM)
         values = tl.load(pointers, mask=inside, other=0.0)
-        finite = is_finite(values.to(tl.float32))
+        finite = is_finite(values)
         weights = tl.where(visible, 1.0, 0.0).to(dtype)
-        sums += tl.dot(weights, tl.where(finite, values, 0.0), input_precision="ieee")
+        sums += tl.dot(weights, tl.where(finite, values, 0.0).to(dtype), input_precision="ieee")
         broken += tl.dot(weights, tl.where(finite, 0.0, 1.0).to(dtype), input_precision="ieee")
     # Zero times what is not finite would be NaN in rows that do not see it.
     sums = tl.where(broken == 0, sums, float("nan"))

@@ -378,7 +378,42 @@ def dot_layout(weights, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, AXIS: tl.cons
 @triton.jit
 def is_finite(tile):
     """Neither infinite nor NaN."""
-    return tl.abs(tile) < float("inf")
+    if tile.dtype == tl.float16:
+        finite = (tile.to(tl.int16, bitcast=True) & 0x7C00) != 0x7C00
+    elif tile.dtype == tl.bfloat16:
+        finite = (tile.to(tl.int16, bitcast=True) & 0x7F80) != 0x7F80
+    else:
+        finite = tl.abs(tile) < float("inf")
+    return finite
+
+
+@triton.jit
+def any_broken(main, tail, SHAPE: tl.constexpr):
+    """How many elements of a block of rows are not finite."""
+    broken = tl.sum(tl.where(is_finite(main), 0, 1))
+    if SHAPE.DIM_TAIL > 0:
+        broken += tl.sum(tl.where(is_finite(tail), 0, 1))
+    return broken
+
+
+@triton.jit
+def only_finite(tile, SHAPE: tl.constexpr):
+    """A block of rows, zero where it is not finite. Zero times what is not would be NaN: what is hidden has weight
+    zero."""
+    main = tl.where(is_finite(tile[0]), tile[0], 0.0).to(tile[0].dtype)
+    tail = main
+    if SHAPE.DIM_TAIL > 0:
+        tail = tl.where(is_finite(tile[1]), tile[1], 0.0).to(tile[1].dtype)
+    return main, tail
+
+
+@triton.jit
+def broken_rows(tile, SHAPE: tl.constexpr):
+    """Which rows are not finite: [HEADS_PADDED, ROWS]."""
+    broken = tl.sum(tl.where(is_finite(tile[0]), 0, 1), axis=2)
+    if SHAPE.DIM_TAIL > 0:
+        broken += tl.sum(tl.where(is_finite(tile[1]), 0, 1), axis=2)
+    return broken > 0
 
 
 @triton.jit
