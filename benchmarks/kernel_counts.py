@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -33,6 +34,7 @@ COUNTS = pathlib.Path(__file__).parent / "results" / "kernel_counts.json"
 ARCH, MULTIPROCESSORS = 90, 132
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 64), (32, 12, 577, 32), (1, 12, 197, 64))
 NORMS = ("layer", "batch", "none")
+MASKS = ("none", "padding", "causal")
 BACKENDS = ("triton", "cuda")
 
 
@@ -79,16 +81,19 @@ def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
     return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
 
-def count(backend: str, shape: tuple[int, int, int, int], norm: str) -> list[Counts]:
-    """Of every kernel of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training.
+def count(
+    backend: str, shape: tuple[int, int, int, int], norm: str, mask: str = "none", blocks: Sequence[int] = (0,)
+) -> list[Counts]:
+    """Of every kernel of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training; ``mask``: one of
+    MASKS. ``blocks``: which are executed, and averaged.
 
     Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
     """
     import emulator
 
     run = {"triton": run_triton, "cuda": run_cuda}[backend]
-    with emulator.executing(blocks=[0], check_races=False, count_wavefronts=True, once=True) as launches:
-        run(shape, norm)
+    with emulator.executing(blocks=list(blocks), check_races=False, count_wavefronts=True, once=True) as launches:
+        run(shape, norm, mask)
     kernels: dict[str, list[emulator.Launched]] = {}
     for launch in launches:
         kernels.setdefault(launch.kernel, []).append(launch)
@@ -139,7 +144,7 @@ class Filled(TorchDispatchMode):
         return result.fill_(1) if "empty" in func.__name__ else result
 
 
-def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str) -> None:
+def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str, mask: str) -> None:
     """Both directions on the CPU's memory. Only the first sample has numbers: blocks of others are not executed."""
     from reattn.backends import common
     from reattn.backends.contract import Inputs
@@ -156,13 +161,16 @@ def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str) -> Non
         running = torch.zeros(heads), torch.ones(heads), torch.zeros((), dtype=torch.int64)
         inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
     named = None if norm == "none" else norm
-    problem = Problem.of(inputs.query, norm=named, training=norm == "batch", scale=head_dim**-0.5)
+    if mask == "padding":
+        inputs = inputs._replace(attn_mask=torch.ones(batch, 1, 1, seqlen, dtype=torch.bool))
+    masks = {"mask": "bool" if mask == "padding" else None, "is_causal": mask == "causal"}
+    problem = Problem.of(inputs.query, norm=named, training=norm == "batch", scale=head_dim**-0.5, **masks)
     with Filled():
         outputs = backend.forward(problem, inputs)
         backend.backward(problem, common.empty_heads_last(inputs.query).zero_(), inputs, outputs, None)
 
 
-def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
+def run_triton(shape: tuple[int, int, int, int], norm: str, mask: str = "none") -> None:
     """A training step on the Triton backend."""
     import triton
 
@@ -176,12 +184,12 @@ def run_triton(shape: tuple[int, int, int, int], norm: str) -> None:
             mock.patch.object(backend, "_arch", lambda device: ARCH),
             mock.patch.object(backend, "_processors", lambda tensor: MULTIPROCESSORS),
         ):
-            train_step(backend, shape, norm)
+            train_step(backend, shape, norm, mask)
     finally:
         triton_driver.install(before)
 
 
-def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
+def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none") -> None:
     """The same on the CUDA backend."""
     import emulator.cuda
     from reattn.backends import cuda as backend
@@ -190,7 +198,7 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str) -> None:
     before = cuda_driver.use(emulator.cuda.Driver(ARCH))
     try:
         with mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)):
-            train_step(backend, shape, norm)
+            train_step(backend, shape, norm, mask)
     finally:
         cuda_driver.use(before)
 

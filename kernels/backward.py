@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
-from .scores import OUTSIDE, dropout, find_hidden, keys_before, map_tile, probabilities, score_tile, unless_blind
+from .scores import (
+    OUTSIDE,
+    dropout,
+    find_hidden,
+    find_visible_keys,
+    find_visible_positions,
+    keys_before,
+    map_tile,
+    probabilities,
+    score_tile,
+    unless_blind,
+)
 from .tiles import (
     accumulate,
     any_broken,
@@ -23,7 +34,6 @@ from .tiles import (
     groups,
     heads_first,
     is_finite,
-    keys_inside,
     laid_out_like,
     load_rows,
     mix_heads,
@@ -31,8 +41,9 @@ from .tiles import (
     over_heads,
     per_row_pointers,
     poison_rows,
+    position_keys,
+    position_rows,
     positions,
-    rows_inside,
     store_rows,
     sum_by_halves,
     which_block,
@@ -74,6 +85,21 @@ def map_pointers(
     return pointers, inside
 
 
+@triton.jit
+def load_lse(ptr, batch, first_head, row_start, q, k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """The LSE of a block of rows, OUTSIDE where there is none; which rows lie inside; and how many keys they may see."""
+    pointers, inside = per_row_pointers(ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
+    keys = keys_before(row_start + BLOCK_M, k, SHAPE)
+    if SHAPE.HIDES:
+        lse = tl.load(pointers, mask=inside, other=float("-inf"))
+        if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
+            keys = tl.where(tl.sum(tl.where(lse == float("-inf"), 0, 1)) > 0, keys, 0)
+        lse = unless_blind(lse, SHAPE)
+    else:
+        lse = tl.load(pointers, mask=inside, other=OUTSIDE)
+    return lse, inside, keys
+
+
 @triton.jit(do_not_specialize=["first_sample"])
 def grad_maps_kernel(
     q,
@@ -113,14 +139,13 @@ def grad_maps_kernel(
     # Rows outside the sequence repeat the last query: zero times an infinite key would be NaN. They have no gradient.
     q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
     grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
-    lse = unless_blind(tl.load(lse_block, mask=row_mask, other=OUTSIDE), SHAPE)
+    lse, row_mask, keys = load_lse(lse_ptr, batch, 0, row_start, q, k, BLOCK_M, SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
     unmixing = load_unmixing(norm, dtype, SHAPE)
     layout = dot_layout(mixing[0], BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
     transposed_layout = dot_layout(mixing[0], BLOCK_M, HEADS_PACKED, 2, SHAPE)
-    in_sequence = rows_inside(row_start, q.seqlen, BLOCK_M, BLOCK_N, SHAPE)
+    in_sequence = row_start + position_rows(BLOCK_M, BLOCK_N, SHAPE) < q.seqlen
 
     delta = tl.full((SHAPE.HEADS_PADDED, BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     mass = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
@@ -129,34 +154,41 @@ def grad_maps_kernel(
     grad_beta = zero_sums(BLOCK_M, SHAPE)
     # A sum for every group of positions, added up at the end.
     grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
-        k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE)
-        v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE)
+    for column in range(0, keys, BLOCK_N):
+        visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE)
+        k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
+        v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
         probs, kept, centred, hidden_by_head = map_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
+            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
             BLOCK_M, BLOCK_N, SHAPE, False,
         )  # fmt: skip
         heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
         centred = laid_out_like(centred, layout)
-        if SHAPE.HIDES:
+        if SHAPE.MASK_HEADS:
             heads_by_position, _ = find_hidden(heads_by_position, 1.0 / k.seqlen, SHAPE)
             centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
         # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
-        grad_normed = dot_rows(grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE)
+        grad_normed = dot_rows(
+            grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible
+        )
         normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
         grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
-        if SHAPE.HIDES:
-            normed = tl.where(hidden, 0.0, normed)
-            grad_normed = tl.where(hidden, 0.0, grad_normed)
+        inside_both = in_sequence
+        if SHAPE.MASK_HEADS:
+            inside_both &= ~hidden
+        elif SHAPE.BY_ROW or (SHAPE.HIDES and SHAPE.TRAINING):
+            inside_both &= find_visible_positions(mask, batch, row_start, q, column, k, BLOCK_M, BLOCK_N, SHAPE)
+        elif SHAPE.TRAINING:
+            inside_both &= column + position_keys(BLOCK_M, BLOCK_N, SHAPE) < k.seqlen
+        if SHAPE.BY_ROW:
+            normed = tl.where(inside_both, normed, 0.0)
+            grad_normed = tl.where(inside_both, grad_normed, 0.0)
         pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
         tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
 
         grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
         if SHAPE.TRAINING:
             # Batch statistics give positions outside the sequences a gradient, which must not be summed.
-            inside_both = in_sequence & keys_inside(column, k.seqlen, BLOCK_M, BLOCK_N, SHAPE)
-            if SHAPE.HIDES:
-                inside_both &= ~hidden
             grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
         grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
         if SHAPE.NORM != "none":
@@ -166,7 +198,7 @@ def grad_maps_kernel(
         grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
         grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
         grad_kept = laid_out_like(grad_kept, probs)
-        if SHAPE.HIDES:
+        if SHAPE.BY_ROW and SHAPE.PACK > 1:
             # A row that shares the dot may see what is not finite here.
             grad_kept = tl.where(hidden_by_head, 0.0, grad_kept).to(dtype)
         pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
@@ -235,18 +267,19 @@ def grad_query_kernel(
     batch, row_start = first_sample + sample, rows.first + row
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     q_tile = load_rows(q, batch, first_head, row_start, 0, BLOCK_M, SHAPE)
-    lse_block, row_mask = per_row_pointers(lse_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
-    lse = unless_blind(tl.load(lse_block, mask=row_mask, other=OUTSIDE), SHAPE)
+    lse, _, keys = load_lse(lse_ptr, batch, first_head, row_start, q, k, BLOCK_M, SHAPE)
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
     delta = tl.load(delta_block, mask=row_mask, other=0.0)
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-    for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
-        k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE)
+    for column in range(0, keys, BLOCK_N):
+        visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE)
+        k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, visible=visible)
         pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
         grad_kept = tl.load(pointers, mask=inside, other=0.0)
         scores = score_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE
-        )
+            q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, visible, scale_log2, BLOCK_M, BLOCK_N,
+            SHAPE,
+        )  # fmt: skip
         probs = probabilities(scores, lse, SHAPE)
         kept = dropout(
             probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
@@ -256,13 +289,15 @@ def grad_query_kernel(
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
         tl.store(pointers, grad_scores, mask=inside)
         dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
-    if SHAPE.HIDES:
+    if SHAPE.BY_ROW:
         if any_broken(dq_main, dq_tail, SHAPE) > 0:
             # Zero times a key that is not finite is NaN. Seldom, so once more; rows that see it are NaN already.
             tl.debug_barrier()
             dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-            for column in range(0, keys_before(row_start + BLOCK_M, k, SHAPE), BLOCK_N):
-                k_tile = only_finite(load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE), SHAPE)
+            for column in range(0, keys, BLOCK_N):
+                visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE)
+                k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, visible=visible)
+                k_tile = only_finite(k_tile, SHAPE)
                 pointers, inside = map_pointers(
                     grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
                 )
@@ -275,6 +310,7 @@ def grad_query_kernel(
 def grad_key_kernel(
     q,
     grad,
+    mask,
     grad_k,
     grad_v,
     sum_k,
@@ -317,7 +353,7 @@ def grad_key_kernel(
         )
         grad_scores = tl.load(pointers, mask=inside, other=0.0)
         dk_main, dk_tail = accumulate(dk_main, dk_tail, tl.permute(grad_scores, (0, 2, 1)), q_tile, SHAPE)
-    if SHAPE.HIDES:
+    if SHAPE.BY_ROW:
         if any_broken(dk_main, dk_tail, SHAPE) > 0:
             # As in ``grad_query_kernel``, of queries that do not see these keys.
             dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
@@ -330,6 +366,11 @@ def grad_key_kernel(
                 )
                 grad_scores = tl.permute(tl.load(pointers, mask=inside, other=0.0), (0, 2, 1))
                 dk_main, dk_tail = accumulate(dk_main, dk_tail, grad_scores, only_finite(q_tile, SHAPE), SHAPE)
+    if SHAPE.BY_KEY:
+        # Weights of hidden keys were left as they came.
+        visible = find_visible_keys(mask, batch, first_head, column, grad_k, BLOCK_N, SHAPE)
+        dk_main, dk_tail = tl.where(visible, dk_main, 0.0), tl.where(visible, dk_tail, 0.0)
+        dv_main, dv_tail = tl.where(visible, dv_main, 0.0), tl.where(visible, dv_tail, 0.0)
     if LAST:
         store_rows(grad_k, batch, first_head, column, 0, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
         store_rows(grad_v, batch, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)

@@ -149,7 +149,8 @@ def shape(
     heads_padded = padded(heads)
     pack = max(1, 16 // heads_padded)
     dims = head_dim, dim_loaded, main, tail, chunks
-    masks = mask, mask_heads, mask_rows, causal, mask != "none" or causal
+    masked = mask != "none"
+    masks = mask, mask_heads, mask_rows, causal, masked or causal, masked and not mask_rows, mask_rows or causal
     return Shape(heads, heads_padded, pack, *dims, precision, wide, norm, training, *masks)
 
 

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, normalise
-from .scores import find_hidden, keys_before, map_tile, row_lse, unless_blind
+from .scores import (
+    find_hidden,
+    find_visible_keys,
+    find_visible_positions,
+    keys_before,
+    map_tile,
+    row_lse,
+    sees_any,
+    unless_blind,
+)
 from .tiles import (
     accumulate,
     any_broken,
@@ -14,14 +23,14 @@ from .tiles import (
     fold_positions,
     held,
     is_finite,
-    keys_inside,
     laid_out_like,
     load_rows,
     only_finite,
     per_row_pointers,
     poison_rows,
+    position_keys,
+    position_rows,
     positions,
-    rows_inside,
     store_rows,
     sum_by_halves,
     which_block,
@@ -61,6 +70,9 @@ def forward_kernel(
     if APART:
         q_tile = held(q_tile[0]), q_tile[1]
     keys = keys_before(row_start + BLOCK_M, k, SHAPE)
+    if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
+        # Of a sample whose keys are all hidden nothing is read.
+        keys = tl.where(sees_any(mask, batch, k, SHAPE) > 0, keys, 0)
     lse = row_lse(q_tile, q, row_start, k, keys, batch, mask, scale_log2, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(lse_block, lse, mask=row_mask)
@@ -70,7 +82,7 @@ def forward_kernel(
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, False)
     layout = dot_layout(mixing[0], BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
     out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
-    rows = rows_inside(row_start, q.seqlen, BLOCK_M, BLOCK_N, SHAPE)
+    rows = row_start + position_rows(BLOCK_M, BLOCK_N, SHAPE) < q.seqlen
     sums = zero_sums(BLOCK_M, SHAPE)
     squares, counts = sums, sums
     # The last keys apart, so that the others need no mask.
@@ -86,7 +98,7 @@ def forward_kernel(
                 out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, whole, batch, chunk, lse, mixing,
                 layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False, False,
             )  # fmt: skip
-    if SHAPE.HIDES:
+    if SHAPE.BY_ROW:
         if any_broken(out_main, out_tail, SHAPE) > 0:
             # Zero times what is not finite is NaN. Seldom, so once more.
             out_main, out_tail = zero_rows(BLOCK_M, SHAPE)
@@ -116,29 +128,35 @@ def forward_step(
     """Adds a tile of keys to the output, and to the sums over the mixed maps. STRICT: a value that is not finite reaches
     no row that does not see it."""
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
+    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE)
+    k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)
     probs, _, centred, hidden_by_head = map_tile(
-        q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, mask, scale_log2, dropout_p, dtype,
+        q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
         BLOCK_M, BLOCK_N, SHAPE, WHOLE,
     )  # fmt: skip
     # A key outside the sequence gets some finite weight here, and its value is loaded as zero.
     centred = laid_out_like(centred, layout)
-    if SHAPE.HIDES:
+    if SHAPE.MASK_HEADS:
         centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
     normed, _, _ = normalise(centred, mixing, norm, SHAPE, False)
-    if SHAPE.HIDES:
-        normed = tl.where(hidden, 0.0, normed)
-    if SHAPE.TRAINING:
-        inside = rows
-        if not WHOLE:
-            inside &= keys_inside(start, k.seqlen, BLOCK_M, BLOCK_N, SHAPE)
+    inside = rows
+    if SHAPE.MASK_HEADS:
+        inside &= ~hidden
+    elif SHAPE.BY_ROW or (SHAPE.HIDES and SHAPE.TRAINING):
+        inside &= find_visible_positions(mask, batch, row_start, q, start, k, BLOCK_M, BLOCK_N, SHAPE)
+    elif not WHOLE:
+        inside &= start + position_keys(BLOCK_M, BLOCK_N, SHAPE) < k.seqlen
+    if SHAPE.BY_ROW or SHAPE.TRAINING:
         summed = tl.where(inside, normed, 0.0)
+    if SHAPE.BY_ROW:
+        normed = summed
+    if SHAPE.TRAINING:
         sums += fold_positions(summed, dtype, SHAPE)
         squares += fold_positions(summed * summed, dtype, SHAPE)
         if SHAPE.HIDES:
-            counts += fold_positions(tl.where(inside & ~hidden, 1.0, 0.0), dtype, SHAPE)
+            counts += fold_positions(tl.where(inside, 1.0, tl.zeros_like(normed)), dtype, SHAPE)
     normed = laid_out_like(by_head(normed.to(dtype), BLOCK_N, SHAPE), probs)
-    v_tile = load_rows(v, batch, 0, start, chunk, BLOCK_N, SHAPE, WHOLE)
+    v_tile = load_rows(v, batch, 0, start, chunk, BLOCK_N, SHAPE, WHOLE, visible=visible)
     if STRICT:
         seen = broken_rows(v_tile, SHAPE)[:, None, :] & ~hidden_by_head
         normed = tl.where(seen, float("nan"), normed).to(dtype)

@@ -3,67 +3,135 @@
 import triton
 import triton.language as tl
 
-from .tiles import by_position, dot_rows, held, is_finite, load_rows
+from .tiles import by_position, dot_rows, held, is_finite, load_rows, position_keys, position_rows
 
 
 @triton.jit
 def score_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
+    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, mask, visible, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Scores as exponents to base 2, -inf at keys outside the sequence and at hidden ones: [HEADS_PADDED, BLOCK_M,
     BLOCK_N], float32."""
     columns = column_start + tl.arange(0, BLOCK_N)
-    dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE)
-    scores = rounded_product(dots, scale_log2)
-    if not WHOLE:
-        scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
-    if SHAPE.MASK != "none":
-        given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE)
+    dots = dot_rows(
+        q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible
+    )
+    if SHAPE.MASK == "none":
+        scores = rounded_product(dots, scale_log2)
+        if not WHOLE:
+            scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+    else:
+        given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE, WHOLE)
+        hidden = hides(given, mask, SHAPE)
         if SHAPE.MASK == "float":
-            given = given.to(tl.float32)
-            scores += rounded_product(given, LOG2E)
-            # What is NaN is not hidden.
-            hidden = given <= mask.lowest
+            scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), given.to(tl.float32) * LOG2E))
+        elif SHAPE.BY_KEY:
+            scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), 0.0))
         else:
-            hidden = given == 0
-        scores = tl.where(hidden, float("-inf"), scores)
+            scores = rounded_product(dots, scale_log2)
+        if not SHAPE.BY_KEY:
+            # Of keys that some see: NaN is not hidden by what is added.
+            scores = tl.where(hidden, float("-inf"), scores)
     if SHAPE.CAUSAL:
         rows = row_start + tl.arange(0, BLOCK_M)
         scores = tl.where(columns[None, None, :] > rows[None, :, None], float("-inf"), scores)
     return scores
 
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
 @triton.jit
 def load_mask(
     mask, batch, first_head, row_start, q, column_start, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHAPE: tl.constexpr,
+    SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mask: [HEADS_PADDED or 1, BLOCK_M or 1, BLOCK_N]; zero outside."""
+    """A tile of the mask, by head: [HEADS_PADDED or 1, BLOCK_M or 1, BLOCK_N]. WHOLE: all keys are known to lie
+    inside."""
     columns = tl.arange(0, BLOCK_N)[None, None, :]
-    inside = columns < k.seqlen - column_start
+    heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+    rows = tl.arange(0, BLOCK_M)[None, :, None]
+    inside = columns < (BLOCK_N if WHOLE else k.seqlen - column_start)
+    if SHAPE.MASK_ROWS:
+        inside &= rows < q.seqlen - row_start
+    if SHAPE.MASK_HEADS:
+        inside &= heads < SHAPE.HEADS - first_head
+    return load_masked(mask, batch, first_head, heads, row_start, rows, column_start, columns, inside, SHAPE)
+
+
+@triton.jit
+def load_masked(mask, batch, first_head, heads, row_start, rows, column_start, columns, inside, SHAPE: tl.constexpr):
+    """The mask at some heads, rows and keys, each counted from the first; what hides, outside."""
     if SHAPE.WIDE:
-        columns = columns.to(tl.int64)
+        heads, rows, columns = heads.to(tl.int64), rows.to(tl.int64), columns.to(tl.int64)
     base = mask.ptr + tl.cast(batch, tl.int64) * mask.batch_stride + tl.cast(column_start, tl.int64) * mask.key_stride
     offsets = columns * mask.key_stride
     if SHAPE.MASK_ROWS:
-        rows = tl.arange(0, BLOCK_M)[None, :, None]
-        inside &= rows < q.seqlen - row_start
-        if SHAPE.WIDE:
-            rows = rows.to(tl.int64)
         base += tl.cast(row_start, tl.int64) * mask.row_stride
         offsets += rows * mask.row_stride
     if SHAPE.MASK_HEADS:
-        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
-        inside &= heads < SHAPE.HEADS - first_head
-        if SHAPE.WIDE:
-            heads = heads.to(tl.int64)
         base += tl.cast(first_head, tl.int64) * mask.head_stride
         offsets += heads * mask.head_stride
-    return tl.load(base + offsets, mask=inside, other=0)
+    return tl.load(base + offsets, mask=inside, other=float("-inf") if SHAPE.MASK == "float" else 0)
+
+
+@triton.jit
+def hides(given, mask, SHAPE: tl.constexpr):
+    """Where the elements of a mask hide a key. What is NaN does not."""
+    if SHAPE.MASK == "bool":
+        hidden = given == 0
+    else:
+        hidden = given.to(tl.float32) <= mask.lowest
+    return hidden
+
+
+@triton.jit
+def find_visible_keys(mask, batch, first_head, start, k, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """Of keys that are hidden from all queries alike, which are visible: [HEADS_PADDED or 1, ROWS, 1]; else None. They
+    are not read: nothing that is in them arrives anywhere."""
+    visible = None
+    if SHAPE.BY_KEY:
+        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        own = tl.arange(0, ROWS)[None, :, None]
+        inside = own < k.seqlen - start
+        if SHAPE.MASK_HEADS:
+            inside &= heads < SHAPE.HEADS - first_head
+        visible = ~hides(load_masked(mask, batch, first_head, heads, 0, 0, start, own, inside, SHAPE), mask, SHAPE)
+    return visible
+
+
+@triton.jit
+def find_visible_positions(
+    mask, batch, row_start, q, column_start, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Which positions are not hidden and have a key of the sequence, of a mask that all heads share: [GROUPS or 1,
+    POSITIONS, 1], with heads where a dot has several rows."""
+    columns = position_keys(BLOCK_M, BLOCK_N, SHAPE)
+    visible = columns < k.seqlen - column_start
+    if SHAPE.BY_ROW:
+        rows = position_rows(BLOCK_M, BLOCK_N, SHAPE)
+        if SHAPE.CAUSAL:
+            visible &= column_start + columns <= row_start + rows
+    else:
+        rows = columns
+    if SHAPE.MASK != "none":
+        if SHAPE.MASK_ROWS:
+            visible &= rows < q.seqlen - row_start
+        given = load_masked(mask, batch, 0, 0, row_start, rows, column_start, columns, visible, SHAPE)
+        visible &= ~hides(given, mask, SHAPE)
+    return visible
+
+
+@triton.jit
+def sees_any(mask, batch, k, SHAPE: tl.constexpr):
+    """Whether a sample has a key that is not hidden from all queries and heads: how many."""
+    own = tl.arange(0, 1024)
+    count = tl.full((1024,), 0, dtype=tl.int32)
+    for start in range(0, k.seqlen, 1024):
+        given = load_masked(mask, batch, 0, 0, 0, 0, start, own, own < k.seqlen - start, SHAPE)
+        count += tl.where(hides(given, mask, SHAPE), 0, 1)
+    return tl.sum(count)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -80,6 +148,14 @@ def rounded_product(a, b):
     product and difference in one place and not in the other, and a score of 1e4 be off by what its rounding is.
     """
     return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rounded_sum(a, b, c):
+    """a * b + c, rounded once wherever it is used; see ``rounded_product``."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 # What stands for the LSE of rows outside the sequence, and of those that see no key.
@@ -102,7 +178,7 @@ def probabilities(scores, lse, SHAPE: tl.constexpr):
     zero here, and ``poison_rows`` makes its results NaN again.
     """
     exponents = scores - lse[:, :, None]
-    if SHAPE.PACK > 1 or SHAPE.CHUNKS > 1 or SHAPE.HIDES:
+    if SHAPE.PACK > 1 or SHAPE.CHUNKS > 1:
         # Rows outside the sequence have no part in anything, whatever an infinite key makes of them.
         known = lse != OUTSIDE
         if SHAPE.PACK > 1:
@@ -117,9 +193,10 @@ def lse_step(
     BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The largest score, and the sum of exp2(score - that), after some more keys: [HEADS_PADDED, BLOCK_M] each."""
-    k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE)
+    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE)
+    k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)
     scores = score_tile(
-        q_tile, q, row_start, k_tile, k, start, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
+        q_tile, q, row_start, k_tile, k, start, batch, 0, mask, visible, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
     )
     new_max = tl.maximum(running_max, tl.max(scores, axis=2))
     # A row of -inf so far would give inf - inf.
@@ -177,38 +254,36 @@ def uint_to_uniform_float(bits):
 
 @triton.jit
 def map_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, mask, scale_log2, dropout_p,
+    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p,
     dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the softmax maps, P and P after dropout, by head; the latter centred, by position, in the dots' dtype,
-    HIDDEN where a key is hidden; and what is hidden, by head."""
+    HIDDEN where a mask of its own hides a key from a head; and what is hidden, by head."""
     rows = row_start + tl.arange(0, BLOCK_M)
     columns = column_start + tl.arange(0, BLOCK_N)
     scores = score_tile(
-        q_tile, q, row_start, k_tile, k, column_start, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
-    )
+        q_tile, q, row_start, k_tile, k, column_start, batch, 0, mask, visible, scale_log2, BLOCK_M, BLOCK_N, SHAPE,
+        WHOLE,
+    )  # fmt: skip
     probs = probabilities(scores, lse, SHAPE)
     kept = dropout(probs, seed_ptr, dropout_p, batch, 0, rows, columns, SHAPE)
     centred = kept - 1.0 / k.seqlen
     hidden = scores == float("-inf")
-    if SHAPE.HIDES:
+    if SHAPE.MASK_HEADS:
         centred = tl.where(hidden, HIDDEN, centred)
     return probs, kept, by_position(centred.to(dtype), SHAPE), hidden
 
 
-# In place of a centred map, which is never below -1: the mask then takes the way of the maps to where heads are mixed.
-# Its bits are the same in bfloat16 and float16.
+# In place of a centred map, which is never below -1: the mask of a head then takes the way of its map to where heads are
+# mixed. Its bits are the same in bfloat16 and float16.
 HIDDEN = tl.constexpr(-2.0)
 
 
 @triton.jit
 def find_hidden(centred, centre, SHAPE: tl.constexpr):
-    """The centred maps, and what is hidden: by position. A head that a mask of its own hides is a map of zero to the
-    others; what is hidden from all heads may have any maps."""
+    """The centred maps, those that masks of their own hide as maps of zero, and what is hidden: by position."""
     if centred.dtype.primitive_bitwidth == 16:
         hidden = centred.to(tl.int16, bitcast=True) == -0x4000
     else:
         hidden = centred.to(tl.int32, bitcast=True) == -0x40000000
-    if SHAPE.MASK_HEADS:
-        centred = tl.where(hidden, (-centre).to(centred.dtype), centred)
-    return centred, hidden
+    return tl.where(hidden, (-centre).to(centred.dtype), centred), hidden

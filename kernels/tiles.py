@@ -64,7 +64,8 @@ class Mask(NamedTuple):
 class Shape(NamedTuple):
     """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
     HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch. MASK:
-    "none", "bool" or "float", and whether it differs between heads and queries; HIDES: there is one, or CAUSAL."""
+    "none", "bool" or "float", and whether it differs between heads and queries. HIDES: there is one, or CAUSAL; BY_KEY:
+    it hides keys from all queries alike; BY_ROW: what is hidden differs between queries."""
 
     HEADS: int
     HEADS_PADDED: int
@@ -83,6 +84,8 @@ class Shape(NamedTuple):
     MASK_ROWS: bool
     CAUSAL: bool
     HIDES: bool
+    BY_KEY: bool
+    BY_ROW: bool
 
 
 @triton.jit
@@ -125,11 +128,13 @@ def row_pointers(
 @triton.jit
 def load_rows(
     view, batch, first_head, start, chunk, ROWS: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
-    REPEAT: tl.constexpr = False,
+    REPEAT: tl.constexpr = False, visible=None,
 ):  # fmt: skip
-    """A chunk of head_dim of all heads' rows, zero outside: ([HEADS_PADDED, ROWS, DIM_MAIN], [.., DIM_TAIL]). WHOLE and
-    REPEAT as in ``row_pointers``."""
+    """A chunk of head_dim of all heads' rows, zero outside, and where they are not visible: ([HEADS_PADDED, ROWS,
+    DIM_MAIN], [.., DIM_TAIL]). WHOLE and REPEAT as in ``row_pointers``."""
     base, inside = row_pointers(view, batch, first_head, start, ROWS, SHAPE, WHOLE, REPEAT)
+    if visible is not None:
+        inside &= visible
     dims = (chunk * SHAPE.DIM_MAIN + tl.arange(0, SHAPE.DIM_MAIN))[None, None, :]
     main = tl.load(heads_first(base, dims), mask=inside & (dims < SHAPE.DIM_LOADED), other=0.0)
     tail = main
@@ -201,21 +206,21 @@ def load_heads(ptr, default, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def rows_inside(row_start, seqlen, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
-    """Which positions lie in rows of the sequence: [GROUPS, POSITIONS, 1], with heads where a dot has several rows."""
+def position_rows(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """The row of the block that a position belongs to: [GROUPS, POSITIONS, 1], with heads where a dot has several
+    rows."""
     group = tl.arange(0, groups(BLOCK_M, SHAPE))[:, None, None]
     rows = group + tl.arange(0, positions(BLOCK_M, BLOCK_N, SHAPE))[None, :, None] // BLOCK_N * groups(BLOCK_M, SHAPE)
     if SHAPE.PACK > 1:
         pack = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)[None, None, :] // SHAPE.HEADS_PADDED
         rows += pack * (BLOCK_M // SHAPE.PACK)
-    return row_start + rows < seqlen
+    return rows
 
 
 @triton.jit
-def keys_inside(column_start, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
-    """Which positions belong to keys of the sequence: [1, POSITIONS, 1]."""
-    position = tl.arange(0, positions(BLOCK_M, BLOCK_N, SHAPE))
-    return (column_start + position % BLOCK_N < seqlen_k)[None, :, None]
+def position_keys(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr):
+    """The key of the block that a position belongs to: [1, POSITIONS, 1]."""
+    return (tl.arange(0, positions(BLOCK_M, BLOCK_N, SHAPE)) % BLOCK_N)[None, :, None]
 
 
 @triton.jit
@@ -230,16 +235,17 @@ def dot_heads(a_tile, b_tile, SHAPE: tl.constexpr):
 @triton.jit
 def dot_rows(
     a_tile, a, a_start, b_tile, b, b_start, batch, first_head, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
-    SHAPE: tl.constexpr,
+    SHAPE: tl.constexpr, visible=None,
 ):  # fmt: skip
-    """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk."""
+    """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk; of b what is
+    visible."""
     if SHAPE.CHUNKS == 1:
         product = dot_heads(a_tile, b_tile, SHAPE)
     else:
         product = tl.full((SHAPE.HEADS_PADDED, A_ROWS, B_ROWS), 0.0, dtype=tl.float32)
         for chunk in range(SHAPE.CHUNKS):
             a_chunk = load_rows(a, batch, first_head, a_start, chunk, A_ROWS, SHAPE)
-            b_chunk = load_rows(b, batch, first_head, b_start, chunk, B_ROWS, SHAPE)
+            b_chunk = load_rows(b, batch, first_head, b_start, chunk, B_ROWS, SHAPE, visible=visible)
             product += dot_heads(a_chunk, b_chunk, SHAPE)
     return product
 

@@ -235,7 +235,7 @@ def backward(
     tiles = call.tiles()
     partial_sums = call.empty_sums(*tiles[0])
     for part in call.parts:
-        if problem.mask_gradient and problem.is_causal:
+        if problem.mask_gradient:
             call.maps.zero_()  # of what is hidden nothing is written
         call.grad_maps(part, *tiles[0], *partial_sums)
         call.grad_query(part, *tiles[1])
@@ -295,7 +295,7 @@ class _BackwardCall:
 
     def grad_key(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
         query, _, _, grad, _, *grads = self.views
-        arguments = query, grad, *grads, *map(_view, self.sums), self.mixed, self.maps, self.problem.scale
+        arguments = query, grad, self.mask, *grads, *map(_view, self.sums), self.mixed, self.maps, self.problem.scale
         ends = {"FIRST": part.first_row == 0, "LAST": part.first_row + part.rows == self.seqlen}
         blocks = triton.cdiv(self.seqlen_k, tile.BLOCK_N)
         self._launch(backward_kernels.grad_key_kernel, part, blocks, tile, shape, *arguments, **ends)
@@ -506,7 +506,7 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
     sizes = problem.dtype.itemsize, problem.heads, problem.head_dim
-    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0 or problem.masked)
+    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
 
 
 def _chosen(
