@@ -15,9 +15,9 @@ from .scores import (
     OUTSIDE,
     dropout,
     find_hidden,
+    find_span,
     find_visible_keys,
     find_visible_positions,
-    keys_before,
     map_tile,
     probabilities,
     score_tile,
@@ -86,18 +86,10 @@ def map_pointers(
 
 
 @triton.jit
-def load_lse(ptr, batch, first_head, row_start, q, k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
-    """The LSE of a block of rows, OUTSIDE where there is none; which rows lie inside; and how many keys they may see."""
+def load_lse(ptr, batch, first_head, row_start, q, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """The LSE of a block of rows, OUTSIDE where there is none, and which rows lie inside: [HEADS_PADDED, BLOCK_M]."""
     pointers, inside = per_row_pointers(ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
-    keys = keys_before(row_start + BLOCK_M, k, SHAPE)
-    if SHAPE.HIDES:
-        lse = tl.load(pointers, mask=inside, other=float("-inf"))
-        if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
-            keys = tl.where(tl.sum(tl.where(lse == float("-inf"), 0, 1)) > 0, keys, 0)
-        lse = unless_blind(lse, SHAPE)
-    else:
-        lse = tl.load(pointers, mask=inside, other=OUTSIDE)
-    return lse, inside, keys
+    return unless_blind(tl.load(pointers, mask=inside, other=OUTSIDE), SHAPE), inside
 
 
 @triton.jit(do_not_specialize=["first_sample"])
@@ -139,7 +131,8 @@ def grad_maps_kernel(
     # Rows outside the sequence repeat the last query: zero times an infinite key would be NaN. They have no gradient.
     q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
     grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, SHAPE)
-    lse, row_mask, keys = load_lse(lse_ptr, batch, 0, row_start, q, k, BLOCK_M, SHAPE)
+    lse, row_mask = load_lse(lse_ptr, batch, 0, row_start, q, BLOCK_M, SHAPE)
+    clear, keys = find_span(mask, batch, row_start, k, BLOCK_M, SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
     unmixing = load_unmixing(norm, dtype, SHAPE)
@@ -154,57 +147,65 @@ def grad_maps_kernel(
     grad_beta = zero_sums(BLOCK_M, SHAPE)
     # A sum for every group of positions, added up at the end.
     grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
-    for column in range(0, keys, BLOCK_N):
-        visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE)
-        k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
-        v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
-        probs, kept, centred, hidden_by_head = map_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
-            BLOCK_M, BLOCK_N, SHAPE, False,
-        )  # fmt: skip
-        heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
-        centred = laid_out_like(centred, layout)
-        if SHAPE.MASK_HEADS:
-            heads_by_position, _ = find_hidden(heads_by_position, 1.0 / k.seqlen, SHAPE)
-            centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
-        # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
-        grad_normed = dot_rows(
-            grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible
-        )
-        normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
-        grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
-        inside_both = in_sequence
-        if SHAPE.MASK_HEADS:
-            inside_both &= ~hidden
-        elif SHAPE.BY_ROW or (SHAPE.HIDES and SHAPE.TRAINING):
-            inside_both &= find_visible_positions(mask, batch, row_start, q, column, k, BLOCK_M, BLOCK_N, SHAPE)
-        elif SHAPE.TRAINING:
-            inside_both &= column + position_keys(BLOCK_M, BLOCK_N, SHAPE) < k.seqlen
-        if SHAPE.BY_ROW:
-            normed = tl.where(inside_both, normed, 0.0)
-            grad_normed = tl.where(inside_both, grad_normed, 0.0)
-        pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
-        tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
+    whole = clear // BLOCK_N * BLOCK_N if SHAPE.CLEAR else 0
+    # In the second sweep, if there is one, the first keys, which need no mask.
+    for sweep in tl.static_range(2 if SHAPE.CLEAR else 1):
+        for column in tl.range(
+            0 if sweep > 0 else whole, whole if sweep > 0 else keys, BLOCK_N,
+            num_stages=1 if SHAPE.CLEAR and sweep == 0 else None,
+        ):  # fmt: skip
+            visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE, sweep > 0)
+            k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
+            v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
+            probs, kept, centred, hidden_by_head = map_tile(
+                q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
+                BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
+            )  # fmt: skip
+            heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
+            centred = laid_out_like(centred, layout)
+            if SHAPE.MASK_HEADS:
+                heads_by_position, _ = find_hidden(heads_by_position, 1.0 / k.seqlen, SHAPE)
+                centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
+            # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
+            grad_normed = dot_rows(
+                grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible
+            )
+            normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
+            grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
+            inside_both = in_sequence
+            if SHAPE.MASK_HEADS:
+                inside_both &= ~hidden
+            elif sweep > 0:
+                pass
+            elif SHAPE.BY_ROW or (SHAPE.HIDES and SHAPE.TRAINING):
+                inside_both &= find_visible_positions(mask, batch, row_start, q, column, k, BLOCK_M, BLOCK_N, SHAPE)
+            elif SHAPE.TRAINING:
+                inside_both &= column + position_keys(BLOCK_M, BLOCK_N, SHAPE) < k.seqlen
+            if SHAPE.BY_ROW and sweep == 0:
+                normed = tl.where(inside_both, normed, 0.0)
+                grad_normed = tl.where(inside_both, grad_normed, 0.0)
+            pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
 
-        grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
-        if SHAPE.TRAINING:
-            # Batch statistics give positions outside the sequences a gradient, which must not be summed.
-            grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
-        grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
-        if SHAPE.NORM != "none":
-            grad_gamma += fold_positions(grad_normed * unit, dtype, SHAPE)
-            grad_beta += fold_positions(grad_normed, dtype, SHAPE)
-        rounded = grad_mixed.to(dtype)
-        grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
-        grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
-        grad_kept = laid_out_like(grad_kept, probs)
-        if SHAPE.BY_ROW and SHAPE.PACK > 1:
-            # A row that shares the dot may see what is not finite here.
-            grad_kept = tl.where(hidden_by_head, 0.0, grad_kept).to(dtype)
-        pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
-        tl.store(pointers, grad_kept, mask=inside)
-        delta += kept * grad_kept.to(tl.float32)
-        mass += tl.sum(probs, axis=2)
+            grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
+            if SHAPE.TRAINING:
+                # Batch statistics give positions outside the sequences a gradient, which must not be summed.
+                grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
+            grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
+            if SHAPE.NORM != "none":
+                grad_gamma += fold_positions(grad_normed * unit, dtype, SHAPE)
+                grad_beta += fold_positions(grad_normed, dtype, SHAPE)
+            rounded = grad_mixed.to(dtype)
+            grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
+            grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
+            grad_kept = laid_out_like(grad_kept, probs)
+            if SHAPE.BY_ROW and SHAPE.PACK > 1 and sweep == 0:
+                # A row that shares the dot may see what is not finite here.
+                grad_kept = tl.where(hidden_by_head, 0.0, grad_kept).to(dtype)
+            pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            tl.store(pointers, grad_kept, mask=inside)
+            delta += kept * grad_kept.to(tl.float32)
+            mass += tl.sum(probs, axis=2)
 
     # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
     if SHAPE.HIDES:
@@ -267,28 +268,34 @@ def grad_query_kernel(
     batch, row_start = first_sample + sample, rows.first + row
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     q_tile = load_rows(q, batch, first_head, row_start, 0, BLOCK_M, SHAPE)
-    lse, _, keys = load_lse(lse_ptr, batch, first_head, row_start, q, k, BLOCK_M, SHAPE)
+    lse, _ = load_lse(lse_ptr, batch, first_head, row_start, q, BLOCK_M, SHAPE)
+    clear, keys = find_span(mask, batch, row_start, k, BLOCK_M, SHAPE)
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, first_head, row_start, q.seqlen, BLOCK_M, SHAPE)
     delta = tl.load(delta_block, mask=row_mask, other=0.0)
     dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
-    for column in range(0, keys, BLOCK_N):
-        visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE)
-        k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, visible=visible)
-        pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
-        grad_kept = tl.load(pointers, mask=inside, other=0.0)
-        scores = score_tile(
-            q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, visible, scale_log2, BLOCK_M, BLOCK_N,
-            SHAPE,
-        )  # fmt: skip
-        probs = probabilities(scores, lse, SHAPE)
-        kept = dropout(
-            probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
-            column + tl.arange(0, BLOCK_N), SHAPE,
-        )  # fmt: skip
-        grad_kept = laid_out_like(grad_kept, scores).to(tl.float32)
-        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
-        tl.store(pointers, grad_scores, mask=inside)
-        dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
+    whole = clear // BLOCK_N * BLOCK_N if SHAPE.CLEAR else 0
+    for sweep in tl.static_range(2 if SHAPE.CLEAR else 1):
+        for column in tl.range(
+            0 if sweep > 0 else whole, whole if sweep > 0 else keys, BLOCK_N,
+            num_stages=1 if SHAPE.CLEAR and sweep == 0 else None,
+        ):  # fmt: skip
+            visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE, sweep > 0)
+            k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
+            pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            grad_kept = tl.load(pointers, mask=inside, other=0.0)
+            scores = score_tile(
+                q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, visible, scale_log2, BLOCK_M, BLOCK_N,
+                SHAPE, sweep > 0,
+            )  # fmt: skip
+            probs = probabilities(scores, lse, SHAPE)
+            kept = dropout(
+                probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
+                column + tl.arange(0, BLOCK_N), SHAPE,
+            )  # fmt: skip
+            grad_kept = laid_out_like(grad_kept, scores).to(tl.float32)
+            grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+            tl.store(pointers, grad_scores, mask=inside)
+            dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
     if SHAPE.BY_ROW:
         if any_broken(dq_main, dq_tail, SHAPE) > 0:
             # Zero times a key that is not finite is NaN. Seldom, so once more; rows that see it are NaN already.

@@ -150,7 +150,8 @@ def shape(
     pack = max(1, 16 // heads_padded)
     dims = head_dim, dim_loaded, main, tail, chunks
     masked = mask != "none"
-    masks = mask, mask_heads, mask_rows, causal, masked or causal, masked and not mask_rows, mask_rows or causal
+    clear = (masked or causal) and mask != "float" and not mask_heads and not mask_rows
+    masks = mask, mask_heads, mask_rows, causal, masked or causal, masked and not mask_rows, mask_rows or causal, clear
     return Shape(heads, heads_padded, pack, *dims, precision, wide, norm, training, *masks)
 
 

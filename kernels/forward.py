@@ -6,12 +6,11 @@ import triton.language as tl
 from .fold import load_mixing, normalise
 from .scores import (
     find_hidden,
+    find_span,
     find_visible_keys,
     find_visible_positions,
-    keys_before,
     map_tile,
     row_lse,
-    sees_any,
     unless_blind,
 )
 from .tiles import (
@@ -69,11 +68,8 @@ def forward_kernel(
     APART: tl.constexpr = SHAPE.DIM_MAIN <= 32
     if APART:
         q_tile = held(q_tile[0]), q_tile[1]
-    keys = keys_before(row_start + BLOCK_M, k, SHAPE)
-    if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
-        # Of a sample whose keys are all hidden nothing is read.
-        keys = tl.where(sees_any(mask, batch, k, SHAPE) > 0, keys, 0)
-    lse = row_lse(q_tile, q, row_start, k, keys, batch, mask, scale_log2, BLOCK_M, SHAPE)
+    clear, keys = find_span(mask, batch, row_start, k, BLOCK_M, SHAPE)
+    lse = row_lse(q_tile, q, row_start, k, clear, keys, batch, mask, scale_log2, BLOCK_M, SHAPE)
     lse_block, row_mask = per_row_pointers(lse_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(lse_block, lse, mask=row_mask)
     lse = unless_blind(lse, SHAPE)
@@ -86,18 +82,19 @@ def forward_kernel(
     sums = zero_sums(BLOCK_M, SHAPE)
     squares, counts = sums, sums
     # The last keys apart, so that the others need no mask.
-    whole = keys // BLOCK_N * BLOCK_N if APART else keys
-    for start in range(0, whole, BLOCK_N):
+    TWICE: tl.constexpr = SHAPE.CLEAR if SHAPE.HIDES else APART
+    whole = clear // BLOCK_N * BLOCK_N if TWICE else 0
+    if TWICE:
+        for start in range(0, whole, BLOCK_N):
+            out_main, out_tail, sums, squares, counts = forward_step(
+                out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing,
+                layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, True, False,
+            )  # fmt: skip
+    for start in tl.range(whole, keys, BLOCK_N, num_stages=1 if TWICE else None):
         out_main, out_tail, sums, squares, counts = forward_step(
             out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, start, batch, chunk, lse, mixing,
-            layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, APART, False,
+            layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False, False,
         )  # fmt: skip
-    if APART:
-        if whole < keys:
-            out_main, out_tail, sums, squares, counts = forward_step(
-                out_main, out_tail, sums, squares, counts, q_tile, q, row_start, k, v, whole, batch, chunk, lse, mixing,
-                layout, norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M, BLOCK_N, SHAPE, False, False,
-            )  # fmt: skip
     if SHAPE.BY_ROW:
         if any_broken(out_main, out_tail, SHAPE) > 0:
             # Zero times what is not finite is NaN. Seldom, so once more.
@@ -128,9 +125,9 @@ def forward_step(
     """Adds a tile of keys to the output, and to the sums over the mixed maps. STRICT: a value that is not finite reaches
     no row that does not see it."""
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE)
+    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE, WHOLE)
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)
-    probs, _, centred, hidden_by_head = map_tile(
+    _, _, centred, hidden_by_head = map_tile(
         q_tile, q, row_start, k_tile, k, start, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
         BLOCK_M, BLOCK_N, SHAPE, WHOLE,
     )  # fmt: skip
@@ -142,20 +139,22 @@ def forward_step(
     inside = rows
     if SHAPE.MASK_HEADS:
         inside &= ~hidden
+    elif WHOLE:
+        pass
     elif SHAPE.BY_ROW or (SHAPE.HIDES and SHAPE.TRAINING):
         inside &= find_visible_positions(mask, batch, row_start, q, start, k, BLOCK_M, BLOCK_N, SHAPE)
-    elif not WHOLE:
+    elif SHAPE.TRAINING:
         inside &= start + position_keys(BLOCK_M, BLOCK_N, SHAPE) < k.seqlen
-    if SHAPE.BY_ROW or SHAPE.TRAINING:
+    if SHAPE.TRAINING or (SHAPE.BY_ROW and not WHOLE):
         summed = tl.where(inside, normed, 0.0)
-    if SHAPE.BY_ROW:
+    if SHAPE.BY_ROW and not WHOLE:
         normed = summed
     if SHAPE.TRAINING:
         sums += fold_positions(summed, dtype, SHAPE)
         squares += fold_positions(summed * summed, dtype, SHAPE)
         if SHAPE.HIDES:
             counts += fold_positions(tl.where(inside, 1.0, tl.zeros_like(normed)), dtype, SHAPE)
-    normed = laid_out_like(by_head(normed.to(dtype), BLOCK_N, SHAPE), probs)
+    normed = laid_out_like(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse[:, :, None])
     v_tile = load_rows(v, batch, 0, start, chunk, BLOCK_N, SHAPE, WHOLE, visible=visible)
     if STRICT:
         seen = broken_rows(v_tile, SHAPE)[:, None, :] & ~hidden_by_head

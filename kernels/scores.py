@@ -17,12 +17,13 @@ def score_tile(
     dots = dot_rows(
         q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible
     )
-    if SHAPE.MASK == "none":
+    if WHOLE:
         scores = rounded_product(dots, scale_log2)
-        if not WHOLE:
-            scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
+    elif SHAPE.MASK == "none":
+        scores = rounded_product(dots, scale_log2)
+        scores = tl.where((columns < k.seqlen)[None, None, :], scores, float("-inf"))
     else:
-        given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE, WHOLE)
+        given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE)
         hidden = hides(given, mask, SHAPE)
         if SHAPE.MASK == "float":
             scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), given.to(tl.float32) * LOG2E))
@@ -33,7 +34,7 @@ def score_tile(
         if not SHAPE.BY_KEY:
             # Of keys that some see: NaN is not hidden by what is added.
             scores = tl.where(hidden, float("-inf"), scores)
-    if SHAPE.CAUSAL:
+    if SHAPE.CAUSAL and not WHOLE:
         rows = row_start + tl.arange(0, BLOCK_M)
         scores = tl.where(columns[None, None, :] > rows[None, :, None], float("-inf"), scores)
     return scores
@@ -42,14 +43,13 @@ def score_tile(
 @triton.jit
 def load_mask(
     mask, batch, first_head, row_start, q, column_start, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mask, by head: [HEADS_PADDED or 1, BLOCK_M or 1, BLOCK_N]. WHOLE: all keys are known to lie
-    inside."""
+    """A tile of the mask, by head: [HEADS_PADDED or 1, BLOCK_M or 1, BLOCK_N]."""
     columns = tl.arange(0, BLOCK_N)[None, None, :]
     heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
     rows = tl.arange(0, BLOCK_M)[None, :, None]
-    inside = columns < (BLOCK_N if WHOLE else k.seqlen - column_start)
+    inside = columns < k.seqlen - column_start
     if SHAPE.MASK_ROWS:
         inside &= rows < q.seqlen - row_start
     if SHAPE.MASK_HEADS:
@@ -70,7 +70,24 @@ def load_masked(mask, batch, first_head, heads, row_start, rows, column_start, c
     if SHAPE.MASK_HEADS:
         base += tl.cast(first_head, tl.int64) * mask.head_stride
         offsets += heads * mask.head_stride
-    return tl.load(base + offsets, mask=inside, other=float("-inf") if SHAPE.MASK == "float" else 0)
+    if SHAPE.MASK == "float":
+        given = tl.load(base + offsets, mask=inside, other=float("-inf"))
+    else:
+        given = load_bytes(base + offsets, inside)
+    return given
+
+
+@triton.jit
+def load_bytes(pointers, inside):
+    """Bytes as int32, zero outside.
+
+    Where a load of 8 bits has to do with an operand of a dot, Triton takes the operand for one of 8 bits and lays it out
+    as such.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }", "=r,l,r",
+        [pointers.to(tl.int64), inside.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -84,11 +101,13 @@ def hides(given, mask, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def find_visible_keys(mask, batch, first_head, start, k, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """Of keys that are hidden from all queries alike, which are visible: [HEADS_PADDED or 1, ROWS, 1]; else None. They
+def find_visible_keys(
+    mask, batch, first_head, start, k, ROWS: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False
+):
+    """Where keys are hidden from all queries alike, which are visible: [HEADS_PADDED or 1, ROWS, 1]; else None. The others
     are not read: nothing that is in them arrives anywhere."""
     visible = None
-    if SHAPE.BY_KEY:
+    if SHAPE.BY_KEY and not WHOLE:
         heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
         own = tl.arange(0, ROWS)[None, :, None]
         inside = own < k.seqlen - start
@@ -120,24 +139,26 @@ def find_visible_positions(
     return visible
 
 
-@triton.jit
-def sees_any(mask, batch, k, SHAPE: tl.constexpr):
-    """Whether a sample has a key that is not hidden from all queries and heads: how many."""
-    own = tl.arange(0, 1024)
-    count = tl.full((1024,), 0, dtype=tl.int32)
-    for start in range(0, k.seqlen, 1024):
-        given = load_masked(mask, batch, 0, 0, 0, 0, start, own, own < k.seqlen - start, SHAPE)
-        count += tl.where(hides(given, mask, SHAPE), 0, 1)
-    return tl.sum(count)
-
-
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def keys_before(row_end, k, SHAPE: tl.constexpr):
-    """How many keys the rows before row_end may see."""
-    return tl.minimum(row_end, k.seqlen) if SHAPE.CAUSAL else k.seqlen
+def find_span(mask, batch, row_start, k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """How many of the first keys a block of rows may see as without a mask, and behind how many it sees none."""
+    clear, keys = k.seqlen, k.seqlen
+    if SHAPE.CAUSAL:
+        clear, keys = tl.minimum(row_start + 1, k.seqlen), tl.minimum(row_start + BLOCK_M, k.seqlen)
+    if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
+        own = tl.arange(0, 256)
+        first = tl.full((256,), k.seqlen, dtype=tl.int32)
+        end = tl.full((256,), 0, dtype=tl.int32)
+        for start in range(0, k.seqlen, 256):
+            given = load_masked(mask, batch, 0, 0, 0, 0, start, own, own < k.seqlen - start, SHAPE)
+            hidden = hides(given, mask, SHAPE)
+            first = tl.minimum(first, tl.where(hidden, start + own, k.seqlen))
+            end = tl.maximum(end, tl.where(hidden, 0, start + own + 1))
+        clear, keys = tl.minimum(clear, tl.min(first)), tl.minimum(keys, tl.max(end))
+    return clear, keys
 
 
 @triton.jit
@@ -193,7 +214,7 @@ def lse_step(
     BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The largest score, and the sum of exp2(score - that), after some more keys: [HEADS_PADDED, BLOCK_M] each."""
-    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE)
+    visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE, WHOLE)
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)
     scores = score_tile(
         q_tile, q, row_start, k_tile, k, start, batch, 0, mask, visible, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
@@ -208,22 +229,23 @@ def lse_step(
 
 @triton.jit
 def row_lse(
-    q_tile, q, row_start, k, keys, batch, mask, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
+    q_tile, q, row_start, k, clear, keys, batch, mask, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
-    """Log-sum-exp, base 2, of the scores of a block of rows with the first ``keys`` keys: [HEADS_PADDED, BLOCK_M];
-    -inf for a row that sees none."""
+    """Log-sum-exp, base 2, of the scores of a block of rows, see ``find_span``: [HEADS_PADDED, BLOCK_M]; -inf for a row
+    that sees no key."""
     running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
     running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     q_tile = held(q_tile[0]), q_tile[1]
-    whole = keys // LSE_KEYS * LSE_KEYS
-    for start in range(0, whole, LSE_KEYS):
+    whole = clear // LSE_KEYS * LSE_KEYS if SHAPE.CLEAR or not SHAPE.HIDES else 0
+    if SHAPE.CLEAR or not SHAPE.HIDES:
+        for start in range(0, whole, LSE_KEYS):
+            running_max, running_sum = lse_step(
+                running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M, LSE_KEYS,
+                SHAPE, True,
+            )  # fmt: skip
+    for start in tl.range(whole, keys, LSE_KEYS, num_stages=1 if SHAPE.CLEAR or not SHAPE.HIDES else None):
         running_max, running_sum = lse_step(
             running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M, LSE_KEYS, SHAPE,
-            True,
-        )  # fmt: skip
-    if whole < keys:
-        running_max, running_sum = lse_step(
-            running_max, running_sum, q_tile, q, row_start, k, whole, batch, mask, scale_log2, BLOCK_M, LSE_KEYS, SHAPE,
             False,
         )  # fmt: skip
     return running_max + tl.log2(running_sum)

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .fold import column_factor, mixed_centre, output_factors
-from .scores import keys_before
 from .tiles import is_finite, which_block
 
 
@@ -197,7 +196,8 @@ def value_sum_kernel(
     rows = row_start + tl.arange(0, ROWS)[:, None]
     sums = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
     broken = sums
-    for start in range(0, keys_before(row_start + ROWS, v, SHAPE), KEYS):
+    keys = tl.minimum(row_start + ROWS, v.seqlen) if SHAPE.CAUSAL else v.seqlen
+    for start in range(0, keys, KEYS):
         keys = start + tl.arange(0, KEYS)[None, :]
         visible = (keys < v.seqlen) & (rows < seqlen)
         if SHAPE.CAUSAL:

@@ -65,7 +65,8 @@ class Shape(NamedTuple):
     """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
     HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch. MASK:
     "none", "bool" or "float", and whether it differs between heads and queries. HIDES: there is one, or CAUSAL; BY_KEY:
-    it hides keys from all queries alike; BY_ROW: what is hidden differs between queries."""
+    it hides keys from all queries alike; BY_ROW: what is hidden differs between queries; CLEAR: before the first hidden
+    key of a block of queries all is as without a mask."""
 
     HEADS: int
     HEADS_PADDED: int
@@ -86,6 +87,7 @@ class Shape(NamedTuple):
     HIDES: bool
     BY_KEY: bool
     BY_ROW: bool
+    CLEAR: bool
 
 
 @triton.jit
