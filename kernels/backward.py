@@ -281,7 +281,9 @@ def grad_query_kernel(
         ):  # fmt: skip
             visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE, sweep > 0)
             k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
-            pointers, inside = map_pointers(grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            pointers, inside = map_pointers(
+                grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
+            )
             grad_kept = tl.load(pointers, mask=inside, other=0.0)
             scores = score_tile(
                 q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, visible, scale_log2, BLOCK_M, BLOCK_N,

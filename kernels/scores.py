@@ -14,9 +14,7 @@ def score_tile(
     """Scores as exponents to base 2, -inf at keys outside the sequence and at hidden ones: [HEADS_PADDED, BLOCK_M,
     BLOCK_N], float32."""
     columns = column_start + tl.arange(0, BLOCK_N)
-    dots = dot_rows(
-        q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible
-    )
+    dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible)
     if WHOLE:
         scores = rounded_product(dots, scale_log2)
     elif SHAPE.MASK == "none":

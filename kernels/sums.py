@@ -135,7 +135,9 @@ def finish_kernel(
         offset = mean - mixed_centre(norm, head, centre, SHAPE)
         slope, level = output_factors(norm, head, inverse, offset)
 
-        of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(out, BY_ROW)
+        of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(
+            out, BY_ROW
+        )
         dims = tl.arange(0, DIM)
         value_sum = tl.full((1, DIM), 0.0, dtype=tl.float32)
         if not BY_ROW:
@@ -196,8 +198,8 @@ def value_sum_kernel(
     rows = row_start + tl.arange(0, ROWS)[:, None]
     sums = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
     broken = sums
-    keys = tl.minimum(row_start + ROWS, v.seqlen) if SHAPE.CAUSAL else v.seqlen
-    for start in range(0, keys, KEYS):
+    end = tl.minimum(row_start + ROWS, v.seqlen) if SHAPE.CAUSAL else v.seqlen
+    for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)[None, :]
         visible = (keys < v.seqlen) & (rows < seqlen)
         if SHAPE.CAUSAL:
