@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from talking_heads import CaitAttention, ClassAttn
 from torch import nn
 from with_timm import import_timm
 
@@ -176,6 +177,44 @@ def test_gradients_reach_theta(norm):
         assert layer.theta.grad.abs().min() > 0 and layer.qkv.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_talking_heads_of_cait(norm):
+    """Unchanged, old checkpoints still fit, both mixings learn; class attention stays as it is."""
+    model = vit(CaitAttention)
+    model.append(Block(ClassAttn()))
+    with torch.no_grad():
+        for block in model[:3]:
+            for part in (block.attn.proj_l, block.attn.proj_w):
+                part.weight.add_(torch.eye(HEADS))
+    model[0].attn.proj_l.weight.requires_grad_(False)
+    expected, original = model(tokens()), copy.deepcopy(model.state_dict())
+    to_re_attention(model, norm=norm)
+    assert len(layers(model)) == 3 and type(model[3].attn) is ClassAttn
+    assert not model[0].attn.pre_theta.requires_grad and model[1].attn.pre_theta.requires_grad
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+    if norm:
+        calibrate(model, tokens())
+        torch.testing.assert_close(model.train()(tokens()), expected, rtol=1e-4, atol=1e-5)
+    model.train()(tokens()).square().sum().backward()
+    for layer in layers(model)[1:]:
+        assert layer.pre_theta.grad.abs().min() > 0 and layer.theta.grad.abs().min() > 0
+        with torch.no_grad():
+            layer.pre_theta.zero_()
+    result = model.load_state_dict(original, strict=False)
+    assert not result.unexpected_keys and all("head_norm" in key for key in result.missing_keys)
+    if not norm:
+        torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_talking_heads_that_have_no_equivalent():
+    with pytest.raises(ValueError, match=r"0.attn and 2 more \(CaitAttention\): its attn_drop drops after mixing"):
+        to_re_attention(vit(CaitAttention, drop=0.1))
+    model = vit(CaitAttention)
+    model[1].attn.proj_w = nn.Linear(HEADS, 5)
+    with pytest.raises(ValueError, match=r"1.attn \(CaitAttention\): proj_w must be a Linear from 3 heads to as many"):
+        to_re_attention(model)
+
+
 def test_plain_deepvit():
     torch.manual_seed(0)
     config = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "depth": 3, "num_heads": HEADS, "num_classes": 5}
@@ -217,6 +256,19 @@ def test_calibration_finds_the_statistics_of_the_maps():
     torch.testing.assert_close(norm.running_var, var)
     torch.testing.assert_close(norm.weight, (var + norm.eps).sqrt())
     torch.testing.assert_close(norm.bias, mean)
+
+
+def test_calibration_counts_what_is_visible():
+    """The same statistics from padded sequences as from each without its padding."""
+    masks = torch.arange(10) < torch.tensor([10, 6, 3, 8])[:, None, None, None]
+    padded = to_re_attention(vit(depth=1))
+    padded.forward = lambda x: padded[0].attn(x, attn_mask=masks)
+    calibrate(padded, tokens())
+    maps = [padded[0].attn.attention_maps(x[None], attn_mask=m)[0] for x, m in zip(tokens(), masks, strict=True)]
+    seen = torch.cat([m[..., :length].flatten(2) for m, length in zip(maps, [10, 6, 3, 8], strict=True)], -1)
+    norm = padded[0].attn.head_norm
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2), correction=0))
 
 
 def test_calibration_of_a_trained_model_moves_statistics_only():
@@ -358,11 +410,38 @@ def test_models_of_timm(name, options, norm):
     assert all(layer.theta.grad.abs().max() > 0 for layer in layers(model))
 
 
+def test_cait_of_timm():
+    """The same logits, and a step of training."""
+    torch.manual_seed(0)
+    model = import_timm().create_model("cait_xxs24_224", img_size=64, depth=3, num_classes=10, init_values=0.5).eval()
+    for block in model.blocks:  # far from uniform, and from each other
+        nn.init.normal_(block.attn.qkv.weight, std=0.2)
+        for part in (block.attn.proj_l, block.attn.proj_w):
+            nn.init.normal_(part.weight, std=0.5)
+            nn.init.normal_(part.bias)
+    images = torch.randn(2, 3, 64, 64)
+    expected, original = model(images), copy.deepcopy(model.state_dict())
+    to_re_attention(model, norm=None)
+    assert len(layers(model)) == 3
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    model.load_state_dict(original)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(model(images), torch.tensor([1, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(layer.pre_theta.grad.abs().max() > 0 for layer in layers(model))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("eva02_tiny_patch14_224", r"blocks.0.attn and 11 more \(EvaAttention\): its forward takes rope"),
-        ("cait_xxs24_224", r"\(TalkingHeadAttn\): it holds proj_l, proj_w; .* \(ClassAttn\): it holds k, q, v"),
         ("xcit_nano_12_p16_224", r"blocks.0.attn and 11 more \(XCA\): it holds temperature"),
         ("beit_base_patch16_224", r"\(Attention\): its forward takes shared_rel_pos_bias"),
         ("vit_relpos_small_patch16_224", r"\(RelPosAttention\): its forward takes shared_rel_pos"),
