@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reattn import reference
+from reattn import reference, x_transformers
 from reattn.models.deepvit import select_blocks
 from reattn.module import ReAttention
 
@@ -46,7 +46,8 @@ def to_re_attention(
 
     Equivalent to ``layer = ReAttention(...)`` for each, with the projections, query and key norms, gate and dropouts of
     the old layer (the modules themselves, not copies), theta the identity and its bias 0. The talking heads of CaiT mix
-    already: ``proj_l`` becomes ``pre_theta`` and ``pre_bias``, ``proj_w`` theta and its bias.
+    already: ``proj_l`` becomes ``pre_theta`` and ``pre_bias``, ``proj_w`` theta and its bias. So do those of
+    x-transformers, whose layers are replaced by a :class:`reattn.x_transformers.XTransformersAttention`.
 
     ============== =============== =================================================================================
     norm           in eval mode    in training mode, right after the conversion
@@ -67,7 +68,9 @@ def to_re_attention(
             ``attn_drop``, ``proj_drop``, ``proj_l``, ``proj_w``, ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``,
             with ``attn_mask`` and ``is_causal`` at most. Any floating dtype and device, both kept, and so are the
             training mode and ``requires_grad`` of what is moved. :class:`reattn.models.DeepViT` with
-            ``attention="self"`` is one.
+            ``attention="self"`` is one. Or a model of x-transformers (1.39 and later) whose layers are plain
+            attention, causal or not, with talking heads, masks and biases of the scores or without: no rotary
+            embeddings, no cache.
         blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
             the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
             stay as they are. Attention that pools tokens (timm's ``AttentionPool...``, CaiT's class attention) is not
@@ -78,8 +81,8 @@ def to_re_attention(
 
     Returns:
         ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer;
-        those of talking heads become ``pre_theta``, ``pre_bias``, ``theta`` and ``theta_bias``, and a state dict that
-        was saved before is still loaded.
+        those of talking heads, and all in a layer of x-transformers, become ReAttention's, and a state dict that was
+        saved before is still loaded.
         An optimizer made before knows nothing of the new parameters: make it afterwards.
 
     Raises:
@@ -116,10 +119,12 @@ def to_re_attention(
         layer = layers[path]
         reason = _not_convertible(layer)
         if not reason:
-            converted = _converted(layer, norm, norm_eps, norm_momentum)
-            reason = _disagreement(layer, converted)
+            foreign = x_transformers.is_attention(layer)
+            converted = _converted(x_transformers.parts(layer) if foreign else layer, norm, norm_eps, norm_momentum)
+            replacement = x_transformers.in_its_place(layer, converted) if foreign else converted
+            reason = _disagreement(layer, converted, replacement)
             converted.backend = backend
-            replacements[id(layer)] = converted
+            replacements[id(layer)] = replacement
         if reason:
             reasons.setdefault((type(layer).__name__, reason), []).append(path)
     if reasons:
@@ -199,6 +204,8 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
 
 
 def _is_attention(module: nn.Module) -> bool:
+    if x_transformers.is_attention(module):
+        return True
     pools = any(name in type(module).__name__ for name in _POOLING)
     if pools or not isinstance(getattr(module, "num_heads", None), int):
         return False
@@ -207,6 +214,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _not_convertible(layer: nn.Module) -> str | None:
     """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
+    if x_transformers.is_attention(layer):
+        return x_transformers.not_convertible(layer)
     arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     foreign = [str(argument).split(":")[0].split("=")[0] for argument in arguments]
     foreign = [name for name in foreign if name not in _FORWARD_ARGUMENTS]
@@ -237,8 +248,6 @@ def _not_convertible(layer: nn.Module) -> str | None:
             return f"{name} must be a Linear from {heads} heads to as many, not {part}"
     if hasattr(layer, "proj_w") and getattr(getattr(layer, "attn_drop", None), "p", 0.0) > 0.0:
         return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "it has hooks, which would be lost"
     return None
 
 
@@ -286,20 +295,21 @@ def _transposed(weight: Tensor) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _disagreement(layer: nn.Module, converted: ReAttention) -> str | None:
-    """Why ``layer`` is no softmax attention, whatever its parts look like; None if both give the same on a probe."""
+def _disagreement(layer: nn.Module, converted: ReAttention, replacement: nn.Module) -> str | None:
+    """Why ``layer`` is no softmax attention, whatever its parts look like; None if it and its replacement, in which
+    ``converted`` computes, give the same on a probe."""
     weight = converted.qkv.weight
     if weight.is_meta:
         return None
     shape = (2, 7, converted.qkv.in_features)
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
     converted.backend = "reference"
-    with _in_eval_mode(layer), _in_eval_mode(converted):
+    with _in_eval_mode(layer), _in_eval_mode(replacement):
         try:
             expected = layer(probe)
         except Exception as error:  # whatever a foreign layer may raise
             return f"it does not take an input of shape {shape}: {error}"
-        got = converted(probe)
+        got = replacement(probe)
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
     largest = expected.abs().max().item()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from talking_heads import CaitAttention, ClassAttn
+from talking_heads import Attend, CaitAttention, ClassAttn, SeparateAttention
 from torch import nn
 from with_timm import import_timm
 
@@ -213,6 +213,100 @@ def test_talking_heads_that_have_no_equivalent():
     model[1].attn.proj_w = nn.Linear(HEADS, 5)
     with pytest.raises(ValueError, match=r"1.attn \(CaitAttention\): proj_w must be a Linear from 3 heads to as many"):
         to_re_attention(model)
+
+
+CALLS = {
+    "alone": {},
+    "padded": {"mask": torch.arange(10) < torch.tensor([10, 6, 3, 8])[:, None]},
+    "by-row": {"attn_mask": torch.eye(10, dtype=torch.bool) | (torch.arange(100).reshape(10, 10) % 3 > 0)},
+    "biased": {"rel_pos": lambda i, j: -(torch.arange(i)[:, None] - torch.arange(j)).abs() * torch.ones(3, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mixing", [(True, True), (True, False), (False, True)], ids=str)
+def test_talking_heads_of_x_transformers(mixing, causal):
+    """Called as before, with the same results and gradients; the old state dict is loaded."""
+    options = dict(zip(("pre_talking_heads", "post_talking_heads"), mixing, strict=True))
+    model = vit_of_separate(causal=causal, **options)
+    before = copy.deepcopy(model)
+    model[0].to_k.weight.requires_grad_(False)
+    model[0].to_v.weight.requires_grad_(False)
+    model[0].to_q.weight.requires_grad_(False)
+    assert to_re_attention(model, norm=None) is model and len(layers(model)) == 2
+    assert not model[0].attention.qkv.weight.requires_grad and model[1].attention.qkv.weight.requires_grad
+    for loaded in (False, True):
+        if loaded:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+                for layer in layers(model):
+                    layer.theta.copy_(torch.eye(HEADS))
+            assert not model.load_state_dict(before.state_dict(), strict=False).unexpected_keys
+        for first, second in ({"mask": CALLS["padded"]["mask"]}, CALLS["biased"]), *((c, c) for c in CALLS.values()):
+            expected = before[1](before[0](tokens(), **first), **second)
+            found = model[1](model[0](tokens(), **first), **second)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    both = tokens(), None, CALLS["padded"]["mask"], None, CALLS["by-row"]["attn_mask"], CALLS["biased"]["rel_pos"]
+    torch.testing.assert_close(model[0](*both), before[0](*both), rtol=1e-5, atol=1e-5)
+    assert model[0](tokens(), return_intermediates=True)[1] is None
+    model[1](tokens()).square().sum().backward()
+    before[1](tokens()).square().sum().backward()
+    found = model[1].attention.qkv.weight.grad.chunk(3)
+    for grad, part in zip(found, (before[1].to_q, before[1].to_k, before[1].to_v), strict=True):
+        torch.testing.assert_close(grad, part.weight.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="converted takes masks alone, got context, rotary_pos_emb"):
+        model[0](tokens(), tokens(), rotary_pos_emb=1)
+    with pytest.raises(ValueError, match=r"attn_mask must be alike for all heads, got \(3, 10, 10\)"):
+        model[0](tokens(), attn_mask=torch.ones(3, 10, 10, dtype=torch.bool))
+
+
+def vit_of_separate(build=SeparateAttention, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(build(**options), build(**options)).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.5 if "talking" in name else 0.25)
+    return model
+
+
+def test_layers_of_x_transformers_that_are_not_plain(monkeypatch):
+    model = vit_of_separate(max_attend_past=4, dropout=0.1)
+    reason = "it is no plain attention with talking heads by its max_attend_past"
+    with pytest.raises(ValueError, match=rf"0 and 1 more \(SeparateAttention\): {reason}"):
+        to_re_attention(model)
+    model = vit_of_separate()
+    model[1].to_v_gate, model[1].attend.attn_fn = nn.Linear(DIM, DIM), F.relu
+    with pytest.raises(ValueError, match="by its to_v_gate, to_v_gate.bias, to_v_gate.weight, attn_fn"):
+        to_re_attention(model)
+    model = vit_of_separate()
+    model[1].to_out = nn.Identity()
+    with pytest.raises(ValueError, match="1 .*to_q, to_k, to_v, to_out must be Linear"):
+        to_re_attention(model)
+    # Before 1.39 the scores were replaced.
+    model = vit_of_separate()
+    monkeypatch.setattr(Attend, "residual", False)
+    with pytest.raises(ValueError, match="its output .* is not that of softmax attention"):
+        to_re_attention(model)
+
+
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_models_of_x_transformers(kind):
+    package = pytest.importorskip("x_transformers")
+    torch.manual_seed(0)
+    layers_of = getattr(package, kind)(
+        dim=32, depth=2, heads=4, attn_pre_talking_heads=True, attn_post_talking_heads=True, alibi_pos_bias=True
+    )
+    model = package.TransformerWrapper(num_tokens=20, max_seq_len=16, attn_layers=layers_of).eval()
+    for name, parameter in model.named_parameters():
+        if "talking_heads" in name:
+            nn.init.normal_(parameter, std=0.5)
+    ids, mask = torch.randint(0, 20, (2, 11)), torch.arange(11) < torch.tensor([[11], [6]])
+    expected = model(ids, mask=mask)[mask]
+    to_re_attention(model, norm=None)
+    assert len(layers(model)) == 2
+    torch.testing.assert_close(model(ids, mask=mask)[mask], expected, rtol=1e-5, atol=1e-5)
+    model.train()(ids, mask=mask).square().mean().backward()
+    assert all(layer.pre_theta.grad.abs().max() > 0 for layer in layers(model))
 
 
 def test_plain_deepvit():

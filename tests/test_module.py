@@ -299,7 +299,7 @@ MIXING = {
         {"pre_mix": True, "pre_bias": False, "theta_bias": False, "proj_bias": False},
     ),
     "x-transformers-before": (
-        lambda: SeparateAttention(post=False),
+        lambda: SeparateAttention(post_talking_heads=False),
         {"pre_mix": True, "pre_bias": False, "post_mix": False, "proj_bias": False},
     ),
 }
