@@ -103,7 +103,7 @@ def check_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: object, is_
     heads, heads_out = query.shape[1], value.shape[1]
     if heads != heads_out and attn_mask.ndim > 2 and attn_mask.shape[-3] != 1:
         raise ValueError(
-            f"attn_mask must hide from all heads alike where theta makes {heads_out} heads of {heads}, "
+            f"attn_mask must be one for all heads where theta makes {heads_out} of {heads}, "
             f"got {tuple(attn_mask.shape)}"
         )
     if attn_mask.device != query.device:

@@ -73,7 +73,7 @@ class XTransformersAttention(nn.Module):
 def is_attention(module: nn.Module) -> bool:
     """Whether a module has the parts of x-transformers' attention."""
     has_parts = all(isinstance(getattr(module, name, None), nn.Module) for name in _PARTS)
-    return has_parts and isinstance(getattr(module, "heads", None), int)
+    return has_parts and all(hasattr(module.attend, name) for name in ("attn_dropout", *_TALKING_HEADS))
 
 
 def not_convertible(layer: Any) -> str | None:

@@ -315,7 +315,7 @@ WIDE = {"value": torch.zeros(2, 5, 6, 4), "theta": torch.zeros(3, 5)}
         (
             WIDE | {"attn_mask": torch.ones(2, 3, 5, 6, dtype=torch.bool)},
             ValueError,
-            "attn_mask must hide from all heads alike where theta makes 5 heads of 3, got (2, 3, 5, 6)",
+            "attn_mask must be one for all heads where theta makes 5 of 3, got (2, 3, 5, 6)",
         ),
     ],
 )
