@@ -328,6 +328,8 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             official[key] = tensor
             continue
         prefix, name = match.groups()
+        if name in ("pre_theta", "pre_bias"):
+            raise ValueError(f"the official layout knows no mixing before the softmax, got {key}")
         if name.startswith("head_norm.") and f"{prefix}head_norm.running_mean" not in state_dict:
             raise ValueError(f'the official layout knows norm="batch" only, got {key} without running statistics')
         if name == "theta":

@@ -21,8 +21,17 @@ def check_packed(packed: Tensor) -> None:
         )
 
 
-def check_maps(query: Tensor, key: Tensor | None, value: Tensor | None) -> None:
-    """Query ``(batch, heads, seqlen, head_dim)``; key and value ``(batch, heads, seqlen_k, head_dim)``, alike."""
+def heads_after(query: Tensor, theta: object) -> int:
+    """Heads after mixing by theta: those of query where there is none, or where it does not fit."""
+    heads = query.shape[1]
+    if isinstance(theta, Tensor) and theta.ndim == 2 and theta.shape[0] == heads and theta.shape[1]:
+        return theta.shape[1]
+    return heads
+
+
+def check_maps(query: Tensor, key: Tensor | None, value: Tensor | None, theta: object) -> None:
+    """Query ``(batch, heads, seqlen, head_dim)``; key ``(batch, heads, seqlen_k, head_dim)``; value alike, but with the
+    heads that theta makes."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -38,38 +47,45 @@ def check_maps(query: Tensor, key: Tensor | None, value: Tensor | None) -> None:
     batch, heads, _, head_dim = query.shape
     if heads < 1 or head_dim < 1:
         raise ValueError(f"query must have at least one head and head_dim 1, got {tuple(query.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        like_key = (batch, heads, key.shape[2], head_dim)
+    heads_out = heads_after(query, theta)
+    for name, tensor, count in (("key", key, heads), ("value", value, heads_out)):
+        like_key = (batch, count, key.shape[2], head_dim)
         if tuple(tensor.shape) != like_key:
-            raise ValueError(f"{name} must have shape {like_key} to match query and key, got {tuple(tensor.shape)}")
+            whom = "query and key" if count == heads else "query, key and theta"
+            raise ValueError(f"{name} must have shape {like_key} to match {whom}, got {tuple(tensor.shape)}")
     if key.shape[2] < 1:
         raise ValueError(f"key must hold at least one position, got {tuple(key.shape)}")
 
 
-def check_heads(query: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
-    """``theta (heads, heads)``, the others ``(heads,)`` or None, on the query's device. Statistics are no leaves."""
-    heads = query.shape[1]
+def check_heads(query: Tensor, value: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """``pre_theta (heads, heads)``, ``pre_bias (heads,)``, ``theta (heads, value's heads)``, the others ``(value's
+    heads,)``, each or None, on the query's device. Statistics are no leaves."""
+    heads, heads_out = query.shape[1], value.shape[1]
     for name, tensor in tensors.items():
-        expected = (heads, heads) if name == "theta" else (heads,)
-        if tensor is None and name != "theta":
+        if tensor is None:
             continue
+        before = name.startswith("pre_")
+        expected: tuple[int, ...] = (heads if before else heads_out,)
+        if name.endswith("theta"):
+            expected = (heads, *expected)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} to match query's {heads} heads, got {tuple(tensor.shape)}"
-            )
+            whom = f"query's {heads} heads" if before or heads == heads_out else f"value's {heads_out} heads"
+            raise ValueError(f"{name} must have shape {expected} to match {whom}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on {query.device}, as query is, got {tensor.device}")
         if name.startswith("running_") and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient: the operator has none for it")
+    if tensors["pre_bias"] is not None and tensors["pre_theta"] is None:
+        raise ValueError("pre_bias must come with pre_theta, got pre_bias alone")
 
 
-def check_mask(query: Tensor, key: Tensor, attn_mask: object, is_causal: object) -> None:
-    """``attn_mask`` None, boolean or floating, on the query's device, and broadcastable to the maps; ``is_causal`` a
-    bool."""
+def check_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: object, is_causal: object) -> None:
+    """``attn_mask`` None, boolean or floating, on the query's device, and broadcastable to the maps before and after
+    mixing; ``is_causal`` a bool."""
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
     if attn_mask is None:
@@ -83,6 +99,12 @@ def check_mask(query: Tensor, key: Tensor, attn_mask: object, is_causal: object)
     if attn_mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
         raise ValueError(
             f"attn_mask must broadcast to (batch, heads, seqlen, seqlen_k) = {maps}, got {tuple(attn_mask.shape)}"
+        )
+    heads, heads_out = query.shape[1], value.shape[1]
+    if heads != heads_out and attn_mask.ndim > 2 and attn_mask.shape[-3] != 1:
+        raise ValueError(
+            f"attn_mask must be one for all heads where theta makes {heads_out} of {heads}, "
+            f"got {tuple(attn_mask.shape)}"
         )
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on {query.device}, as query is, got {attn_mask.device}")

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reattn import reference
+from reattn import reference, x_transformers
 from reattn.models.deepvit import select_blocks
 from reattn.module import ReAttention
 
 # What makes a module an attention layer: a number of heads, and one of these.
 _PROJECTIONS = ("qkv", "q", "qk", "q_proj", "in_proj_weight")
+# What the class of an attention layer that pools tokens, into a class token as an example, has in its name.
+_POOLING = ("Pool", "ClassAtt")
 # The parts that have a place in ReAttention. The first two must be there.
 _PARTS = ("qkv", "proj", "q_norm", "k_norm", "norm", "gate", "attn_drop", "proj_drop")
+# CaiT's linear layers over the heads, before and after the softmax.
+_TALKING_HEADS = ("proj_l", "proj_w")
 _FORWARD_ARGUMENTS = ("attn_mask", "is_causal")
 # Agreement on a probe, relative to the largest output: rounding, against another formula altogether.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -41,7 +45,9 @@ def to_re_attention(
     """Replace attention layers by :class:`reattn.ReAttention`, in place, without changing what the model computes.
 
     Equivalent to ``layer = ReAttention(...)`` for each, with the projections, query and key norms, gate and dropouts of
-    the old layer (the modules themselves, not copies), theta the identity and its bias 0.
+    the old layer (the modules themselves, not copies), theta the identity and its bias 0. The talking heads of CaiT mix
+    already: ``proj_l`` becomes ``pre_theta`` and ``pre_bias``, ``proj_w`` theta and its bias. So do those of
+    x-transformers, whose layers are replaced by a :class:`reattn.x_transformers.XTransformersAttention`.
 
     ============== =============== =================================================================================
     norm           in eval mode    in training mode, right after the conversion
@@ -59,25 +65,31 @@ def to_re_attention(
     Args:
         model: any module that holds attention layers of the form of timm's ViT ``Attention``: ``qkv`` and ``proj``
             (Linear), ``num_heads``, and, where there are any, ``q_norm``, ``k_norm``, ``norm``, ``gate``,
-            ``attn_drop``, ``proj_drop``, ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``, with ``attn_mask`` and
-            ``is_causal`` at most. Any floating dtype and device, both kept, and so are the training mode and
-            ``requires_grad`` of what is moved. :class:`reattn.models.DeepViT` with ``attention="self"`` is one.
+            ``attn_drop``, ``proj_drop``, ``proj_l``, ``proj_w``, ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``,
+            with ``attn_mask`` and ``is_causal`` at most. Any floating dtype and device, both kept, and so are the
+            training mode and ``requires_grad`` of what is moved. :class:`reattn.models.DeepViT` with
+            ``attention="self"`` is one. Or a model of x-transformers (1.39 and later) whose layers are plain
+            attention, causal or not, with talking heads, masks and biases of the scores or without: no rotary
+            embeddings, no cache.
         blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
             the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
-            stay as they are. Attention that pools tokens (timm's ``AttentionPool...``) is not counted.
+            stay as they are. Attention that pools tokens (timm's ``AttentionPool...``, CaiT's class attention) is not
+            counted.
         norm: the norm of the mixed maps, see above.
         norm_eps, norm_momentum: of batch norm, as in :class:`reattn.ReAttention`.
         backend: as in :func:`reattn.re_attention`.
 
     Returns:
-        ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer.
+        ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer;
+        those of talking heads, and all in a layer of x-transformers, become ReAttention's, and a state dict that was
+        saved before is still loaded.
         An optimizer made before knows nothing of the new parameters: make it afterwards.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``norm`` or ``blocks`` does not fit, there is no layer to convert, or a layer has no equivalent
-            (relative positions, rotary embeddings, class attention, talking heads, ...): the message gives the path and
-            the reason for each. The model is then as it was.
+            (relative positions, rotary embeddings, dropout after the talking heads, ...): the message gives the path
+            and the reason for each. The model is then as it was.
 
     Source: DeepViT (arXiv 2103.11886), section 4, for the layer; the way in is this package's own.
     """
@@ -107,10 +119,12 @@ def to_re_attention(
         layer = layers[path]
         reason = _not_convertible(layer)
         if not reason:
-            converted = _converted(layer, norm, norm_eps, norm_momentum)
-            reason = _disagreement(layer, converted)
+            foreign = x_transformers.is_attention(layer)
+            converted = _converted(x_transformers.parts(layer) if foreign else layer, norm, norm_eps, norm_momentum)
+            replacement = x_transformers.in_its_place(layer, converted) if foreign else converted
+            reason = _disagreement(layer, converted, replacement)
             converted.backend = backend
-            replacements[id(layer)] = converted
+            replacements[id(layer)] = replacement
         if reason:
             reasons.setdefault((type(layer).__name__, reason), []).append(path)
     if reasons:
@@ -174,7 +188,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
         for hook in hooks:
             hook.remove()
 
-    unused = [path for path in layers if not moments[path].count]
+    unused = [path for path in layers if not moments[path].count.any()]
     if unused:
         raise ValueError(f"images must reach every layer to be calibrated, got none for {', '.join(unused)}")
     for path, layer in layers.items():
@@ -190,13 +204,20 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    if "Pool" in type(module).__name__ or not isinstance(getattr(module, "num_heads", None), int):
+    if x_transformers.is_attention(module):
+        return True
+    pools = any(name in type(module).__name__ for name in _POOLING)
+    if pools or not isinstance(getattr(module, "num_heads", None), int):
         return False
     return any(hasattr(module, name) for name in _PROJECTIONS)
 
 
 def _not_convertible(layer: nn.Module) -> str | None:
     """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
+    if x_transformers.is_attention(layer):
+        return x_transformers.not_convertible(layer)
     arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     foreign = [str(argument).split(":")[0].split("=")[0] for argument in arguments]
     foreign = [name for name in foreign if name not in _FORWARD_ARGUMENTS]
@@ -206,7 +227,7 @@ def _not_convertible(layer: nn.Module) -> str | None:
         name for name, _ in layer.named_buffers(recurse=False)
     }
     own |= {name for name, child in layer.named_children() if not isinstance(child, nn.Identity)}
-    foreign = sorted(own - set(_PARTS))
+    foreign = sorted(own - {*_PARTS, *_TALKING_HEADS})
     if foreign:
         return f"it holds {', '.join(foreign)}"
     for name in ("qkv", "proj"):
@@ -221,8 +242,12 @@ def _not_convertible(layer: nn.Module) -> str | None:
         )
     if not isinstance(getattr(layer, "attn_drop", None), (nn.Dropout, nn.Identity, type(None))):
         return f"attn_drop must be a Dropout, not {type(layer.attn_drop).__name__}"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "it has hooks, which would be lost"
+    for name in _TALKING_HEADS:
+        part = getattr(layer, name, None)
+        if part is not None and not (isinstance(part, nn.Linear) and part.weight.shape == (heads, heads)):
+            return f"{name} must be a Linear from {heads} heads to as many, not {part}"
+    if hasattr(layer, "proj_w") and getattr(getattr(layer, "attn_drop", None), "p", 0.0) > 0.0:
+        return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
     return None
 
 
@@ -240,8 +265,13 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
         device="meta",
     )
     converted.scale = float(getattr(layer, "scale", None) or converted.scale)
-    converted.theta = nn.Parameter(torch.eye(heads, **factory))
-    converted.theta_bias = nn.Parameter(torch.zeros(heads, **factory))
+    before, after = (getattr(layer, name, None) for name in _TALKING_HEADS)
+    converted.theta = nn.Parameter(torch.eye(heads, **factory)) if after is None else _transposed(after.weight)
+    converted.theta_bias = getattr(after, "bias", None)
+    if converted.theta_bias is None:
+        converted.theta_bias = nn.Parameter(torch.zeros(heads, **factory))
+    if before is not None:
+        converted.pre_theta, converted.pre_bias = _transposed(before.weight), before.bias
     if norm == "batch":
         head_norm = nn.BatchNorm2d(heads, eps=norm_eps, momentum=norm_momentum, **factory)
         assert head_norm.running_var is not None
@@ -259,21 +289,27 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
     return converted
 
 
+def _transposed(weight: Tensor) -> nn.Parameter:
+    """A linear layer's weight over the heads, ``(out, in)``, as theta."""
+    return nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+
+
 @torch.no_grad()
-def _disagreement(layer: nn.Module, converted: ReAttention) -> str | None:
-    """Why ``layer`` is no softmax attention, whatever its parts look like; None if both give the same on a probe."""
+def _disagreement(layer: nn.Module, converted: ReAttention, replacement: nn.Module) -> str | None:
+    """Why ``layer`` is no softmax attention, whatever its parts look like; None if it and its replacement, in which
+    ``converted`` computes, give the same on a probe."""
     weight = converted.qkv.weight
     if weight.is_meta:
         return None
     shape = (2, 7, converted.qkv.in_features)
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
     converted.backend = "reference"
-    with _in_eval_mode(layer), _in_eval_mode(converted):
+    with _in_eval_mode(layer), _in_eval_mode(replacement):
         try:
             expected = layer(probe)
         except Exception as error:  # whatever a foreign layer may raise
             return f"it does not take an input of shape {shape}: {error}"
-        got = converted(probe)
+        got = replacement(probe)
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
     largest = expected.abs().max().item()
@@ -290,25 +326,26 @@ def _listed(reasons: dict[tuple[str, str], list[str]]) -> str:
 
 
 class _Moments:
-    """Mean and variance of each head's maps over all batches seen, in float64 where the device has it."""
+    """Mean and variance of each head's maps over what is visible in all batches seen, in float64 where the device has
+    it."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.var = torch.zeros(())
+        self.count = self.mean = self.var = torch.zeros(())
 
-    def add(self, maps: Tensor) -> None:
-        dtype = torch.float32 if maps.device.type == "mps" else torch.float64
-        count = maps.numel() // maps.shape[1]
+    def add(self, maps: Tensor, visible: Tensor | None) -> None:
+        dtype, over = torch.float32 if maps.device.type == "mps" else torch.float64, (0, 2, 3)
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        var, mean = (moment.to(dtype) for moment in torch.var_mean(maps, (0, 2, 3), correction=0))
-        if not self.count:
-            self.count, self.mean, self.var = count, mean, var
-            return
-        share = count / (self.count + count)
+        taken = torch.ones_like(maps) if visible is None else visible.to(maps.dtype).expand(maps.shape)
+        count = taken.sum(over, dtype=dtype)
+        mean = (maps * taken).sum(over, dtype=dtype) / count.clamp(min=1)
+        centred = (maps - mean.to(maps.dtype)[:, None, None]) * taken
+        var = centred.square().sum(over, dtype=dtype) / count.clamp(min=1)
+        self.count, self.mean, self.var = (t.to(count) for t in (self.count, self.mean, self.var))
+        share = count / (self.count + count).clamp(min=1)
         gap = mean - self.mean
         self.mean = self.mean + share * gap
         self.var = (1 - share) * self.var + share * var + share * (1 - share) * gap.square()
-        self.count += count
+        self.count = self.count + count
 
 
 def _observer(moments: _Moments) -> Any:
@@ -317,21 +354,18 @@ def _observer(moments: _Moments) -> Any:
     def observe(layer: ReAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
         mask: Tensor | None = bound.get("attn_mask")
+        is_causal = bound.get("is_causal", False)
         shared = mask is None or mask.ndim < 4 or mask.shape[0] == 1
         query, key, _ = layer.project(layer.pre_norm(bound["x"]))
         step = max(1, _MAP_ELEMENTS // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
         for start in range(0, len(query), step):
             images = slice(start, start + step)
+            queries, keys = query[images], key[images]
+            hides = mask if mask is None or shared else mask[images]
             _, mixed = reference.re_attention_maps(
-                query[images],
-                key[images],
-                layer.theta,
-                layer.theta_bias,
-                scale=layer.scale,
-                attn_mask=mask if mask is None or shared else mask[images],
-                is_causal=bound.get("is_causal", False),
+                queries, keys, **layer.mixing(), scale=layer.scale, attn_mask=hides, is_causal=is_causal
             )
-            moments.add(mixed)
+            moments.add(mixed, reference.visible_keys(hides, is_causal, queries, keys))
 
     return observe
 

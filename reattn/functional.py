@@ -18,9 +18,11 @@ def re_attention(
     query: Tensor,
     key: Tensor | None,
     value: Tensor | None,
-    theta: Tensor,
+    theta: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    pre_theta: Tensor | None = None,
+    pre_bias: Tensor | None = None,
     norm: str | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -42,17 +44,24 @@ def re_attention(
 
     Equivalent to (DeepViT, arXiv 2103.11886, section 4)::
 
-        attn = dropout((query * scale @ key.mT).softmax(-1), dropout_p)
+        scores = einsum("bhij,hg->bgij", query * scale @ key.mT, pre_theta) + pre_bias[:, None, None]
+        attn = dropout(scores.softmax(-1), dropout_p)
         mixed = einsum("bhij,hg->bgij", attn, theta) + bias[:, None, None]
         return (Norm(mixed) * output_scale) @ value
+
+    Mixing before the softmax, as well as after it, is talking-heads attention (arXiv 2003.02436), CaiT's.
 
     Args:
         query: ``(batch, heads, seqlen, head_dim)``, floating, any strides. Likewise the others.
         key, value: ``(batch, heads, seqlen_k, head_dim)``, dtype and device of ``query``. Both None where ``query`` is
             all three packed, ``(batch, seqlen, 3, heads, head_dim)``: their gradients are then written in one piece.
         theta: ``(heads, heads)``; rows are heads before mixing, columns heads after it. Any floating dtype, like all
-            below.
+            below. None: nothing is mixed after the softmax. With ``(heads, heads_out)``, value, output, and what is
+            by head below but for ``pre_theta`` and ``pre_bias`` have ``heads_out`` heads.
         bias: ``(heads,)``, added after mixing.
+        pre_theta: ``(heads, heads)``, laid out as theta: mixes the scores, before masks and softmax.
+        pre_bias: ``(heads,)``, added to the mixed scores. The softmax takes away what is added to a whole row: it
+            changes nothing, and is there for checkpoints that hold it.
         norm: ``"batch"``: BatchNorm2d over the heads as channels; ``"layer"``: LayerNorm over the heads; ``None``.
         norm_weight, norm_bias: ``(heads,)``, the norm's affine part.
         running_mean, running_var: ``(heads,)``; batch norm updates them in place in training and uses them otherwise.
@@ -68,7 +77,9 @@ def re_attention(
         attn_mask: boolean (True takes part) or floating (added to the scores, in the dtype of ``query``, and
             differentiated), broadcastable to ``(batch, heads, seqlen, seqlen_k)``. A key is hidden where it is False,
             -infinity, or the lowest number of its dtype, ``torch.finfo(dtype).min``: its weight is then 0, after mixing
-            and norm, and it is no part of batch statistics. A query that sees no key gives 0.
+            and norm, and it is no part of batch statistics. A query that sees no key gives 0. It is added to, and hides
+            from, the heads of the softmax, and hides from the same heads after mixing; all alike where theta changes
+            their number.
         is_causal: query i sees keys up to i, as in ``scaled_dot_product_attention``, and beside that what
             ``attn_mask`` lets it see.
         process_group: batch statistics are those of all its ranks together (one all-reduce of 3 heads numbers).
@@ -92,14 +103,16 @@ def re_attention(
         checks.check_packed(query)
         packed = query
         query, key, value = ops.unpack(query)
-    checks.check_maps(query, key, value)
+    # Three that are packed have as many heads.
+    checks.check_maps(query, key, value, theta if packed is None else None)
     assert key is not None and value is not None
     per_head = {"theta": theta, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    checks.check_heads(query, per_head | {"running_mean": running_mean, "running_var": running_var})
+    per_head |= {"running_mean": running_mean, "running_var": running_var}
+    checks.check_heads(query, value, per_head | {"pre_theta": pre_theta, "pre_bias": pre_bias})
     checks.check_numbers(eps=eps, dropout_p=dropout_p, momentum=0 if momentum is None else momentum)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    checks.check_mask(query, key, attn_mask, is_causal)
+    checks.check_mask(query, key, value, attn_mask, is_causal)
     attn_mask = None if attn_mask is None else _in_four_dimensions(attn_mask, query.dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     checks.check_factor("scale", scale)
@@ -133,6 +146,8 @@ def re_attention(
         eps=eps,
         dropout_p=dropout_p,
         momentum=momentum,
+        pre_mixed=pre_theta is not None,
+        heads_out=value.shape[1],
     )
     shapes = query.shape, key.shape
     name = choose(backend, problem, lambda: f"query {tuple(shapes[0])}, key {tuple(shapes[1])}")
@@ -145,6 +160,8 @@ def re_attention(
                 value,
                 theta,
                 bias,
+                pre_theta=pre_theta,
+                pre_bias=pre_bias,
                 norm=norm,
                 norm_weight=norm_weight,
                 norm_bias=norm_bias,
@@ -160,6 +177,8 @@ def re_attention(
                 process_group=process_group,
             )
         else:
+            if theta is None:
+                theta = torch.eye(problem.heads, device=problem.device)
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             inputs = inputs._replace(attn_mask=attn_mask)
             out = ops.re_attention(name, problem, inputs, process_group, packed)

@@ -36,13 +36,18 @@ class ReAttention(nn.Module):
         theta_bias: whether mixing adds a bias; ``None``: as upstream, except with ``norm="layer"``.
         theta_init: ``"conv"``: the official uniform(-1/sqrt(heads), 1/sqrt(heads)); ``"identity"``: identity plus 0.01
             normal noise; ``"normal"``: standard normal, as in the second form. The bias is uniform for ``"conv"``,
-            else zero.
+            else zero. Of ``pre_theta`` and ``pre_bias`` likewise.
+        pre_mix: mix the scores before the softmax too, by ``pre_theta`` and, with ``pre_bias``, a bias: talking heads
+            in full, as in CaiT with ``norm=None``.
+        post_mix: False leaves out the mixing after the softmax, and its bias unless ``theta_bias=True``.
+        num_heads_out: heads after mixing, and of the value; ``None``: as many as before.
         pre_norm: a LayerNorm of the input inside the module, where the second form keeps it.
         backend: as in :func:`reattn.re_attention`.
 
-    Parameters: ``theta (num_heads, num_heads)``, rows the heads before mixing; ``theta_bias (num_heads,)``;
-    ``head_norm``: BatchNorm2d or LayerNorm over the heads. ``load_state_dict`` also takes the official layout and the
-    second form's (``reattn_weights``).
+    Parameters: ``theta (num_heads, num_heads_out)``, rows the heads before mixing; ``theta_bias (num_heads_out,)``;
+    ``pre_theta (num_heads, num_heads)``; ``pre_bias (num_heads,)``; ``head_norm``: BatchNorm2d or LayerNorm over the
+    heads. ``load_state_dict`` also takes the official layout, the second form's (``reattn_weights``), and those of
+    CaiT's talking heads and of x-transformers', see :mod:`reattn.layouts`.
     """
 
     def __init__(
@@ -66,6 +71,10 @@ class ReAttention(nn.Module):
         norm_momentum: float | None = 0.1,
         theta_bias: bool | None = None,
         theta_init: str = "conv",
+        pre_mix: bool = False,
+        pre_bias: bool = True,
+        post_mix: bool = True,
+        num_heads_out: int | None = None,
         pre_norm: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -80,14 +89,17 @@ class ReAttention(nn.Module):
             raise ValueError(
                 f"dim must be a multiple of num_heads={num_heads} unless attn_head_dim is given, got {dim}"
             )
+        if not post_mix and num_heads_out not in (None, num_heads):
+            raise ValueError(f"num_heads_out must be num_heads={num_heads} with post_mix=False, got {num_heads_out}")
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {rate}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_layer = norm_layer or nn.LayerNorm
         self.num_heads = num_heads
+        self.num_heads_out = num_heads_out or num_heads
         self.head_dim = attn_head_dim or dim // num_heads
-        self.attn_dim = num_heads * self.head_dim
+        self.attn_dim = self.num_heads_out * self.head_dim
         self.scale = self.head_dim**-0.5
         self.output_scale = output_scale
         self.norm_type = norm
@@ -95,18 +107,24 @@ class ReAttention(nn.Module):
         self.backend = backend
 
         self.pre_norm = nn.LayerNorm(dim, **factory) if pre_norm else nn.Identity()
-        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
+        self.qkv = nn.Linear(dim, 2 * num_heads * self.head_dim + self.attn_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.theta = nn.Parameter(torch.empty(num_heads, num_heads, **factory))
-        has_bias = norm != "layer" if theta_bias is None else theta_bias
-        self.theta_bias = nn.Parameter(torch.empty(num_heads, **factory)) if has_bias else None
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, **factory)) if wanted else None
+
+        has_bias = post_mix and norm != "layer" if theta_bias is None else theta_bias
+        self.pre_theta = parameter(pre_mix, num_heads, num_heads)
+        self.pre_bias = parameter(pre_mix and pre_bias, num_heads)
+        self.theta = parameter(post_mix, num_heads, self.num_heads_out)
+        self.theta_bias = parameter(has_bias, self.num_heads_out)
         self.head_norm: nn.Module = nn.Identity()
         if norm == "batch":
-            self.head_norm = nn.BatchNorm2d(num_heads, eps=norm_eps, momentum=norm_momentum, **factory)
+            self.head_norm = nn.BatchNorm2d(self.num_heads_out, eps=norm_eps, momentum=norm_momentum, **factory)
         elif norm == "layer":
-            self.head_norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
+            self.head_norm = nn.LayerNorm(self.num_heads_out, eps=norm_eps, **factory)
         self.norm = norm_layer(self.attn_dim, **factory) if scale_norm else nn.Identity()
         self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **factory)
@@ -114,12 +132,14 @@ class ReAttention(nn.Module):
         self.reset_theta()
 
     def reset_theta(self) -> None:
-        """Draws theta and its bias anew, as ``theta_init`` says."""
+        """Draws theta and its bias anew, as ``theta_init`` says, and those before the softmax."""
+        bound = 1 / math.sqrt(self.num_heads) if self.theta_init == "conv" else 0.0
         with torch.no_grad():
-            _THETA_INIT[self.theta_init](self.theta)
-            if self.theta_bias is not None:
-                bound = 1 / math.sqrt(self.num_heads) if self.theta_init == "conv" else 0.0
-                self.theta_bias.uniform_(-bound, bound)
+            for theta, bias in ((self.theta, self.theta_bias), (self.pre_theta, self.pre_bias)):
+                if theta is not None:
+                    _THETA_INIT[self.theta_init](theta)
+                if bias is not None:
+                    bias.uniform_(-bound, bound)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew and clears the running statistics."""
@@ -135,17 +155,16 @@ class ReAttention(nn.Module):
         query: Tensor
         key: Tensor | None = None
         value: Tensor | None = None
-        if _idle(self.q_norm) and _idle(self.k_norm):
+        if self.num_heads == self.num_heads_out and _idle(self.q_norm) and _idle(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = self._packed(x)
+            query = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         else:
             query, key, value = self.project(x)
         out = re_attention(
             query,
             key,
             value,
-            self.theta,
-            self.theta_bias,
+            **self.mixing(),
             dropout_p=self.attn_drop.p if self.training else 0.0,
             attn_mask=attn_mask,
             is_causal=is_causal,
@@ -162,7 +181,8 @@ class ReAttention(nn.Module):
     def attention_maps(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The softmax maps and the mixed, normalised maps for ``x``, each ``(batch, heads, seqlen, seqlen)``.
+        """The softmax maps and the mixed, normalised maps for ``x``, each ``(batch, heads, seqlen, seqlen)``, with
+        ``num_heads`` and ``num_heads_out`` heads.
 
         For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
         the statistics are those of ``x``).
@@ -174,8 +194,7 @@ class ReAttention(nn.Module):
         return reference.re_attention_maps(
             query,
             key,
-            self.theta,
-            self.theta_bias,
+            **self.mixing(),
             scale=self.scale,
             attn_mask=attn_mask,
             is_causal=is_causal,
@@ -183,20 +202,30 @@ class ReAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        mixing = ", pre_mix=True" if self.pre_theta is not None else ""
+        mixing += ", post_mix=False" if self.theta is None else ""
+        mixing += f", num_heads_out={self.num_heads_out}" if self.num_heads_out != self.num_heads else ""
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, norm={self.norm_type!r}, "
-            f"output_scale={self.output_scale:g}, backend={self.backend!r}"
+            f"output_scale={self.output_scale:g}{mixing}, backend={self.backend!r}"
         )
+
+    def mixing(self) -> dict[str, Any]:
+        """What mixes the heads, as arguments of :func:`reattn.re_attention`."""
+        return {
+            "theta": self.theta,
+            "bias": self.theta_bias,
+            "pre_theta": self.pre_theta,
+            "pre_bias": self.pre_bias,
+        }
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
-        query, key, value = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
+        counts = (self.num_heads, self.num_heads, self.num_heads_out)
+        maps = self.qkv(x).unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
+        query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
-
-    def _packed(self, x: Tensor) -> Tensor:
-        """Query, key and value as one view of the projection: ``(batch, seqlen, 3, heads, head_dim)``."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _norm_arguments(self) -> dict[str, Any]:
         """The norm as arguments of :func:`reattn.re_attention`."""

@@ -13,7 +13,8 @@ class Problem(NamedTuple):
 
     ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
     from this batch. ``synchronised``: from those of several ranks. ``mask``: the kind of ``attn_mask``, "bool" or
-    "float"; ``mask_gradient``: it is differentiated.
+    "float"; ``mask_gradient``: it is differentiated. ``pre_mixed``: the scores are mixed, by ``pre_theta``.
+    ``heads_out``: heads after mixing; None: as many as before.
     """
 
     device: torch.device
@@ -31,6 +32,8 @@ class Problem(NamedTuple):
     eps: float = 1e-5
     dropout_p: float = 0.0
     momentum: float | None = 0.1
+    pre_mixed: bool = False
+    heads_out: int | None = None
 
     @staticmethod
     def of(query: Tensor, **options: Any) -> Problem:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def re_attention(
-    query: Tensor, key: Tensor, value: Tensor, theta: Tensor, bias: Tensor | None = None, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, theta: Tensor | None = None, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
     """Equivalent to ``re_attention_maps(...)[1] @ value``; arguments as in :func:`reattn.re_attention`."""
     _, mixed = re_attention_maps(query, key, theta, bias, **options)
@@ -34,9 +34,11 @@ def re_attention(
 def re_attention_maps(
     query: Tensor,
     key: Tensor,
-    theta: Tensor,
+    theta: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    pre_theta: Tensor | None = None,
+    pre_bias: Tensor | None = None,
     norm: str | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -54,13 +56,14 @@ def re_attention_maps(
     process_group: dist.ProcessGroup | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The softmax maps and the mixed, normalised maps, each ``(batch, heads, seqlen, seqlen_k)``.
+    """The softmax maps and the mixed, normalised maps, each ``(batch, heads, seqlen, seqlen_k)``, with the heads before
+    theta and after it.
 
     ``keep`` is a dropout mask given from outside, boolean, of the maps' shape: the same computation can then be
     repeated with the mask another backend drew.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attn = masked_softmax(query * scale, key, attn_mask, is_causal)
+    attn = masked_softmax(query * scale, key, attn_mask, is_causal, pre_theta, pre_bias)
     visible = visible_keys(attn_mask, is_causal, query, key)
     dropped = attn
     if keep is not None:
@@ -68,11 +71,7 @@ def re_attention_maps(
     elif dropout_p > 0.0:
         dropped = F.dropout(attn, dropout_p)
 
-    # theta^T @ P over the head axis: A[g] = sum_h theta[h, g] P[h] + bias[g]
-    mixed = (theta.to(attn.dtype).mT @ dropped.flatten(2)).view_as(attn)
-    if bias is not None:
-        mixed = mixed + bias.to(attn.dtype)[:, None, None]
-
+    mixed = mix_heads(dropped, theta, bias)
     norm_dtype = torch.promote_types(attn.dtype, torch.float32)
     weight, shift = (None if p is None else p.to(norm_dtype) for p in (norm_weight, norm_bias))
     if norm == "batch":
@@ -93,13 +92,22 @@ def re_attention_maps(
             visible=visible,
         )
     elif norm == "layer":
-        over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, -1), theta.shape[1:], weight, shift, eps)
+        over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, -1), mixed.shape[1:2], weight, shift, eps)
         mixed = over_heads.movedim(-1, 1)
     if output_scale != 1.0:
         mixed = mixed * output_scale
     if visible is not None:
         mixed = mixed.where(visible, 0.0)
     return attn, mixed.to(attn.dtype)
+
+
+def mix_heads(maps: Tensor, theta: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``sum_h theta[h, g] maps[h] + bias[g]``, in the dtype of ``maps``; with no theta the maps, plus bias."""
+    if theta is not None:
+        # theta^T @ maps over the head axis.
+        mixed = theta.to(maps.dtype).mT @ maps.flatten(2)
+        maps = mixed.view(*mixed.shape[:2], *maps.shape[2:])
+    return maps if bias is None else maps + bias.to(maps.dtype)[:, None, None]
 
 
 def visible_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
@@ -119,19 +127,30 @@ def visible_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: 
     return visible
 
 
-def masked_softmax(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Softmax of ``query @ key^T``, plus an additive mask, over the keys that a query sees; zero where it sees none.
+def masked_softmax(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    pre_theta: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax of ``query @ key^T``, mixed by ``pre_theta``, plus an additive mask, over the keys that a query sees;
+    zero where it sees none.
 
     Nothing of what is hidden reaches result or gradients, should it be NaN: a row is NaN where it sees a key that is
     not finite.
     """
     visible = visible_keys(attn_mask, is_causal, query, key)
     if visible is None:
-        return (query @ key.mT).softmax(-1)
-    blind = ~visible.any(-1, keepdim=True)
+        return mix_heads(query @ key.mT, pre_theta, pre_bias).softmax(-1)
+    blind = unused = ~visible.any(-1, keepdim=True)
     finite = key.isfinite().all(-1, keepdim=True)
-    scores = query.masked_fill(blind, 0.0) @ key.where(finite, 0.0).mT
-    scores = scores.masked_fill(~finite.mT, float("nan"))
+    if pre_theta is not None:
+        # Every head is made of the queries and keys of all.
+        unused, finite = blind.all(1, keepdim=True), finite.all(1, keepdim=True)
+    scores = query.masked_fill(unused, 0.0) @ key.where(finite, 0.0).mT
+    scores = mix_heads(scores, pre_theta, pre_bias).masked_fill(~finite.mT, float("nan"))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.where(visible, 0.0)
     scores = scores.masked_fill(~visible, float("-inf"))

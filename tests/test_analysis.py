@@ -76,6 +76,7 @@ def deepvit(**overrides):
 MODELS = {
     "batch": deepvit(norm="batch"),
     "layer": deepvit(norm="layer", output_scale=0.3),
+    "pre-mixed": deepvit(norm="layer", pre_mix=True),
     "last-two": deepvit(re_attention_blocks=2, residual_scale=0.5),
     "plain": deepvit(attention="self"),
     "multihead": Encoder,
@@ -115,7 +116,10 @@ def plain_attention(module, x):
     query, key, value = (heads_of(x, weight, bias, heads) for weight, bias in zip(weights, biases, strict=True))
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
-    softmax = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if getattr(module, "pre_theta", None) is not None:
+        scores = torch.einsum("hg,bhij->bgij", module.pre_theta, scores) + module.pre_bias[:, None, None]
+    softmax = scores.softmax(-1)
     if not isinstance(module, ReAttention):
         return softmax, softmax, value
     mixed = torch.einsum("hg,bhij->bgij", module.theta, softmax)
@@ -420,6 +424,23 @@ def test_copy_of_timm_attention(registry):
         find_attentions(nn.Sequential(Copied()))
     register_attention(Copied, timm_maps, timm_values)
     assert feature_maps(nn.Sequential(Copied()), torch.randn(1, 4, 8))[0].softmax.shape == (1, 8, 2, 2)
+
+
+def test_mixing_into_another_number_of_heads():
+    """The maps are there; what softmax maps would write is not defined."""
+    model = deepvit(norm="layer", pre_mix=True, num_heads_out=5, re_attention_blocks=2)()
+    shapes = {kind: [tuple(maps.shape) for maps in maps_of(model, kind)] for kind in KINDS}
+    assert shapes == {"softmax": [(2, 3, 10, 10)] * 4, "re_attention": [(2, 3, 10, 10)] * 2 + [(2, 5, 10, 10)] * 2}
+    assert [block.heads for block in describe_blocks(model, random_images().float())] == [3, 3, 5, 5]
+    message = r"softmax maps of blocks.2.attn must have a head for each of the values' 5, got 3"
+    with pytest.raises(ValueError, match=message):
+        feature_maps(model, random_images().float())
+
+
+def maps_of(model, kind):
+    maps = []
+    visit_blocks(model, random_images().float(), lambda block: maps.append(block.maps(kind).clone()))
+    return maps
 
 
 def test_subclass_with_its_own_forward_is_not_known():

@@ -239,6 +239,8 @@ def test_own_layout_and_to_official_round_trip(official):
         assert torch.equal(again.state_dict()[key], tensor), key
     with pytest.raises(ValueError, match='norm="batch" only, got blocks.0.attn.head_norm.weight'):
         to_official(ours(norm="layer").state_dict())
+    with pytest.raises(ValueError, match="no mixing before the softmax, got blocks.0.attn.pre_theta"):
+        to_official(ours(pre_mix=True).state_dict())
 
 
 def write(path, contents):

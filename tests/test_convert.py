@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from talking_heads import Attend, CaitAttention, ClassAttn, SeparateAttention
 from torch import nn
 from with_timm import import_timm
 
@@ -176,6 +177,138 @@ def test_gradients_reach_theta(norm):
         assert layer.theta.grad.abs().min() > 0 and layer.qkv.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_talking_heads_of_cait(norm):
+    """Unchanged, old checkpoints still fit, both mixings learn; class attention stays as it is."""
+    model = vit(CaitAttention)
+    model.append(Block(ClassAttn()))
+    with torch.no_grad():
+        for block in model[:3]:
+            for part in (block.attn.proj_l, block.attn.proj_w):
+                part.weight.add_(torch.eye(HEADS))
+    model[0].attn.proj_l.weight.requires_grad_(False)
+    expected, original = model(tokens()), copy.deepcopy(model.state_dict())
+    to_re_attention(model, norm=norm)
+    assert len(layers(model)) == 3 and type(model[3].attn) is ClassAttn
+    assert not model[0].attn.pre_theta.requires_grad and model[1].attn.pre_theta.requires_grad
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+    if norm:
+        calibrate(model, tokens())
+        torch.testing.assert_close(model.train()(tokens()), expected, rtol=1e-4, atol=1e-5)
+    model.train()(tokens()).square().sum().backward()
+    for layer in layers(model)[1:]:
+        assert layer.pre_theta.grad.abs().min() > 0 and layer.theta.grad.abs().min() > 0
+        with torch.no_grad():
+            layer.pre_theta.zero_()
+    result = model.load_state_dict(original, strict=False)
+    assert not result.unexpected_keys and all("head_norm" in key for key in result.missing_keys)
+    if not norm:
+        torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_talking_heads_that_have_no_equivalent():
+    with pytest.raises(ValueError, match=r"0.attn and 2 more \(CaitAttention\): its attn_drop drops after mixing"):
+        to_re_attention(vit(CaitAttention, drop=0.1))
+    model = vit(CaitAttention)
+    model[1].attn.proj_w = nn.Linear(HEADS, 5)
+    with pytest.raises(ValueError, match=r"1.attn \(CaitAttention\): proj_w must be a Linear from 3 heads to as many"):
+        to_re_attention(model)
+
+
+CALLS = {
+    "alone": {},
+    "padded": {"mask": torch.arange(10) < torch.tensor([10, 6, 3, 8])[:, None]},
+    "by-row": {"attn_mask": torch.eye(10, dtype=torch.bool) | (torch.arange(100).reshape(10, 10) % 3 > 0)},
+    "biased": {"rel_pos": lambda i, j: -(torch.arange(i)[:, None] - torch.arange(j)).abs() * torch.ones(3, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mixing", [(True, True), (True, False), (False, True)], ids=str)
+def test_talking_heads_of_x_transformers(mixing, causal):
+    """Called as before, with the same results and gradients; the old state dict is loaded."""
+    options = dict(zip(("pre_talking_heads", "post_talking_heads"), mixing, strict=True))
+    model = vit_of_separate(causal=causal, **options)
+    before = copy.deepcopy(model)
+    model[0].to_k.weight.requires_grad_(False)
+    model[0].to_v.weight.requires_grad_(False)
+    model[0].to_q.weight.requires_grad_(False)
+    assert to_re_attention(model, norm=None) is model and len(layers(model)) == 2
+    assert not model[0].attention.qkv.weight.requires_grad and model[1].attention.qkv.weight.requires_grad
+    for loaded in (False, True):
+        if loaded:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+                for layer in layers(model):
+                    layer.theta.copy_(torch.eye(HEADS))
+            assert not model.load_state_dict(before.state_dict(), strict=False).unexpected_keys
+        for first, second in ({"mask": CALLS["padded"]["mask"]}, CALLS["biased"]), *((c, c) for c in CALLS.values()):
+            expected = before[1](before[0](tokens(), **first), **second)
+            found = model[1](model[0](tokens(), **first), **second)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    both = tokens(), None, CALLS["padded"]["mask"], None, CALLS["by-row"]["attn_mask"], CALLS["biased"]["rel_pos"]
+    torch.testing.assert_close(model[0](*both), before[0](*both), rtol=1e-5, atol=1e-5)
+    assert model[0](tokens(), return_intermediates=True)[1] is None
+    model[1](tokens()).square().sum().backward()
+    before[1](tokens()).square().sum().backward()
+    found = model[1].attention.qkv.weight.grad.chunk(3)
+    for grad, part in zip(found, (before[1].to_q, before[1].to_k, before[1].to_v), strict=True):
+        torch.testing.assert_close(grad, part.weight.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="converted takes masks alone, got context, rotary_pos_emb"):
+        model[0](tokens(), tokens(), rotary_pos_emb=1)
+    with pytest.raises(ValueError, match=r"attn_mask must be alike for all heads, got \(3, 10, 10\)"):
+        model[0](tokens(), attn_mask=torch.ones(3, 10, 10, dtype=torch.bool))
+
+
+def vit_of_separate(build=SeparateAttention, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(build(**options), build(**options)).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.5 if "talking" in name else 0.25)
+    return model
+
+
+def test_layers_of_x_transformers_that_are_not_plain(monkeypatch):
+    model = vit_of_separate(max_attend_past=4, dropout=0.1)
+    reason = "it is no plain attention with talking heads by its max_attend_past"
+    with pytest.raises(ValueError, match=rf"0 and 1 more \(SeparateAttention\): {reason}"):
+        to_re_attention(model)
+    model = vit_of_separate()
+    model[1].to_v_gate, model[1].attend.attn_fn = nn.Linear(DIM, DIM), F.relu
+    with pytest.raises(ValueError, match="by its to_v_gate, to_v_gate.bias, to_v_gate.weight, attn_fn"):
+        to_re_attention(model)
+    model = vit_of_separate()
+    model[1].to_out = nn.Identity()
+    with pytest.raises(ValueError, match="1 .*to_q, to_k, to_v, to_out must be Linear"):
+        to_re_attention(model)
+    # Before 1.39 the scores were replaced.
+    model = vit_of_separate()
+    monkeypatch.setattr(Attend, "residual", False)
+    with pytest.raises(ValueError, match="its output .* is not that of softmax attention"):
+        to_re_attention(model)
+
+
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_models_of_x_transformers(kind):
+    package = pytest.importorskip("x_transformers")
+    torch.manual_seed(0)
+    layers_of = getattr(package, kind)(
+        dim=32, depth=2, heads=4, attn_pre_talking_heads=True, attn_post_talking_heads=True, alibi_pos_bias=True
+    )
+    model = package.TransformerWrapper(num_tokens=20, max_seq_len=16, attn_layers=layers_of).eval()
+    for name, parameter in model.named_parameters():
+        if "talking_heads" in name:
+            nn.init.normal_(parameter, std=0.5)
+    ids, mask = torch.randint(0, 20, (2, 11)), torch.arange(11) < torch.tensor([[11], [6]])
+    expected = model(ids, mask=mask)[mask]
+    to_re_attention(model, norm=None)
+    assert len(layers(model)) == 2
+    torch.testing.assert_close(model(ids, mask=mask)[mask], expected, rtol=1e-5, atol=1e-5)
+    model.train()(ids, mask=mask).square().mean().backward()
+    assert all(layer.pre_theta.grad.abs().max() > 0 for layer in layers(model))
+
+
 def test_plain_deepvit():
     torch.manual_seed(0)
     config = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "depth": 3, "num_heads": HEADS, "num_classes": 5}
@@ -217,6 +350,19 @@ def test_calibration_finds_the_statistics_of_the_maps():
     torch.testing.assert_close(norm.running_var, var)
     torch.testing.assert_close(norm.weight, (var + norm.eps).sqrt())
     torch.testing.assert_close(norm.bias, mean)
+
+
+def test_calibration_counts_what_is_visible():
+    """The same statistics from padded sequences as from each without its padding."""
+    masks = torch.arange(10) < torch.tensor([10, 6, 3, 8])[:, None, None, None]
+    padded = to_re_attention(vit(depth=1))
+    padded.forward = lambda x: padded[0].attn(x, attn_mask=masks)
+    calibrate(padded, tokens())
+    maps = [padded[0].attn.attention_maps(x[None], attn_mask=m)[0] for x, m in zip(tokens(), masks, strict=True)]
+    seen = torch.cat([m[..., :length].flatten(2) for m, length in zip(maps, [10, 6, 3, 8], strict=True)], -1)
+    norm = padded[0].attn.head_norm
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2), correction=0))
 
 
 def test_calibration_of_a_trained_model_moves_statistics_only():
@@ -358,11 +504,38 @@ def test_models_of_timm(name, options, norm):
     assert all(layer.theta.grad.abs().max() > 0 for layer in layers(model))
 
 
+def test_cait_of_timm():
+    """The same logits, and a step of training."""
+    torch.manual_seed(0)
+    model = import_timm().create_model("cait_xxs24_224", img_size=64, depth=3, num_classes=10, init_values=0.5).eval()
+    for block in model.blocks:  # far from uniform, and from each other
+        nn.init.normal_(block.attn.qkv.weight, std=0.2)
+        for part in (block.attn.proj_l, block.attn.proj_w):
+            nn.init.normal_(part.weight, std=0.5)
+            nn.init.normal_(part.bias)
+    images = torch.randn(2, 3, 64, 64)
+    expected, original = model(images), copy.deepcopy(model.state_dict())
+    to_re_attention(model, norm=None)
+    assert len(layers(model)) == 3
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    model.load_state_dict(original)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(model(images), torch.tensor([1, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(layer.pre_theta.grad.abs().max() > 0 for layer in layers(model))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("eva02_tiny_patch14_224", r"blocks.0.attn and 11 more \(EvaAttention\): its forward takes rope"),
-        ("cait_xxs24_224", r"\(TalkingHeadAttn\): it holds proj_l, proj_w; .* \(ClassAttn\): it holds k, q, v"),
         ("xcit_nano_12_p16_224", r"blocks.0.attn and 11 more \(XCA\): it holds temperature"),
         ("beit_base_patch16_224", r"\(Attention\): its forward takes shared_rel_pos_bias"),
         ("vit_relpos_small_patch16_224", r"\(RelPosAttention\): its forward takes shared_rel_pos"),

@@ -172,6 +172,17 @@ def test_options_reach_every_attention():
     assert model(images()).shape == (2, 5)
 
 
+def test_mixing_before_the_softmax():
+    model = tiny(norm="layer", pre_mix=True, num_heads_out=8, re_attention_blocks=[0, 1])
+    assert [getattr(block.attn, "num_heads_out", None) for block in model.blocks][:2] == [8, 8]
+    logits = model(images())
+    logits.sum().backward()
+    assert all(block.attn.pre_theta.grad.abs().max() > 0 for block in model.blocks[:2])
+    assert all(block.attn.theta is None for block in tiny(post_mix=False).blocks)
+    # As every theta, it keeps what its layer draws.
+    assert model.blocks[0].attn.pre_theta.std() > 0.1
+
+
 def test_initialisation():
     model = DeepViT(img_size=64, embed_dim=192, depth=2, num_heads=12, conv_stem=True)
     tables = [model.cls_token, model.pos_embed]

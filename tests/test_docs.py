@@ -10,4 +10,4 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_identities_of_the_operator() -> None:
     check = subprocess.run([sys.executable, ROOT / "docs" / "math_check.py"], capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
-    assert check.stdout.count("all gradients agree") == 8
+    assert check.stdout.count("all gradients agree") == 16

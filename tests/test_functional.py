@@ -129,7 +129,7 @@ INVALID = [
         ValueError,
         "key must hold at least one position, got (2, 3, 0, 4)",
     ),
-    ({"theta": None}, TypeError, "theta must be a Tensor, got NoneType"),
+    ({"theta": 1.0}, TypeError, "theta must be a Tensor, got float"),
     ({"theta": torch.eye(4)}, ValueError, "theta must have shape (3, 3) to match query's 3 heads, got (4, 4)"),
     (
         {"theta": torch.eye(3, dtype=torch.int32)},

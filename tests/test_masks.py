@@ -119,13 +119,14 @@ def test_parity(kind, mode, sizes, dtype, backend, device):
     assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device), backend)
 
 
-def definition(problem):
-    """What the operator is with a mask, in float64, term by term."""
+def definition(problem, scores=None):
+    """What the operator is with a mask, in float64, term by term; of other scores than query and key give."""
     t, options = problem.tensors, problem.options
     query, key, value, theta = (t[name] for name in ("query", "key", "value", "theta"))
     shape = (*query.shape[:3], key.shape[2])
     visible = torch.ones(shape, dtype=torch.bool)
-    scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[3] ** -0.5
+    if scores is None:
+        scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[3] ** -0.5
     mask = t["attn_mask"]
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
@@ -137,7 +138,8 @@ def definition(problem):
     weights = scores.exp() * visible
     maps = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     mixed = torch.einsum("bhij,hg->bijg", maps, theta) + t["bias"]
-    seen = visible.movedim(1, 3)
+    # Where theta makes another number of heads, all of them see the same.
+    seen = visible.movedim(1, 3) if mixed.shape[3] == shape[1] else visible[:, 0, ..., None]
     if options["norm"] == "layer":
         mixed = F.layer_norm(mixed, mixed.shape[-1:], t["norm_weight"], t["norm_bias"])
     elif options["norm"] == "batch":

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from parity import BACKENDS
+from talking_heads import CaitAttention, SeparateAttention
 from torch import einsum, nn
 
 from reattn import ReAttention
@@ -291,6 +292,94 @@ def test_upstream_layout_loads_strictly_inside_a_parent(form):
         assert_near(block["attn"](tokens()), theirs["attn"](tokens()))
 
 
+MIXING = {
+    "cait": (CaitAttention, {"qkv_bias": True, "pre_mix": True}),
+    "x-transformers": (
+        SeparateAttention,
+        {"pre_mix": True, "pre_bias": False, "theta_bias": False, "proj_bias": False},
+    ),
+    "x-transformers-before": (
+        lambda: SeparateAttention(post_talking_heads=False),
+        {"pre_mix": True, "pre_bias": False, "post_mix": False, "proj_bias": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", MIXING)
+def test_talking_heads(form, device):
+    """The same output, maps and gradients with the weights of an implementation that mixes before the softmax."""
+    upstream_class, options = MIXING[form]
+    upstream = randomize(upstream_class()).to(device)
+    ours = ReAttention(DIM, HEADS, norm=None, **options, device=device)
+    ours.load_state_dict(upstream.state_dict())
+    inputs = [tokens(device).requires_grad_() for _ in range(2)]
+    outputs = [module(x) for module, x in zip((upstream, ours), inputs, strict=True)]
+    assert_near(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    assert_near(*(x.grad for x in inputs))
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+    if form == "cait":
+        assert_near(ours.pre_theta.grad, upstream.proj_l.weight.grad.t())
+        assert_near(ours.theta.grad, upstream.proj_w.weight.grad.t())
+        for found, expected in zip(
+            ours.attention_maps(tokens(device)), (upstream.softmax_maps, upstream.mixed_maps), strict=True
+        ):
+            assert_near(found, expected.detach())
+
+
+EXTENDED = {
+    "pre": {"pre_mix": True},
+    "pre-alone": {"pre_mix": True, "pre_bias": False, "post_mix": False},
+    "no-mixing": {"post_mix": False, "theta_bias": True},
+    "more-heads": {"pre_mix": True, "num_heads_out": 5, "gated": True, "scale_norm": True},
+    "fewer-heads": {"num_heads_out": 2},
+}
+
+
+@norms
+@pytest.mark.parametrize("extension", EXTENDED)
+def test_extended_mixing(extension, norm):
+    """Copied, saved and loaded, reset, under autocast, with a mask; every parameter learns."""
+    options = {"norm": norm, "qk_norm": True, **EXTENDED[extension]}
+    module = randomize(ReAttention(DIM, HEADS, **options)).eval()
+    heads_out = EXTENDED[extension].get("num_heads_out", HEADS)
+    expected = module(tokens())
+    assert expected.shape == (2, SEQLEN, DIM)
+    maps = module.attention_maps(tokens())
+    assert [m.shape[1] for m in maps] == [HEADS, heads_out]
+    values = module.project(tokens())[2]
+    merged = module.norm((maps[1] @ values).transpose(1, 2).flatten(2))
+    assert_near(module.proj(merged if module.gate is None else merged * module.gate(tokens()).sigmoid()), expected)
+
+    loaded = ReAttention(DIM, HEADS, **options)
+    loaded.load_state_dict(module.state_dict())
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded.eval()):
+        torch.testing.assert_close(copied(tokens()), expected, rtol=0, atol=0)
+    causal = copied(tokens(), is_causal=True)
+    other = torch.cat([tokens()[:, :-1], tokens(seed=1)[:, -1:]], 1)
+    torch.testing.assert_close(copied(other, is_causal=True)[:, :-1], causal[:, :-1])
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        copied.train()(tokens()).float().square().sum().backward()
+    for name, parameter in copied.named_parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+    before = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
+    copied.reset_parameters()
+    drawn = [name for name in before if name.startswith(("theta", "pre_"))]
+    assert all(not torch.equal(copied.state_dict()[name], before[name]) for name in drawn)
+
+
+def test_extended_mixing_is_compiled_and_exported():
+    for options in EXTENDED.values():
+        module = ReAttention(DIM, HEADS, norm="layer", **options).eval()
+        expected = module(tokens())
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens()), expected)
+        exported = torch.export.export(module, (tokens(),)).module()
+        torch.testing.assert_close(exported(tokens()), expected)
+
+
 def test_upstream_layout_that_does_not_fit_is_named():
     state_dict = Official().state_dict()
     state_dict["var_norm.surplus"] = torch.zeros(1)
@@ -372,6 +461,10 @@ def test_theta_initialisation():
     normal = ReAttention(256, 256, theta_init="normal")
     torch.testing.assert_close(normal.theta.std(), torch.tensor(1.0), rtol=0.05, atol=0)
     assert not identity.theta_bias.any() and not normal.theta_bias.any()
+    before = ReAttention(256, 256, theta_init="identity", pre_mix=True)
+    torch.testing.assert_close((before.pre_theta - torch.eye(256)).std(), torch.tensor(0.01), rtol=0.05, atol=0)
+    assert not before.pre_bias.any() and not torch.equal(before.theta, before.pre_theta)
+    assert ReAttention(256, 256, pre_mix=True).pre_theta.abs().max() <= bound
 
 
 @pytest.mark.parametrize(("norm", "default"), [("batch", True), ("layer", False), (None, True)])
@@ -421,6 +514,9 @@ def test_representation():
     expected = "num_heads=3, head_dim=8, norm='batch', output_scale=0.5, backend='reference'"
     assert module.extra_repr() == expected
     assert expected in repr(module)
+    module = ReAttention(DIM, HEADS, norm=None, pre_mix=True, num_heads_out=6)
+    assert module.extra_repr().endswith("output_scale=1, pre_mix=True, num_heads_out=6, backend='auto'")
+    assert "post_mix=False" in ReAttention(DIM, HEADS, post_mix=False).extra_repr()
 
 
 def test_device_and_dtype(device):
@@ -451,6 +547,7 @@ def test_autocast(norm, backend, device):
         ({"num_heads": 5}, "dim must be a multiple of num_heads=5 unless attn_head_dim is given, got 24"),
         ({"attn_drop": 1.0}, "attn_drop must be in [0, 1), got 1.0"),
         ({"proj_drop": -0.5}, "proj_drop must be in [0, 1), got -0.5"),
+        ({"post_mix": False, "num_heads_out": 5}, "num_heads_out must be num_heads=3 with post_mix=False, got 5"),
     ],
 )
 def test_errors(options, message):

@@ -49,7 +49,8 @@ def feature_maps(
         index -> :class:`FeatureMaps`, in the order of the blocks.
 
     Raises:
-        ValueError: a block is not there, the grid or the values are not known, or as :func:`visit_blocks`.
+        ValueError: a block is not there, the grid or the values are not known, mixing changes the number of heads, or
+            as :func:`visit_blocks`.
     """
     wanted = None if blocks is None else set(blocks)
     features: dict[int, FeatureMaps] = {}
@@ -69,7 +70,13 @@ def feature_maps(
 
 def block_features(block: AttentionBlock, kind: MapKind) -> Tensor:
     """Maps times values with the heads merged: ``(batch, seqlen, heads * head_dim)``."""
-    return (block.maps(kind) @ block.values()).transpose(1, 2).flatten(2)
+    maps, values = block.maps(kind), block.values()
+    if maps.shape[1] != values.shape[1]:
+        raise ValueError(
+            f"{kind} maps of {block.name} must have a head for each of the values' {values.shape[1]}, "
+            f"got {maps.shape[1]}"
+        )
+    return (maps @ values).transpose(1, 2).flatten(2)
 
 
 def token_similarity(features: Tensor) -> Tensor:

@@ -71,6 +71,16 @@ def no_masks(problem: Problem) -> list[str]:
     return ["does not take attn_mask or is_causal"] * problem.masked
 
 
+def mixes_beyond(problem: Problem) -> list[str]:
+    """Every reason of a backend that mixes after the softmax alone, into as many heads as there were."""
+    reasons = []
+    if problem.pre_mixed:
+        reasons.append("does not mix before the softmax (pre_theta)")
+    if problem.heads_out not in (None, problem.heads):
+        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
+    return reasons
+
+
 def empty_heads_last(like: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
     dtype of ``like``."""

@@ -44,7 +44,8 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
+    return reasons + common.mixes_beyond(problem)
 
 
 def instruction_set() -> str:

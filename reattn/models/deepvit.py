@@ -348,6 +348,7 @@ class DeepViT(nn.Module):
         norm: the norm of the mixed maps, "batch", "layer" or None.
         output_scale: factor of the normalised maps.
         theta_init: initialisation of theta, see :class:`ReAttention`.
+        pre_mix, post_mix, num_heads_out: which mixings there are, and to how many heads, see :class:`ReAttention`.
         residual_scale: the ``s`` of ``x + attn(LN(x * s)) / s``, in plain blocks too.
         conv_stem: embed patches by the official three-layer stem.
         patch_norm: LayerNorm before and after the patch embedding, as in vit_pytorch.
@@ -392,6 +393,9 @@ class DeepViT(nn.Module):
         norm: Literal["batch", "layer"] | None = "batch",
         output_scale: float = 1.0,
         theta_init: Literal["conv", "identity", "normal"] = "conv",
+        pre_mix: bool = False,
+        post_mix: bool = True,
+        num_heads_out: int | None = None,
         residual_scale: float = 1.0,
         conv_stem: bool = False,
         patch_norm: bool = False,
@@ -450,7 +454,16 @@ class DeepViT(nn.Module):
         def build_attention(index: int) -> nn.Module:
             if index not in re_attention:
                 return SelfAttention(**shared)
-            return ReAttention(norm=norm, output_scale=output_scale, theta_init=theta_init, backend=backend, **shared)
+            return ReAttention(
+                norm=norm,
+                output_scale=output_scale,
+                theta_init=theta_init,
+                pre_mix=pre_mix,
+                post_mix=post_mix,
+                num_heads_out=num_heads_out,
+                backend=backend,
+                **shared,
+            )
 
         self.blocks = nn.ModuleList(
             Block(
