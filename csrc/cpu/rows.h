@@ -72,6 +72,20 @@ inline void store_row(Dtype dtype, char* to, int64_t stride, int64_t size, const
   }
 }
 
+// Of whole vectors.
+inline bool is_finite(const float* row, int64_t size) {
+  Vec zeros{};
+  for (int64_t i = 0; i < size; i += kLanes) zeros += load(row + i) * 0.0f;
+  return sum(zeros) == 0;
+}
+
+inline bool is_finite_row(Dtype dtype, const char* from, int64_t stride, int64_t size) {
+  float row[128 + kLanes];
+  const int64_t padded = round_up(size, kLanes);
+  load_row(dtype, from, stride, size, row, padded);
+  return is_finite(row, padded);
+}
+
 // to[c, r] = from[r, c]; rows and columns in fours, as their padding allows.
 inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r += 4)
