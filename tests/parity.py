@@ -180,7 +180,8 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
         rows, columns = rows.sort().values, columns.sort().values
     orders = dict.fromkeys(("query", "output"), (None, heads, rows, dims))
     orders |= dict.fromkeys(("key", "value"), (None, heads, columns, dims)) | {"theta": (heads, heads)}
-    orders["attn_mask"] = (None, heads, rows, columns)
+    if (mask := problem.tensors.get("attn_mask")) is not None:
+        orders["attn_mask"] = (None, heads, rows, columns)[-mask.ndim :]
 
     def reordered(tensor: Tensor, order: tuple[Tensor | None, ...]) -> Tensor:
         for dim, permutation in enumerate(order):
