@@ -372,8 +372,8 @@ class Block {
       const int64_t end = span_.vecs * kLanes;
       if (masked_)
         for (int64_t i = 0; i < end; i += kLanes) {
-          const Vec whole = dropped ? vec(undropped + i) : vec(probs + i);
-          const Vec grad = vec(probs + i) * vec(grad_probs + i) - whole * along;
+          const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
+          const Vec grad = dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along);
           put(grad_probs + i, is_visible(vec(terms(h) + i)) ? grad : Vec{});
           E::store(grad_scores + i, vec(grad_probs + i) * scale);
         }
@@ -428,7 +428,7 @@ class Block {
     for (int64_t h = 0; h < (ld_terms_ > 0 ? heads_ : 1); h++)
       for (int64_t i = 0; i < keys_; i++)
         if (terms(h)[i] != 0) return true;
-    return span_.vecs * kLanes > keys_ && end_key_ < p_.seqlen_k;
+    return false;
   }
 
   // What makes probabilities of the scores, which are products, or exponents where a mask was applied.
