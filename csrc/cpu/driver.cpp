@@ -237,7 +237,7 @@ class Run {
 
   const Plan& plan() const { return job_.plan; }
 
-  // sums: numbers that a unit leaves; values: sums of the values are wanted, and no key is hidden.
+  // sums: numbers that a unit leaves; values: sums of the values are wanted, and all queries see the same.
   void run(int64_t sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
@@ -289,10 +289,10 @@ class Run {
     if (!grad_masks_.empty()) add_up_grad_masks();
   }
 
-  // With a mask: the sums of the values that queries see.
+  // Where queries see different keys: the sums of the values that each sees.
   void sum_seen_values() const {
     const Problem& p = job_.problem;
-    parallel_for(threads_, p.batch * p.heads * ceil_div(p.value_rows, kernels_.stretch),
+    parallel_for(threads_, p.batch * p.heads * ceil_div(p.seqlen, kernels_.stretch),
                  [&](int, int64_t unit) { kernels_.sum_values(job_, unit); });
   }
 
@@ -360,12 +360,13 @@ void run_forward(const Call& call) {
   const Problem& p = call.problem;
   const Parameters& parameters = call.parameters;
   const Folded folded(call, false);
-  const bool sums = folded.mixing.sum_maps, masked = p.mask.any();
+  const bool sums = folded.mixing.sum_maps;
   std::vector<double> found(size_t(3 * p.heads));
   if (p.batch * p.seqlen > 0) {
     Run run(call, folded.mixing, false);
-    run.run(sums ? 3 * p.heads : 0, sums && !masked, ceil_div(p.seqlen, run.plan().block_rows), call.kernels->forward);
-    if (sums && masked) run.sum_seen_values();
+    run.run(sums ? 3 * p.heads : 0, sums && p.value_rows == 1, ceil_div(p.seqlen, run.plan().block_rows),
+            call.kernels->forward);
+    if (sums && p.value_rows > 1) run.sum_seen_values();
     if (sums) found = run.sums();
   } else if (sums) {
     std::fill_n(p.value_sum, p.batch * p.heads * p.value_rows * p.head_dim, 0.0f);

@@ -17,6 +17,9 @@ namespace REATTN_ISA {
 // Keys that are packed and reduced as a unit: whole panels of any instruction set.
 constexpr int64_t kStretch = 48;
 static_assert(kStretch % kPanel == 0 && kStretch % 16 == 0);
+// Of these, keys whose gradients are summed at a time.
+constexpr int64_t kColumns = 16;
+static_assert(kColumns % kLanes == 0);
 
 // The sum of the values that a query sees.
 inline float* value_sum(const Problem& p, int64_t sample, int64_t head, int64_t row) {
@@ -399,9 +402,9 @@ class Block {
       add_columns(s_.grads, s_.grads_t, s_.maps, h, grad_value + at, first);
     }
   }
-  // To these rows, the first, all keys from end_key on are hidden.
-  void clear_grad_columns(float* grad_key, float* grad_value) {
-    const int64_t begin = round_up(end_key_, kLanes), size = (plan_.keys - begin) * int64_t(sizeof(float));
+  // To these rows, the first, the keys from end_key on are hidden; later ones may see those before end.
+  void clear_grad_columns(float* grad_key, float* grad_value, int64_t end) {
+    const int64_t begin = round_up(end_key_, kLanes), size = (end - begin) * int64_t(sizeof(float));
     for (int64_t i = 0; size > 0 && i < heads_ * p_.head_dim; i++) {
       std::memset(grad_key + i * plan_.ld_keys + begin, 0, size_t(size));
       std::memset(grad_value + i * plan_.ld_keys + begin, 0, size_t(size));
@@ -760,28 +763,70 @@ void forward(const Job& job, int64_t index, char* memory) {
   block.store_outs(job.problem.out);
 }
 
-// Sums of the values that queries see: of one sample and head, for some queries, or for all at once if they see the
-// same.
+// Some queries of one sample and head whose values are summed together.
+struct Queries {
+  int64_t sample, head, first, end;
+
+  Queries(const Problem& p, int64_t index) {
+    const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch;
+    sample = index / stretches / p.heads;
+    head = index / stretches % p.heads;
+    first = index % stretches * kStretch;
+    end = smaller(first + kStretch, p.seqlen);
+  }
+};
+
+// Sums of the values up to each query's own position, of those keys that no query is to see left out.
+void sum_values_so_far(const Problem& p, const Mask& mask, const Queries& queries) {
+  const int64_t padded = round_up(p.head_dim, kLanes), end = smaller(queries.end, p.seqlen_k);
+  float terms[kStretch], row[128 + kLanes], so_far[128 + kLanes] = {}, sums[128 + kLanes] = {};
+  for (int64_t key = 0; key < end; key++) {
+    const int64_t at = key % kStretch;
+    if (at == 0) {
+      mask.load_terms(queries.sample, queries.head, p.seqlen_k, key, smaller(kStretch, end - key), terms);
+      for (int64_t d = 0; d < padded; d += kLanes) store(so_far + d, load(so_far + d) + load(sums + d));
+      std::memset(sums, 0, sizeof sums);
+    }
+    if (terms[at] != -kInfinity) {
+      const char* value = row_of(p.value, p.dtype, queries.sample, queries.head, key);
+      load_row(p.dtype, value, p.value.dim, p.head_dim, row, padded);
+      for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+    }
+    // The last key is seen by all queries behind it, too.
+    const int64_t last = key == p.seqlen_k - 1 ? queries.end : key + 1;
+    for (int64_t r = key > queries.first ? key : queries.first; r < last; r++) {
+      float* to = value_sum(p, queries.sample, queries.head, r);
+      for (int64_t d = 0; d < p.head_dim; d++) to[d] = so_far[d] + sums[d];
+    }
+  }
+}
+
+// Sums of the values that each query sees.
 void sum_values(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Mask mask(p);
-  const int64_t stretches = (p.value_rows + kStretch - 1) / kStretch, first = index % stretches * kStretch,
-                rows = smaller(kStretch, p.value_rows - first), head = index / stretches % p.heads,
-                sample = index / stretches / p.heads, padded = round_up(p.head_dim, kLanes);
+  const Queries queries(p, index);
+  if (p.mask.causal && !mask.given_by_row()) return sum_values_so_far(p, mask, queries);
+  const int64_t rows = queries.end - queries.first, padded = round_up(p.head_dim, kLanes),
+                end = p.mask.causal ? smaller(queries.end, p.seqlen_k) : p.seqlen_k;
   float seen[kStretch * kStretch], values[kStretch * (128 + kLanes)], sums[kStretch * (128 + kLanes)];
-  const int64_t end = p.mask.causal ? smaller(first + rows, p.seqlen_k) : p.seqlen_k;
   for (int64_t key = 0; key < end; key += kStretch) {
     const int64_t keys = smaller(kStretch, end - key);
-    float ones[kStretch];  // NaN for values that are not finite, which are taken for zeros
+    float ones[kStretch];
     for (int64_t j = 0; j < keys; j++) {
-      float* value = values + j * padded;
-      load_row(p.dtype, row_of(p.value, p.dtype, sample, head, key + j), p.value.dim, p.head_dim, value, padded);
-      ones[j] = is_finite(value, padded) ? 1.0f : kNaN;
-      if (ones[j] != 1) std::memset(value, 0, size_t(padded) * sizeof(float));
+      const char* value = row_of(p.value, p.dtype, queries.sample, queries.head, key + j);
+      load_row(p.dtype, value, p.value.dim, p.head_dim, values + j * padded, padded);
+      ones[j] = 1;
     }
+    // What is not finite is taken for zeros, and is NaN where it is seen.
+    for (int64_t j = 0; !is_finite(values, keys * padded) && j < keys; j++)
+      if (!is_finite(values + j * padded, padded)) {
+        std::memset(values + j * padded, 0, size_t(padded) * sizeof(float));
+        ones[j] = kNaN;
+      }
     for (int64_t r = 0; r < rows; r++) {
       float* row = seen + r * kStretch;
-      mask.load_terms(sample, head, first + r, key, keys, row);
+      mask.load_terms(queries.sample, queries.head, queries.first + r, key, keys, row);
       for (int64_t j = 0; j < keys; j += kLanes) store(row + j, is_visible(load(row + j)) ? load(ones + j) : Vec{});
     }
     if (key == 0)
@@ -790,7 +835,8 @@ void sum_values(const Job& job, int64_t index) {
       product<Order::kRows, Start::kAccumulate>(rows, padded, keys, seen, kStretch, values, padded, sums, padded);
   }
   for (int64_t r = 0; r < rows; r++)
-    std::memcpy(value_sum(p, sample, head, first + r), sums + r * padded, size_t(p.head_dim) * sizeof(float));
+    std::memcpy(value_sum(p, queries.sample, queries.head, queries.first + r), sums + r * padded,
+                size_t(p.head_dim) * sizeof(float));
 }
 
 // out = slope out + level value_sum, for some rows of one sample and all heads.
@@ -812,6 +858,12 @@ void finish(const Job& job, int64_t index) {
       store_row(p.dtype, out, p.out.dim, p.head_dim, row);
     }
   }
+}
+
+// The keys, to whole vectors, to which a group has gradients: with a causal mask it sees none behind its last query.
+int64_t end_of_columns(const Job& job, int64_t group) {
+  return job.problem.mask.causal ? smaller(round_up(job.plan.group_ends[group], kColumns), job.plan.keys)
+                                 : job.plan.keys;
 }
 
 template <class E>
@@ -852,7 +904,7 @@ void backward(const Job& job, int64_t index, char* memory) {
           block.multiply_keys();
         }
       }
-      if (row == first) block.clear_grad_columns(grad_key, grad_value);
+      if (row == first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, group));
       block.store_outs(p.grad_query);
     }
   }
@@ -929,10 +981,14 @@ void pack(const Job& job, int64_t index, bool backward) {
     }
   if (!job.work.value_sums) return;
   const int64_t padded = round_up(p.head_dim, kLanes), sample = job.first + stretch.sample;
-  float row[128 + kLanes], sums[128 + kLanes];
+  const Mask mask(p);
+  float row[128 + kLanes], sums[128 + kLanes], terms[kStretch];
   for (int64_t h = 0; h < p.heads; h++) {
     std::memset(sums, 0, sizeof sums);
-    for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key++) {
+    const int64_t end = smaller(stretch.end, p.seqlen_k);
+    if (p.mask.any()) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
+    for (int64_t key = stretch.first; key < end; key++) {
+      if (p.mask.any() && terms[key - stretch.first] == -kInfinity) continue;
       load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);
       for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
     }
@@ -948,12 +1004,14 @@ void reduce(const Job& job, int64_t index) {
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
   const int64_t group_size = p.heads * p.head_dim * plan.ld_keys, padded = round_up(p.head_dim, 4);
-  constexpr int64_t kColumns = 16;
   float sums[128 * kColumns], rows[kColumns * 128];
   std::memset(sums, 0, sizeof sums);
   const float* sources[] = {job.work.grad_key, job.work.grad_value};
   const Tensor targets[] = {p.grad_key, p.grad_value};
-  for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns)
+  for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns) {
+    int64_t first_group = 0;
+    while (first_group < plan.groups - 1 && end_of_columns(job, first_group) <= key) first_group++;
+    const bool seen = key < end_of_columns(job, first_group);
     for (int which = 0; which < 2; which++)
       for (int64_t h = 0; h < p.heads; h++) {
         const float* source =
@@ -961,8 +1019,9 @@ void reduce(const Job& job, int64_t index) {
         for (int64_t d = 0; d < p.head_dim; d++)
           for (int64_t i = 0; i < kColumns; i += kLanes) {
             const float* from = source + d * plan.ld_keys + i;
-            Vec total = load(from);
-            for (int64_t group = 1; group < plan.groups; group++) total += load(from + group * group_size);
+            Vec total = seen ? load(from + first_group * group_size) : Vec{};
+            for (int64_t group = first_group + 1; group < plan.groups; group++)
+              total += load(from + group * group_size);
             store(sums + d * kColumns + i, total);
           }
         transpose(sums, kColumns, padded, kColumns, rows, padded);
@@ -970,6 +1029,7 @@ void reduce(const Job& job, int64_t index) {
           store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i),
                     targets[which].dim, p.head_dim, rows + i * padded);
       }
+  }
 }
 
 // Sums of grad * out and of grad * value_sum, for one head of one sample.

@@ -108,7 +108,7 @@ struct Kernels {
   size_t (*scratch_bytes)(const Job&, bool backward);
   void (*pack)(const Job&, int64_t unit, bool backward);      // samples * stretches of keys
   void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums by head: A, A^2, 1
-  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches of value_rows
+  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches of queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
   void (*grad_sums)(const Job&, int64_t unit);                // batch * heads
   void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups

@@ -39,9 +39,10 @@ class Mask {
   explicit Mask(const Problem& p) : mask_(p.mask), dtype_(p.dtype) {}
 
   bool by_head() const { return mask_.kind != MaskKind::kNone && mask_.tensor.head != 0; }
+  bool given_by_row() const { return mask_.kind != MaskKind::kNone && mask_.tensor.row != 0; }
   // Whether the terms of these keys differ between queries from first_row on.
   bool by_row(int64_t first_row, int64_t last_key) const {
-    return (mask_.kind != MaskKind::kNone && mask_.tensor.row != 0) || (mask_.causal && last_key > first_row);
+    return given_by_row() || (mask_.causal && last_key > first_row);
   }
 
   // To whole vectors: what stands beyond the keys is hidden.
@@ -75,7 +76,7 @@ class Mask {
   // The keys up to the last one that any of the queries before end_row sees, or some more.
   int64_t last_key(const Problem& p, int64_t sample, int64_t end_row) const {
     int64_t end = mask_.causal ? smaller(end_row, p.seqlen_k) : p.seqlen_k;
-    if (mask_.kind == MaskKind::kNone || mask_.tensor.row != 0) return end;
+    if (mask_.kind == MaskKind::kNone || given_by_row()) return end;
     while (end > 0 && !sees(sample, 0, by_head() ? p.heads : 1, end_row - 1, (end - 1) / kPiece * kPiece, end))
       end = (end - 1) / kPiece * kPiece;
     return end;
