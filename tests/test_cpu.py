@@ -193,6 +193,14 @@ def test_masks_of_long_rows(mode, shape, is_causal):
     assert_parity(masked(problem, shape, is_causal), "cpu")
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_that_are_expanded(is_causal):
+    """One row for all queries, whose gradient has rows all the same."""
+    problem = masked(make_problem("batch-training"), (2, 1, 1, 17), is_causal)
+    mask = problem["attn_mask"].expand(2, 3, 17, 17)
+    assert_parity(problem.with_tensors(attn_mask=mask), "cpu")
+
+
 def test_masks_of_several_waves():
     problem = make_problem("layer", heads=32, seqlen=5, seqlen_k=160, batch=5, head_dim=128)
     assert_parity(masked(problem, (1, 32, 5, 160)), "cpu")

@@ -292,7 +292,7 @@ class Run {
   // Where queries see different keys: the sums of the values that each sees.
   void sum_seen_values() const {
     const Problem& p = job_.problem;
-    parallel_for(threads_, p.batch * p.heads * ceil_div(p.seqlen, kernels_.stretch),
+    parallel_for(threads_, p.batch * p.heads * stretches_of_queries(p, kernels_.stretch),
                  [&](int, int64_t unit) { kernels_.sum_values(job_, unit); });
   }
 

@@ -763,27 +763,27 @@ void forward(const Job& job, int64_t index, char* memory) {
   block.store_outs(job.problem.out);
 }
 
-// Some queries of one sample and head whose values are summed together.
+// Some queries of one sample and head.
 struct Queries {
   int64_t sample, head, first, end;
 
   Queries(const Problem& p, int64_t index) {
-    const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch;
+    const int64_t stretches = stretches_of_queries(p, kStretch), stretch = index % stretches;
     sample = index / stretches / p.heads;
     head = index / stretches % p.heads;
-    first = index % stretches * kStretch;
-    end = smaller(first + kStretch, p.seqlen);
+    first = stretch * kStretch;
+    end = stretch == stretches - 1 ? p.seqlen : first + kStretch;
   }
 };
 
-// Sums of the values up to each query's own position, of those keys that no query is to see left out.
+// Sums of the values up to each query's own position, or of all, where the mask has one row for all queries.
 void sum_values_so_far(const Problem& p, const Mask& mask, const Queries& queries) {
-  const int64_t padded = round_up(p.head_dim, kLanes), end = smaller(queries.end, p.seqlen_k);
+  const int64_t padded = round_up(p.head_dim, kLanes);
   float terms[kStretch], row[128 + kLanes], so_far[128 + kLanes] = {}, sums[128 + kLanes] = {};
-  for (int64_t key = 0; key < end; key++) {
+  for (int64_t key = 0; key < p.seqlen_k; key++) {
     const int64_t at = key % kStretch;
     if (at == 0) {
-      mask.load_terms(queries.sample, queries.head, p.seqlen_k, key, smaller(kStretch, end - key), terms);
+      mask.load_terms(queries.sample, queries.head, p.seqlen_k, key, smaller(kStretch, p.seqlen_k - key), terms);
       for (int64_t d = 0; d < padded; d += kLanes) store(so_far + d, load(so_far + d) + load(sums + d));
       std::memset(sums, 0, sizeof sums);
     }
@@ -792,9 +792,9 @@ void sum_values_so_far(const Problem& p, const Mask& mask, const Queries& querie
       load_row(p.dtype, value, p.value.dim, p.head_dim, row, padded);
       for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
     }
-    // The last key is seen by all queries behind it, too.
-    const int64_t last = key == p.seqlen_k - 1 ? queries.end : key + 1;
-    for (int64_t r = key > queries.first ? key : queries.first; r < last; r++) {
+    // All queries that see the last key see the same.
+    const int64_t first = p.mask.causal ? key : 0, end = key == p.seqlen_k - 1 ? p.seqlen : p.mask.causal ? key + 1 : 0;
+    for (int64_t r = first; r < smaller(end, p.seqlen); r++) {
       float* to = value_sum(p, queries.sample, queries.head, r);
       for (int64_t d = 0; d < p.head_dim; d++) to[d] = so_far[d] + sums[d];
     }
@@ -806,7 +806,7 @@ void sum_values(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Mask mask(p);
   const Queries queries(p, index);
-  if (p.mask.causal && !mask.given_by_row()) return sum_values_so_far(p, mask, queries);
+  if (!mask.given_by_row()) return sum_values_so_far(p, mask, queries);
   const int64_t rows = queries.end - queries.first, padded = round_up(p.head_dim, kLanes),
                 end = p.mask.causal ? smaller(queries.end, p.seqlen_k) : p.seqlen_k;
   float seen[kStretch * kStretch], values[kStretch * (128 + kLanes)], sums[kStretch * (128 + kLanes)];

@@ -24,7 +24,7 @@ struct MaskTensor {
   int64_t sizes[4];
   float* grad;  // contiguous; null where it is not wanted
 
-  bool any() const { return kind != MaskKind::kNone || causal; }
+  constexpr bool any() const { return kind != MaskKind::kNone || causal; }
 };
 
 // A call: names and meaning are those of reattn.backends.contract. Pointers that a direction has no use for are null.
@@ -108,12 +108,17 @@ struct Kernels {
   size_t (*scratch_bytes)(const Job&, bool backward);
   void (*pack)(const Job&, int64_t unit, bool backward);      // samples * stretches of keys
   void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums by head: A, A^2, 1
-  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches of queries
+  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
   void (*grad_sums)(const Job&, int64_t unit);                // batch * heads
   void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
+
+// Parts of the queries for which the values that they see are summed.
+constexpr int64_t stretches_of_queries(const Problem& p, int64_t stretch) {
+  return p.mask.tensor.row != 0 ? (p.seqlen + stretch - 1) / stretch : 1;
+}
 
 // Sums that the backward pass leaves: P dA by pairs of heads; by head dA, dN A and dN.
 inline constexpr int64_t gradient_sums(int64_t heads) { return (heads + 3) * heads; }
