@@ -178,11 +178,11 @@ class Block {
   // Continues each row's maximum and sum over this stretch of keys.
   void continue_lse(bool first) {
     for (int64_t r = 0; r < rows_; r++) {
-      apply_mask(r);
+      if (by_row_) load_terms(r);
       for (int64_t h = 0; h < heads_; h++) {
         float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
-        const float* scores = row(s_.maps, h, r);
-        const float most = exponents().largest(scores, span_);
+        float* scores = row(s_.maps, h, r);
+        const float most = largest_exponent(h, scores);
         const float next = first || most > largest ? most : largest;
         // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are
         // NaN.
@@ -201,17 +201,17 @@ class Block {
 
   // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
-    apply_mask(r);
+    if (by_row_) load_terms(r);
     for (int64_t h = 0; h < heads_; h++) {
-      const float* scores = row(s_.maps, h, r);
+      float* scores = row(s_.maps, h, r);
       float* probs = s_.probs + h * plan_.ld_block;
       if (lse_known) {
+        if (masked_) products_.apply(terms(h), scores, span_);
         // Of a query that sees no key it is -infinity, and all maps are zero.
         const float shift = lse(h, r);
         exponents().exponentiate(scores, probs, span_, p_.mask.any() && shift == -kInfinity ? 0.0f : shift);
       } else {
-        const float largest = exponents().largest(scores, span_),
-                    shift = masked_ && largest == -kInfinity ? 0 : largest;
+        const float largest = largest_exponent(h, scores), shift = masked_ && largest == -kInfinity ? 0 : largest;
         exponents().exponentiate(scores, probs, span_, shift);
         s_.sums[h] = sum_row(probs, span_.vecs);
         lse(h, r) = log_sum(h, r, shift, s_.sums[h]);
@@ -434,12 +434,11 @@ class Block {
     return false;
   }
 
-  // What makes probabilities of the scores, which are products, or exponents where a mask was applied.
+  // What makes probabilities of the scores: products, or exponents once a mask was applied.
   const Scores& exponents() const { return masked_ ? exponents_ : products_; }
-  void apply_mask(int64_t r) {
-    if (by_row_) load_terms(r);
-    if (!masked_) return;
-    for (int64_t h = 0; h < heads_; h++) products_.apply(terms(h), row(s_.maps, h, r), span_);
+  // Applies the mask.
+  float largest_exponent(int64_t h, float* scores) const {
+    return masked_ ? products_.apply(terms(h), scores, span_) : products_.largest(scores, span_);
   }
   // Zero where keys are hidden; maps of some keys of the row, ld apart by head.
   void hide(float* maps, int64_t ld, int64_t key, int64_t vecs) const {
@@ -936,7 +935,7 @@ void pack_spoilt(const Problem& p, const Tensor& t, const char* from, int64_t fi
       const char* row = from + r * t.row * size;
       char* target = four + r * row_bytes;
       for (int64_t d = 0; d < p.head_dim; d++) std::memcpy(target + d * size, row + d * t.dim * size, size_t(size));
-      const bool is_spoilt = !is_finite_row(p.dtype, row, t.dim, p.head_dim);
+      const bool is_spoilt = !are_finite(p.dtype, row, t.row, 1, t.dim, p.head_dim);
       if (is_spoilt) std::memset(target, fill, size_t(row_bytes));
       if (spoilt) spoilt[r] = is_spoilt;
     }
@@ -962,12 +961,10 @@ void pack(const Job& job, int64_t index, bool backward) {
     };
     for (int64_t key = panel; key < smaller(panel + kPanel, stretch.end); key += 4) {
       const char* from = row_of(t, p.dtype, job.first + stretch.sample, head, key);
-      bool finite = true;
-      for (int64_t r = 0; p.mask.any() && r < smaller(4, p.seqlen_k - key); r++)
-        finite = finite && is_finite_row(p.dtype, from + r * t.row * int64_t(bytes(p.dtype)), t.dim, p.head_dim);
       uint8_t* notes = spoilt ? spoilt + (stretch.sample * p.heads + head) * plan.keys + key : nullptr;
       if (notes) std::memset(notes, 0, 4);
-      if (finite)
+      const int64_t inside = smaller(4, p.seqlen_k - key);
+      if (!p.mask.any() || are_finite(p.dtype, from, t.row, inside, t.dim, p.head_dim))
         E::pack_four(p.dtype, from, t, key, p.seqlen_k, p.head_dim, plan, part(columns, column_size),
                      part(rows, row_size));
       else

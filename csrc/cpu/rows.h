@@ -79,11 +79,29 @@ inline bool is_finite(const float* row, int64_t size) {
   return sum(zeros) == 0;
 }
 
-inline bool is_finite_row(Dtype dtype, const char* from, int64_t stride, int64_t size) {
-  float row[128 + kLanes];
-  const int64_t padded = round_up(size, kLanes);
-  load_row(dtype, from, stride, size, row, padded);
-  return is_finite(row, padded);
+// Whether all of some rows is finite: nothing has all the bits of the exponent.
+template <class Words, class Word>
+inline bool are_finite(const char* from, int64_t row_bytes, int64_t rows, int64_t stride, int64_t size, Word exponent) {
+  Words found{};
+  bool found_one = false;
+  for (int64_t r = 0; r < rows; r++) {
+    const Word* row = reinterpret_cast<const Word*>(from + r * row_bytes);
+    int64_t i = 0;
+    for (; stride == 1 && i + kLanes <= size; i += kLanes)
+      found |= reinterpret_cast<Words>((load_as<Words>(row + i) & exponent) == exponent);
+    for (; i < size; i++) found_one |= (row[i * stride] & exponent) == exponent;
+  }
+  uint64_t parts[sizeof found / sizeof(uint64_t)], any = found_one;
+  std::memcpy(parts, &found, sizeof found);
+  for (uint64_t part : parts) any |= part;
+  return any == 0;
+}
+
+inline bool are_finite(Dtype dtype, const char* from, int64_t row_stride, int64_t rows, int64_t stride, int64_t size) {
+  const int64_t row_bytes = row_stride * int64_t(bytes(dtype));
+  if (dtype == Dtype::kFloat32) return are_finite<VecU, uint32_t>(from, row_bytes, rows, stride, size, 0x7f800000);
+  const uint16_t exponent = dtype == Dtype::kBFloat16 ? 0x7f80 : 0x7c00;
+  return are_finite<VecH, uint16_t>(from, row_bytes, rows, stride, size, exponent);
 }
 
 // to[c, r] = from[r, c]; rows and columns in fours, as their padding allows.

@@ -13,6 +13,12 @@ constexpr float kLog2e = 1.44269504088896340736f;
 // Where the terms of a mask do not hide.
 inline VecI is_visible(Vec terms) { return terms != broadcast(-kInfinity); }
 
+inline float largest_lane(Vec v) {
+  float result = v[0];
+  for (int lane = 1; lane < kLanes; lane++) result = v[lane] > result ? v[lane] : result;
+  return result;
+}
+
 // The largest of scores, or with kLargest false the smallest, to which padding does not count.
 template <bool kLargest>
 inline float extreme(const float* scores, Span span) {
@@ -27,10 +33,7 @@ inline float extreme(const float* scores, Span span) {
   if (i < span.vecs - 1) even = pick(load(scores + i * kLanes), even);
   const Vec last = load(scores + (span.vecs - 1) * kLanes);
   const Vec all = pick(pick(span.tail ? last : none, even), odd);
-  float result = all[0];
-  for (int lane = 1; lane < kLanes; lane++)
-    result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
-  return result;
+  return kLargest ? largest_lane(all) : -largest_lane(-all);
 }
 
 // What a mask adds to the exponents of one query with some keys: its terms, -infinity for a key that it hides.
@@ -114,12 +117,28 @@ class Scores {
  public:
   explicit Scores(float scale) : scale_(scale) {}
 
-  // Makes exponents of products, in place, with the terms of a mask.
-  void apply(const float* terms, float* products, Span span) const {
-    for (int64_t i = 0; i < span.vecs; i++) {
-      const Vec term = load(terms + i * kLanes), exponent = load(products + i * kLanes) * scale_ + term;
-      store(products + i * kLanes, is_visible(term) ? exponent : term);
+  // Makes exponents of products, in place, with the terms of a mask; returns the largest.
+  float apply(const float* terms, float* products, Span span) const {
+    const float scale = scale_;
+    const auto at = [=](int64_t i) {
+      const Vec term = load(terms + i * kLanes), exponent = load(products + i * kLanes) * scale + term;
+      return is_visible(term) ? exponent : term;
+    };
+    Vec even = broadcast(-kInfinity), odd = even;
+    int64_t i = 0;
+    for (; i + 1 < span.vecs; i += 2) {
+      const Vec a = at(i), b = at(i + 1);
+      store(products + i * kLanes, a);
+      store(products + (i + 1) * kLanes, b);
+      even = a > even ? a : even;
+      odd = b > odd ? b : odd;
     }
+    if (i < span.vecs) {
+      const Vec a = at(i);
+      store(products + i * kLanes, a);
+      even = a > even ? a : even;
+    }
+    return largest_lane(even > odd ? even : odd);
   }
 
   // The largest exponent of the row.
