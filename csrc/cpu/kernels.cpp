@@ -959,17 +959,18 @@ void pack(const Job& job, int64_t index, bool backward) {
     const auto part = [&](char* of, int64_t size) {
       return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + head) * size : nullptr;
     };
-    for (int64_t key = panel; key < smaller(panel + kPanel, stretch.end); key += 4) {
-      const char* from = row_of(t, p.dtype, job.first + stretch.sample, head, key);
-      uint8_t* notes = spoilt ? spoilt + (stretch.sample * p.heads + head) * plan.keys + key : nullptr;
-      if (notes) std::memset(notes, 0, 4);
-      const int64_t inside = smaller(4, p.seqlen_k - key);
-      if (!p.mask.any() || are_finite(p.dtype, from, t.row, inside, t.dim, p.head_dim))
-        E::pack_four(p.dtype, from, t, key, p.seqlen_k, p.head_dim, plan, part(columns, column_size),
+    const int64_t end = smaller(panel + kPanel, stretch.end), inside = smaller(end, p.seqlen_k) - panel;
+    const auto row = [&](int64_t key) { return row_of(t, p.dtype, job.first + stretch.sample, head, key); };
+    const bool finite = !p.mask.any() || are_finite(p.dtype, row(panel), t.row, inside, t.dim, p.head_dim);
+    uint8_t* notes = spoilt ? spoilt + (stretch.sample * p.heads + head) * plan.keys : nullptr;
+    if (notes) std::memset(notes + panel, 0, size_t(end - panel));
+    for (int64_t key = panel; key < end; key += 4)
+      if (finite)
+        E::pack_four(p.dtype, row(key), t, key, p.seqlen_k, p.head_dim, plan, part(columns, column_size),
                      part(rows, row_size));
       else
-        pack_spoilt<E>(p, t, from, key, plan, part(columns, column_size), part(rows, row_size), notes);
-    }
+        pack_spoilt<E>(p, t, row(key), key, plan, part(columns, column_size), part(rows, row_size),
+                       notes ? notes + key : nullptr);
   };
   for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel)
     for (int64_t h = 0; h < p.heads; h++) {

@@ -79,20 +79,27 @@ inline bool is_finite(const float* row, int64_t size) {
   return sum(zeros) == 0;
 }
 
-// Whether all of some rows is finite: nothing has all the bits of the exponent.
+// Whether all of some rows is finite: without their signs, all numbers are below infinity.
 template <class Words, class Word>
-inline bool are_finite(const char* from, int64_t row_bytes, int64_t rows, int64_t stride, int64_t size, Word exponent) {
-  Words found{};
-  bool found_one = false;
+inline bool are_finite(const char* from, int64_t row_bytes, int64_t rows, int64_t stride, int64_t size, Word infinity) {
+  const Word magnitude = Word(~Word(0)) >> 1;
+  Words most{};
+  Word most_of_rest = 0;
   for (int64_t r = 0; r < rows; r++) {
     const Word* row = reinterpret_cast<const Word*>(from + r * row_bytes);
     int64_t i = 0;
-    for (; stride == 1 && i + kLanes <= size; i += kLanes)
-      found |= reinterpret_cast<Words>((load_as<Words>(row + i) & exponent) == exponent);
-    for (; i < size; i++) found_one |= (row[i * stride] & exponent) == exponent;
+    for (; stride == 1 && i + kLanes <= size; i += kLanes) {
+      const Words words = load_as<Words>(row + i) & magnitude;
+      most = words > most ? words : most;
+    }
+    for (; i < size; i++) {
+      const Word word = row[i * stride] & magnitude;
+      most_of_rest = word > most_of_rest ? word : most_of_rest;
+    }
   }
-  uint64_t parts[sizeof found / sizeof(uint64_t)], any = found_one;
-  std::memcpy(parts, &found, sizeof found);
+  const auto beyond = most >= infinity;
+  uint64_t parts[sizeof beyond / sizeof(uint64_t)], any = most_of_rest >= infinity;
+  std::memcpy(parts, &beyond, sizeof beyond);
   for (uint64_t part : parts) any |= part;
   return any == 0;
 }
