@@ -16,7 +16,7 @@ struct Tensor {
 
 enum class MaskKind : int { kNone, kBool, kFloat };
 
-// What hides keys from queries: of the maps' shape, dimensions of size 1 with a stride of 0.
+// What is given as attn_mask, its dimensions of size 1 with a stride of 0; and whether a query sees no key behind it.
 struct MaskTensor {
   MaskKind kind;
   bool causal;
