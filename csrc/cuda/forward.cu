@@ -10,8 +10,9 @@ constexpr int kWarpStages = kDirect && kResident ? 0 : 2 * kStageBytes;
 constexpr int kSums = round_up(kStages + kWarps * kWarpStages, 128);  // of softmax, by row and head
 constexpr int kReferences = kSums + kRows * kPaddedHeads * 4;         // by row and head, where they are read again
 constexpr int kFolded = round_up(kReferences + (kResident ? 0 : kRows * kPaddedHeads * 4), 128);
-constexpr int kMoments = kFolded + kFoldedBytes;  // (2, warps, padded heads)
-constexpr int kBytes = kMoments + (kStatistics ? 2 * kWarps * kPaddedHeads * 4 : 0);
+constexpr int kMoments = kFolded + kFoldedBytes;  // (2, warps, padded heads); with a mask 3, its positions the last
+constexpr int kNumbers = kMasked ? 3 : 2;
+constexpr int kBytes = kMoments + (kStatistics ? kNumbers * kWarps * kPaddedHeads * 4 : 0);
 static_assert(kBytes == REATTN_SHARED_BYTES, "the plan knows how much shared memory a block takes");
 
 constexpr bool kLessStored = kStatistics && kSmallRange;
@@ -21,9 +22,20 @@ REATTN_DEVICE Shared<float> of_row(int offset, int row, int head) {
 }
 
 // Sums over the mixed maps of a warp and over their squares, of heads 8 block + lane % 4 * 2 and the next; on tensor
-// cores of what lies on the diagonal of products, in the first.
+// cores of what lies on the diagonal of products, in the first. With a mask, the number of positions that are seen:
+// where heads do not differ, in the first for all of them.
 struct MixedSums {
-  float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {};
+  float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {}, positions[kHeadBlocks][2] = {};
+
+  template <int kGroups>
+  REATTN_DEVICE void count(const Visible<kGroups>& visible) {
+    if constexpr (kMaskByHead)
+#pragma unroll
+      for (int group = 0; group < kGroups; group++)
+        for_each_element([&](int block, int i, int, int) { positions[block][i % 2] += visible(group, block, i); });
+    else
+      positions[0][0] += float(visible.count());
+  }
 
   // Of all warps, added up in order; all threads have to come here.
   REATTN_DEVICE void store(const Params& p, int warp) {
@@ -51,22 +63,46 @@ struct MixedSums {
         reattn::store(moments + ((kWarps + warp) * kPaddedHeads + 8 * block + lane() / 4), squares[block][0]);
       }
     }
+    if constexpr (kMasked) store_positions(moments + (2 * kWarps + warp) * kPaddedHeads);
     sync_block();
     if (block_y() > 0) return;  // blocks for other columns of an output have the same
-    for (int i = thread(); i < 2 * kHeads; i += threads()) {
+    for (int i = thread(); i < kNumbers * kHeads; i += threads()) {
       float sum = 0;
       for (int from = 0; from < kWarps; from++)
         sum += load<float>(moments + ((i / kHeads * kWarps + from) * kPaddedHeads + i % kHeads));
       write(p.vectors + (i * p.blocks + block_x()), sum);
     }
   }
+
+ private:
+  REATTN_DEVICE void store_positions(Shared<float> to) {
+    if constexpr (!kMaskByHead) {
+      if (lane() < kPaddedHeads) reattn::store(to + lane(), positions[0][0]);
+    } else {
+#pragma unroll
+      for (int block = 0; block < kHeadBlocks; block++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float& number = positions[block][i];
+#pragma unroll
+          for (int mask = 4; mask < kWarp; mask *= 2) number += shuffle_xor(number, mask);
+          if (lane() < 4) reattn::store(to + (8 * block + lane() * 2 + i), number);
+        }
+    }
+  }
+};
+
+// Which keys are mixed: of which sample, from which on, for which rows.
+struct Where {
+  int sample, first_row, first_key;
 };
 
 // Mixes the heads of a warp's rows, and normalises them.
 class RowMixing {
  public:
   REATTN_DEVICE RowMixing(const Params& p, MixedSums& moments)
-      : moments_(moments),
+      : p_(p),
+        moments_(moments),
         folded_(kFolded),
         squares_and_eps_([&] {
           const float unit = folded_.vector_apart(kUnit, 0);
@@ -88,8 +124,8 @@ class RowMixing {
   }
 
   // The maps of the warp's rows, in place; those outside the sequence become zero where they would not be finite or are
-  // summed.
-  REATTN_DEVICE void mix(int warp, int rows, int keys) {
+  // summed, those that are hidden always.
+  REATTN_DEVICE void mix(const Where& where, int warp, int rows, int keys) {
     Heads<> first(at(0), warp);
 #pragma unroll 1
     for (int row = warp; row < rows; row += kWarps, first.descend(kWarps)) {
@@ -98,10 +134,10 @@ class RowMixing {
       float sums[kHeadSteps][4] = {}, squares[kHeadBlocks][4] = {};
       const int in_pairs = keys / 32 * 32;
 #pragma unroll kAtOnce
-      for (int key = 0; key < in_pairs; key += 32) mix_some<2, false>(heads, row, key, keys, sums, squares);
+      for (int key = 0; key < in_pairs; key += 32) mix_some<2, false>(where, heads, row, key, keys, sums, squares);
 #pragma unroll 1
       for (int key = in_pairs; key < keys; key += 16)
-        mix_some<1, kLayer || kStatistics>(heads, row, key, keys, sums, squares);
+        mix_some<1, kLayer || kStatistics>(where, heads, row, key, keys, sums, squares);
       // Row by row: long sums of products on tensor cores lose digits.
       if constexpr (kStatistics && !kFloat)
 #pragma unroll
@@ -118,8 +154,8 @@ class RowMixing {
 
   // The maps of kGroups times 16 keys.
   template <int kGroups, bool kRagged>
-  REATTN_DEVICE void mix_some(Heads<>& heads, int row, int key, int keys, float (&sums)[kHeadSteps][4],
-                              float (&squares)[kHeadBlocks][4]) {
+  REATTN_DEVICE void mix_some(const Where& where, Heads<>& heads, int row, int key, int keys,
+                              float (&sums)[kHeadSteps][4], float (&squares)[kHeadBlocks][4]) {
     HeadsTile mixed[kGroups];
     multiply(mixed, heads, row, key);
 #pragma unroll
@@ -138,6 +174,16 @@ class RowMixing {
         for_each_element([&](int block, int i, int, int lower) {
           if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
         });
+    }
+    if constexpr (kMasked) {
+      const Visible<kGroups> visible(p_, where.sample, where.first_row + row, where.first_key + key);
+      if constexpr (kStatistics) moments_.count(visible);
+      if (!visible.whole())
+#pragma unroll
+        for (int group = 0; group < kGroups; group++)
+          for_each_element([&](int block, int i, int, int) {
+            if (!visible(group, block, i)) mixed[group][block][i] = 0;
+          });
     }
     if constexpr (kFloat) {
       sync_warp();
@@ -268,6 +314,7 @@ class RowMixing {
     }
   }
 
+  const Params& p_;
   MixedSums& moments_;
   Folded folded_;
   NeighbourSums squares_and_eps_;
@@ -282,23 +329,54 @@ class RowMixing {
 struct Output {
   float sums[kTiles][kOutDims / 8][4] = {};
 
-  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_key,
-                         int first_dim) {
+  // Strict: what is not finite of the values counts as zero.
+  template <bool kStrict = false>
+  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_row,
+                         int first_key, int first_dim) {
     using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
     Values values(stages, p.value, sample, head, first_key, first_key + kKeys, first_dim);
-    const int end = smaller(kKeys, p.key.rows - first_key);
+    const int end = smaller(kKeys, seen_keys(p, first_row) - first_key);
     // In pairs those that have 16 more behind them.
     const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
     Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    take<false>(values, offset, maps, from, 0);
+    take<false, kStrict>(values, offset, maps, from, 0);
     from = from + 32;
 #pragma unroll 1
     for (int key = 16; key < in_pairs; key += 32, from = from + 64)
 #pragma unroll
-      for (int i = 0; i < 2; i++) take<true>(values, offset, maps, from + 32 * i, key + 16 * i);
+      for (int i = 0; i < 2; i++) take<true, kStrict>(values, offset, maps, from + 32 * i, key + 16 * i);
 #pragma unroll 1
-    for (int key = in_pairs; key < end; key += 16, from = from + 32) take<false>(values, offset, maps, from, key);
+    for (int key = in_pairs; key < end; key += 16, from = from + 32)
+      take<false, kStrict>(values, offset, maps, from, key);
+  }
+
+  // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
+  // finite become NaN where they are seen.
+  REATTN_DEVICE void add_strictly(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head,
+                                  int first_row, int first_key, int first_dim) {
+    const HeadMask mask(p, sample, head);
+    const int end = smaller(first_key + kKeys, seen_keys(p, first_row));
+    for (int key = first_key; key < end; key++) {
+      const Element* value = head_rows(p.value, sample, head) + key * p.value.row_stride;
+      bool finite = true;
+      for (int dim = lane(); dim < kHeadDim; dim += kWarp) finite = finite && absolute(number_at(value + dim)) < kInfinity;
+      if (all(finite) || lane() >= kRows || !mask.sees(first_row + lane(), key)) continue;
+      const Shared<char> row = maps + lane() * kRowStride;
+      if constexpr (kFloat)
+        reattn::store(as<float>(row) + (key - first_key), __int_as_float(0x7fffffff));
+      else
+        reattn::store(as<uint16_t>(row) + (key - first_key), uint16_t(0x7fff));
+    }
+    sync_warp();
+    add<true>(p, stages, maps, sample, head, first_row, first_key, first_dim);
+  }
+  REATTN_DEVICE bool finite() const {
+    float zeros = 0;
+#pragma unroll
+    for (int i = 0; i < kTiles * kOutDims / 2; i++)
+      zeros = fmaf(sums[i / (kOutDims / 2)][i / 4 % (kOutDims / 8)][i % 4], 0.0f, zeros);
+    return all(zeros == 0);
   }
 
   REATTN_DEVICE void store(const Params& p, int sample, int head, int first_row, int first_dim) {
@@ -334,6 +412,22 @@ struct Output {
     });
   }
 
+  // Into value_sum.
+  REATTN_DEVICE void store_sums(const Params& p, int sample, int head, int first_row, int first_dim) {
+    for_each_row<kTiles>([&](int tile, int lower, int row) {
+      if (first_row + row >= p.out.rows) return;
+      float* to = p.value_sum + row_index(p, sample, head, first_row + row) * kHeadDim;
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int dim = first_dim + (kDirect ? (lane() % 4 * 2 + i) * (kOutDims / 8) + column
+                                               : 8 * column + lane() % 4 * 2 + i);
+          if (dim < kHeadDim) write(to + dim, sums[tile][column][2 * lower + i]);
+        }
+    });
+  }
+
  private:
   static REATTN_DEVICE uint32_t pair(const float (&values)[kOutDims / 8][2], int i) {
     const int column = 2 * i % (kOutDims / 8), right = 2 * i / (kOutDims / 8);
@@ -341,10 +435,11 @@ struct Output {
   }
 
   // 16 keys.
-  template <bool kWhole, class Values>
+  template <bool kWhole, bool kStrict, class Values>
   REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
     if constexpr (kFloat) {
       const Shared<char> stage = values.template next<kWhole>();
+      if constexpr (kStrict) make_finite<kOutDims>(stage);
       for (int step = 0; step < 16; step++) {
         float map[kTiles][2];
         for_each_row<kTiles>([&](int tile, int lower, int row) {
@@ -363,8 +458,12 @@ struct Output {
       uint32_t mixed[kTiles][4], operands[kOutDims / 8][2];
       if constexpr (kDirect) {
         values.template next<kWhole>(operands);
+        if constexpr (kStrict)
+#pragma unroll
+          for (int i = 0; i < kOutDims / 4; i++) operands[i / 2][i % 2] = finite_or_zero(operands[i / 2][i % 2]);
       } else {
         const Shared<char> stage = values.template next<kWhole>();
+        if constexpr (kStrict) make_finite<kOutDims>(stage);
 #pragma unroll
         for (int column = 0; column < kOutDims / 8; column += 2) {
           uint32_t four[4];
@@ -386,6 +485,54 @@ struct Output {
     }
   }
 };
+
+// Whether all warps of the block say so; where maps are, and all threads have to come here.
+REATTN_DEVICE bool in_all_warps(int warp, bool yes) {
+  const Shared<uint32_t> votes = as<uint32_t>(at(0));
+  sync_block();
+  if (lane() == 0) store(votes + warp, uint32_t(yes));
+  sync_block();
+  for (int i = 0; i < kWarps; i++) yes = yes && load<uint32_t>(votes + i);
+  sync_block();
+  return yes;
+}
+
+// The sum of the values that a row sees, for finish: products with maps of ones, in a head's tile.
+REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_row,
+                       int first_dim) {
+  const HeadMask mask(p, sample, head);
+  const int end = seen_keys(p, first_row);
+  Output seen;
+  const auto sweep = [&](bool strict) {
+    for (int first_key = 0; first_key < end; first_key += kKeys) {
+      sync_warp();
+      for (int key = 0; key < smaller(kKeys, end - first_key); key += 16) {
+        float ones[kTiles][2][4];
+        for (int i = 0; i < kTiles * 8; i++) ones[i / 8][i / 4 % 2][i % 4] = 1;
+        for_each_masked<kTiles>(mask, first_row, first_key + key, [&](int tile, int right, int i, float added) {
+          if (added == -kInfinity) ones[tile][right][i] = 0;
+        });
+        for (int tile = 0; tile < kTiles; tile++)
+          if constexpr (kFloat)
+            store_tile(as<float>(maps + 16 * tile * kRowStride) + key, kRowStride, ones[tile]);
+          else
+            store_matrices(maps + ((16 * tile + lane_row()) * kRowStride + (lane_column() + key) * 2),
+                           Packed<Narrow>(ones[tile]).part);
+      }
+      sync_warp();
+      if (strict)
+        seen.add_strictly(p, stages, maps, sample, head, first_row, first_key, first_dim);
+      else
+        seen.add(p, stages, maps, sample, head, first_row, first_key, first_dim);
+    }
+  };
+  sweep(false);
+  if (!seen.finite()) {
+    seen = Output();
+    sweep(true);
+  }
+  seen.store_sums(p, sample, head, first_row, first_dim);
+}
 
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
 // comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
@@ -413,42 +560,68 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     if (lane() % 4 == 0)
       for_each_row<kTiles>([&](int tile, int lower, int row) {
         const int further = 16 * tile + 8 * lower;
-        store(sums + further * kPaddedHeads, softmax.sum_[tile][lower]);
+        // Maps of a row that sees nothing are zero, divided by whatever else.
+        const float sum = softmax.sum_[tile][lower];
+        store(sums + further * kPaddedHeads, kMasked && sum == 0 ? 1.0f : sum);
         if constexpr (!kResident) store(of_row(kReferences, row, head), softmax.reference_[tile][lower]);
         if (first_row + row < rows_with_lse) write(lse + further, softmax.lse(tile, lower));
       });
   });
 
-  const int rows = smaller(kRows, p.query.rows - first_row);
+  const int rows = smaller(kRows, p.query.rows - first_row), end = seen_keys(p, first_row);
   sync_block();
   MixedSums moments;
   if constexpr (kResident) {
-    RowMixing(p, moments).mix(warp, rows, p.key.rows);
+    RowMixing(p, moments).mix({sample, first_row, 0}, warp, rows, end);
     sync_block();
     for_each_head([&](int, int head, Shared<char> maps) {
       Output out;
-      out.add(p, stages, maps, sample, head, 0, first_dim);
+      out.add(p, stages, maps, sample, head, first_row, 0, first_dim);
+      if (kMasked && !out.finite()) {
+        out = Output();
+        out.add_strictly(p, stages, maps, sample, head, first_row, 0, first_dim);
+      }
       out.store(p, sample, head, first_row, first_dim);
     });
   } else {
     Output out[kTurns];
-    for (int first_key = 0; first_key < p.key.rows; first_key += kKeys) {
-      for_each_head([&](int, int head, Shared<char> maps) {
-        Softmax softmax(p, stages, sample, head, first_row);
-        for_each_row<kTiles>([&](int tile, int lower, int row) {
-          softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
+    const auto sweep = [&](bool strict) {
+      for (int first_key = 0; first_key < end; first_key += kKeys) {
+        for_each_head([&](int, int head, Shared<char> maps) {
+          Softmax softmax(p, stages, sample, head, first_row);
+          for_each_row<kTiles>([&](int tile, int lower, int row) {
+            softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
+          });
+          softmax.fill(maps, first_key);
         });
-        softmax.fill(maps, first_key);
-      });
-      sync_block();
-      RowMixing(p, moments).mix(warp, rows, smaller(kKeys, p.key.rows - first_key));
-      sync_block();
-      for_each_head([&](int turn, int head, Shared<char> maps) {
-        out[turn].add(p, stages, maps, sample, head, first_key, first_dim);
-      });
+        sync_block();
+        RowMixing(p, moments).mix({sample, first_row, first_key}, warp, rows, smaller(kKeys, end - first_key));
+        sync_block();
+        for_each_head([&](int turn, int head, Shared<char> maps) {
+          if (kMasked && strict)
+            out[turn].add_strictly(p, stages, maps, sample, head, first_row, first_key, first_dim);
+          else
+            out[turn].add(p, stages, maps, sample, head, first_row, first_key, first_dim);
+        });
+      }
+    };
+    sweep(false);
+    if constexpr (kMasked) {
+      bool finite = true;
+      for_each_head([&](int turn, int, Shared<char>) { finite = finite && out[turn].finite(); });
+      if (!in_all_warps(warp, finite)) {
+        for (Output& again : out) again = Output();
+        moments = MixedSums();
+        sweep(true);
+        sync_block();  // as the vote leaves it
+      }
     }
     for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, sample, head, first_row, first_dim); });
   }
+  if constexpr (kStatistics && kSeenByRow)
+    for_each_head([&](int, int head, Shared<char> maps) {
+      see(p, stages, maps, sample, head, first_row, first_dim);
+    });
   if constexpr (kStatistics) moments.store(p, warp);
 }
 

@@ -241,6 +241,10 @@ __device__ __forceinline__ float fast_log2(float x) {
 }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ bool any(bool condition) { return __any_sync(~0u, condition); }
+__device__ __forceinline__ bool all(bool condition) { return __all_sync(~0u, condition); }
+// A bit for each lane, and how many of them are set.
+__device__ __forceinline__ uint32_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 // 2^exponent, within what float holds.

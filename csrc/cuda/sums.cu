@@ -1,7 +1,7 @@
 // What stands before and after the sweeps: sums over the batch, in a fixed order, and what is made of them.
 #include <cstring>
 
-#include "shape.cuh"
+#include "mask.cuh"
 
 namespace reattn {
 
@@ -66,8 +66,10 @@ struct Part {
   REATTN_DEVICE T* first(const Tensor& tensor) const {
     return head_rows<T>(tensor, sample, head) + column;
   }
-  REATTN_DEVICE float* value_sum(const Params& p) const {
-    return p.value_sum + ((int64_t(sample) * kHeads + head) * kHeadDim + column);
+  // Of a row, or of all.
+  REATTN_DEVICE float* value_sum(const Params& p, int rows, int row) const {
+    const int64_t before = int64_t(sample) * kHeads + head;
+    return p.value_sum + ((kSeenByRow ? before * rows + row : before) * kHeadDim + column);
   }
 };
 
@@ -121,6 +123,16 @@ REATTN_DEVICE Two sums_of(const Params& p, int head) {
   return block_sum(two);
 }
 
+// How many positions are not hidden from a head.
+REATTN_DEVICE double positions_of(const Params& p, int head) {
+  if constexpr (!kMasked) return p.positions;
+  const float* from = p.vectors + (2 * kHeads + head) * p.blocks;
+  double positions = 0;
+#pragma unroll 4
+  for (int64_t block = thread(); block < p.blocks; block += kSumThreads) positions += double(read<float>(from + block));
+  return block_sum({positions, 0}).first;
+}
+
 // The fold with the unit that the forward kernel multiplied the weights to a head by: see heads.cuh.
 REATTN_DEVICE Fold in_units(const Params& p, int head) {
   Fold fold = p.fold;
@@ -136,12 +148,12 @@ REATTN_DEVICE Fold in_units(const Params& p, int head) {
 // Statistics of one head: from what the forward blocks left, or from sums over ranks.
 REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
   const double* statistics = p.fold.p.statistics;
-  positions = p.positions;
   if (p.added_up) {
     positions = read<double>(statistics + 2 * kHeads + head);
     return Moments(read<double>(statistics + head), read<double>(statistics + kHeads + head), positions, p.fold.p.eps);
   }
   const Two sums = sums_of(p, head);
+  positions = positions_of(p, head);
   const RawSums raw(in_units(p, head).p, head, sums.first, sums.second, positions);
   return Moments(raw.sum, raw.squares, positions, p.fold.p.eps);
 }
@@ -159,11 +171,44 @@ __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Pa
   }
   const Fold fold = in_units(p, head);
   const Two sums = sums_of(p, head);
+  const double positions = positions_of(p, head);
   if (thread() > 0) return;
-  const RawSums raw(fold.p, head, sums.first, sums.second, p.positions);
+  const RawSums raw(fold.p, head, sums.first, sums.second, positions);
   write(p.fold.p.statistics + head, raw.sum);
   write(p.fold.p.statistics + kHeads + head, raw.squares);
-  write(p.fold.p.statistics + 2 * kHeads + head, p.positions);
+  write(p.fold.p.statistics + 2 * kHeads + head, positions);
+}
+
+// The sums of the columns of the values that are not hidden from any row, or from all.
+REATTN_DEVICE void sum_values(const Params& p, const Part& part, float (&sum)[kWidth]) {
+  const Shared<float> sums = as<float>(at(kColumnSums));
+  if (!part.idle()) {
+    const Element* values = part.first<Element>(p.value);
+    [[maybe_unused]] const HeadMask mask(p, part.sample, part.head);
+#pragma unroll 4
+    for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
+      if (kHasMask && !mask.sees(0, row)) continue;
+      const Columns value(values + row * p.value.row_stride);
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) sum[i] += value.column[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
+  }
+  sync_block();
+  // A thread for each column, then each thread its own.
+  float total = 0;
+  if (thread() < kHeadDim)
+    for (int row = 0; row < kRowsAtOnce; row++) total += load<float>(sums + (row * kHeadDim + thread()));
+  sync_block();
+  if (thread() < kHeadDim) {
+    store(sums + thread(), total);
+    if (part.first_row == 0) write(part.value_sum(p, 1, 0) - part.column + thread(), total);
+  }
+  sync_block();
+  if (part.idle()) return;
+#pragma unroll
+  for (int i = 0; i < kWidth; i++) sum[i] = load<float>(sums + (part.column + i));
 }
 
 // out = slope out + level times the sum of the values; the block after all others writes the statistics.
@@ -188,39 +233,20 @@ __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Pa
   const double inverse = moments.inverse_deviation, offset = moments.mean - mixed_centre(p.fold.p, part.head);
   const float slope = fold.slope(part.head, inverse), level = fold.level(part.head, inverse, offset);
 
-  const Shared<float> sums = as<float>(at(kColumnSums));
   float sum[kWidth] = {};
-  if (!part.idle()) {
-    const Element* values = part.first<Element>(p.value);
-#pragma unroll 4
-    for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
-      const Columns value(values + row * p.value.row_stride);
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) sum[i] += value.column[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
-  }
-  sync_block();
-  // A thread for each column, then each thread its own.
-  float total = 0;
-  if (thread() < kHeadDim)
-    for (int row = 0; row < kRowsAtOnce; row++) total += load<float>(sums + (row * kHeadDim + thread()));
-  sync_block();
-  if (thread() < kHeadDim) {
-    store(sums + thread(), total);
-    if (part.first_row == 0) write(part.value_sum(p) - part.column + thread(), total);
-  }
-  sync_block();
+  if constexpr (!kSeenByRow) sum_values(p, part, sum);
   if (part.idle()) return;
 #pragma unroll
-  for (int i = 0; i < kWidth; i++) sum[i] = load<float>(sums + (part.column + i)) * level;
+  for (int i = 0; i < kWidth; i++) sum[i] *= level;
   Element* out = part.first<Element>(p.out);
 #pragma unroll 4
   for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
     Columns columns(out + row * p.out.row_stride);
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) columns.column[i] = fmaf(slope, columns.column[i], sum[i]);
+    for (int i = 0; i < kWidth; i++) {
+      if constexpr (kSeenByRow) sum[i] = level * read<float>(part.value_sum(p, p.out.rows, row) + i);
+      columns.column[i] = fmaf(slope, columns.column[i], sum[i]);
+    }
     columns.write_to(out + row * p.out.row_stride);
   }
 }
@@ -233,12 +259,13 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__
     const Element *grads = part.first<Element>(p.grad), *outs = part.first<Element>(p.out);
     float values[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p) + i);
+    for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p, p.grad.rows, part.first_row) + i);
 #pragma unroll 4
     for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
       const Columns grad(grads + row * p.grad.row_stride), out(outs + row * p.out.row_stride);
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
+        if constexpr (kSeenByRow) values[i] = read<float>(part.value_sum(p, p.grad.rows, row) + i);
         of_out = fmaf(grad.column[i], out.column[i], of_out);
         of_values = fmaf(grad.column[i], values[i], of_values);
       }

@@ -5,7 +5,7 @@
 // all heads at 16 positions: then positions are the rows of what it holds, and heads the columns.
 #pragma once
 
-#include "shape.cuh"
+#include "mask.cuh"
 
 namespace reattn {
 
@@ -38,6 +38,11 @@ REATTN_DEVICE int lane_column() { return lane() / 16 * 8; }
 // Offset of (batch, head, row) in a contiguous (batch, heads, seqlen).
 REATTN_DEVICE int64_t row_index(const Params& p, int sample, int head, int row) {
   return (int64_t(sample) * kHeads + head) * p.query.rows + row;
+}
+
+// How many of the first keys a block has to do with: behind them all are hidden from its rows.
+REATTN_DEVICE int seen_keys(const Params& p, int first_row) {
+  return kCausal ? smaller(p.key.rows, first_row + kRows) : p.key.rows;
 }
 
 REATTN_DEVICE float quad_sum(float value) {
@@ -270,6 +275,17 @@ class DirectColumns {
   int left_;
   uint32_t coming_[4][kColumns / 2];
 };
+
+// Makes zero of what is not finite of the columns in a stage.
+template <int kColumns>
+REATTN_DEVICE void make_finite(Shared<char> stage) {
+  constexpr int kWords = kColumns * int(sizeof(Element)) / 4;  // of a row
+  for (int i = lane(); i < 16 * kWords; i += kWarp) {
+    const Shared<uint32_t> word = as<uint32_t>(stage + i / kWords * kStageStride) + i % kWords;
+    store(word, finite_or_zero(load<uint32_t>(word)));
+  }
+  sync_warp();
+}
 
 // Where there are registers for it, and head_dim is in one piece.
 constexpr bool kDirect = !kFloat && kDims <= 64 && kWarps <= 12;
