@@ -357,6 +357,7 @@ struct Output {
                                   int first_row, int first_key, int first_dim) {
     const HeadMask mask(p, sample, head);
     const int end = smaller(first_key + kKeys, seen_keys(p, first_row));
+    sync_warp();  // all lanes have read the maps
     for (int key = first_key; key < end; key++) {
       const Element* value = head_rows(p.value, sample, head) + key * p.value.row_stride;
       bool finite = true;
