@@ -29,17 +29,17 @@ constexpr bool kSpareRow = !kFloat && !kDropout && kHeads % 16 != 0;
 using RowHeads = Heads<kSpareRow>;
 
 // Which rows this block owns, and where its workspace begins.
-struct Place {
-  int sample, first_row, rows, keys, end;  // end: behind it all keys are hidden
+struct Place : Block {
+  int rows, keys;     // keys: of a row of the workspace
   int64_t workspace;  // of head 0 and this block's first row, in elements
   int64_t head_stride;
 
-  REATTN_DEVICE explicit Place(const Params& p) {
-    const int in_launch = block_x() / p.row_blocks_of_launch;
-    const int row = block_x() % p.row_blocks_of_launch * kRows;
-    sample = p.first_sample + in_launch, first_row = p.first_row + row;
+  REATTN_DEVICE explicit Place(const Params& p)
+      : Place(p, block_x() / p.row_blocks_of_launch, block_x() % p.row_blocks_of_launch * kRows) {}
+  REATTN_DEVICE Place(const Params& p, int in_launch, int row)
+      : Block(p, p.first_sample + in_launch, p.first_row + row, kRows) {
     rows = smaller(kRows, p.query.rows - first_row);
-    keys = round_up(p.key.rows, 16), end = seen_keys(p, first_row);
+    keys = round_up(p.key.rows, 16);
     head_stride = int64_t(p.rows_of_launch) * keys;
     workspace = in_launch * kHeads * head_stride + int64_t(row) * keys;
   }
@@ -134,9 +134,10 @@ class RowGradients {
       Sums of_row;
       RowHeads heads = first;
       Element* to = mixed;
+      const int unhidden = place.range.unhidden(first_key_, keys);
       int key = 0;
 #pragma unroll 1
-      for (; key + 32 <= keys; key += 32, to += 32) {
+      for (; key + 32 <= unhidden; key += 32, to += 32) {
         run_some<false>(of_row, heads, row, key, 16, to, place.head_stride);
         heads.advance();
         run_some<false>(of_row, heads, row, key + 16, 16, to + 16, place.head_stride);
@@ -154,7 +155,7 @@ class RowGradients {
  private:
   static constexpr int kBoxPieces = 16 / kVector;  // of 16 bytes, of a head in the box
 
-  // 16 keys, of which `inside` exist.
+  // 16 keys, of which `inside` exist. Ragged: not all of them may, or some may be hidden.
   template <bool kRagged>
   REATTN_DEVICE void run_some(Sums& sums, const RowHeads& heads, int row, int key, int inside, Element* mixed,
                               int64_t head_stride) {
@@ -172,14 +173,13 @@ class RowGradients {
       for_each_element([&](int block, int i, int, int lower) {
         if (8 * lower + lane() / 4 >= inside) grad[block][i] = 0;
       });
-    if constexpr (kMasked) {
-      const Visible<1> visible(p_, place_.sample, place_.first_row + row, first_key_ + key);
-      if (!visible.whole())
-        for_each_element([&](int block, int i, int, int) {
-          if (visible(0, block, i)) return;
-          mix[block][i] = 0;
-          if constexpr (kStatistics) grad[block][i] = 0;
-        });
+    if (kMasked && kRagged && !place_.range.is_whole(first_key_ + key)) {
+      const Visible visible(p_, place_, place_.first_row + row, first_key_ + key);
+      for_each_element([&](int block, int i, int, int) {
+        if (visible(block, i)) return;
+        mix[block][i] = 0;
+        if constexpr (kStatistics) grad[block][i] = 0;
+      });
     }
     write_mixed(mix, mixed, head_stride);
     unmix(result, sums, grad, heads, row, key);
@@ -244,7 +244,7 @@ class RowGradients {
           sums_over_heads(squares_and_eps_, [&](int block, int i) { return mix[block][i] * mix[block][i]; });
       const float root = square_root(float(kHeads));
       float inverse_rms[2] = {fast_inverse_sqrt(squares.x) * root, fast_inverse_sqrt(squares.y) * root};
-      if constexpr (kMasked)  // where all is hidden, it would be infinity times zero
+      if constexpr (kMasked && kRagged)  // where all is hidden, it would be infinity times zero
 #pragma unroll
         for (int lower = 0; lower < 2; lower++)
           if (inverse_rms[lower] == kInfinity) inverse_rms[lower] = 0;
@@ -477,7 +477,7 @@ class HeadGradients {
       : p_(p),
         place_(place),
         stages_(stages),
-        mask_(p, place.sample, head),
+        mask_(place.mask(p, head)),
         head_(head),
         lane_place_(kept(lane_row() * kRowStride + lane_column() * 2)) {
     for_each_row<1>([&](int, int lower, int row) {
@@ -523,9 +523,9 @@ class HeadGradients {
     const OwnRows<kOutStride, kDirect> own(p_.grad, place_.sample, head_, place_.first_row);
     float sums[4] = {};
     Shared<char> to = grads + lane_place_;
-    for_each_product<kValueStride>(own, p_.value, first_key, [&](auto, int key, float (&products)[1][2][4]) {
-      if constexpr (kMasked)
-        for_each_masked<1>(mask_, place_.first_row, first_key + key, [&](int, int right, int i, float added) {
+    for_each_product<kValueStride>(own, p_.value, first_key, [&](auto ragged, int key, float (&products)[1][2][4]) {
+      if constexpr (kMasked && ragged.value)
+        mask_.for_each<1>(place_.first_row, first_key + key, [&](int, int right, int i, float added) {
           if (added == -kInfinity) products[0][right][i] = 0;
         });
       if constexpr (kFloat) {
@@ -610,7 +610,7 @@ class HeadGradients {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    const int end = place_.end;
+    const int end = place_.range.end;
     Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, end, 0);
     if constexpr (kResident && !kFloat) {
       const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
@@ -710,9 +710,9 @@ class HeadGradients {
     const Shared<char> tile = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     sync_warp();  // what other lanes have written is there
-    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, place_.end, 0);
+    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, place_.range.end, 0);
 #pragma unroll 1
-    for (int key = 0; key < place_.end; key += 16) {
+    for (int key = 0; key < place_.range.end; key += 16) {
       const Shared<char> stage = keys.next();
       make_finite<kDims>(stage);
       float scores[2][4] = {};
@@ -730,24 +730,26 @@ class HeadGradients {
       }
     }
   }
+  // As of an Output: one row says it.
   static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {
     float zeros = 0;
 #pragma unroll
-    for (int i = 0; i < kDims / 2; i++) zeros = fmaf(sums[i / 4][i % 4], 0.0f, zeros);
+    for (int i = 0; i < kDims / 4; i++) zeros = fmaf(sums[i / 2][i % 2], 0.0f, zeros);
     return all(zeros == 0);
   }
 
  private:
   // Visits the products of own rows with rows of another tensor, 16 at a time: function(whether some of them may lie
-  // outside, key in the tile, products).
+  // outside or be hidden, key in the tile, products).
   template <int kStride, class Own, class Function>
   REATTN_DEVICE void for_each_product(const Own& own, const Tensor& tensor, int first_key, Function function) const {
-    const int keys = smaller(kKeys, (kCausal ? place_.end : tensor.rows) - first_key);
+    const int keys = smaller(kKeys, (kMasked ? place_.range.end : tensor.rows) - first_key);
     using Rows = std::conditional_t<kDirect, DirectRows<kStride>, Stream<kDims, kStride>>;
     Rows rows(stages_, tensor, place_.sample, head_, first_key, first_key + keys, 0);
+    const int in_pairs = smaller(keys, place_.range.unhidden(first_key, keys) + 16);
     int key = 0;
 #pragma unroll 1
-    for (; key + 48 <= keys; key += 32)
+    for (; key + 48 <= in_pairs; key += 32)
 #pragma unroll
       for (int group = 0; group < 2; group++) {
         float products[1][2][4];
@@ -761,16 +763,16 @@ class HeadGradients {
       function(std::integral_constant<bool, true>(), key, products);
     }
   }
-  // Ragged: some of the keys may lie outside the sequence.
+  // Ragged: some of the keys may lie outside the sequence, or be hidden.
   template <bool kRagged>
   REATTN_DEVICE void exponentiate(float (&scores)[1][2][4], int first_key) const {
-    if constexpr (kMasked) hide(scores, p_, mask_, place_.first_row, first_key);
+    if constexpr (kAdded || (kMasked && kRagged)) hide(scores, p_, mask_, place_.first_row, first_key);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float& score = scores[0][i / 4][i % 4];
       score = fast_exp2(rounded_product(score, score_factor(p_)) - lse_[i / 2 % 2]);  // as in the forward pass
     }
-    if constexpr (kRagged && !kMasked) clear_outside(scores[0], first_key);
+    if constexpr (kRagged) clear_outside(scores[0], first_key);
   }
   REATTN_DEVICE void clear_outside(float (&probs)[2][4], int first_key) const {
     if (first_key + 16 <= p_.key.rows) return;
@@ -908,8 +910,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
   Sums sums;
   float beta[kTurns] = {}, mass[kTurns][2] = {}, delta[kTurns][2] = {};
 #pragma unroll 1
-  for (int first_key = 0; first_key < (kResident ? 1 : place.end); first_key += kKeys) {
-    const int keys = smaller(kKeys, place.end - first_key);
+  for (int first_key = 0; first_key < (kResident ? 1 : place.range.end); first_key += kKeys) {
+    const int keys = smaller(kKeys, place.range.end - first_key);
     for_each_head([&](int turn, const HeadGradients& head, Element*) {
       head.fill_maps(first_key);
       beta[turn] += head.fill_gradients(first_key);

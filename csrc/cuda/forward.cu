@@ -27,12 +27,9 @@ REATTN_DEVICE Shared<float> of_row(int offset, int row, int head) {
 struct MixedSums {
   float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {}, positions[kHeadBlocks][2] = {};
 
-  template <int kGroups>
-  REATTN_DEVICE void count(const Visible<kGroups>& visible) {
+  REATTN_DEVICE void count(const Visible& visible) {
     if constexpr (kMaskByHead)
-#pragma unroll
-      for (int group = 0; group < kGroups; group++)
-        for_each_element([&](int block, int i, int, int) { positions[block][i % 2] += visible(group, block, i); });
+      for_each_element([&](int block, int i, int, int) { positions[block][i % 2] += visible(block, i); });
     else
       positions[0][0] += float(visible.count());
   }
@@ -92,11 +89,6 @@ struct MixedSums {
   }
 };
 
-// Which keys are mixed: of which sample, from which on, for which rows.
-struct Where {
-  int sample, first_row, first_key;
-};
-
 // Mixes the heads of a warp's rows, and normalises them.
 class RowMixing {
  public:
@@ -125,19 +117,22 @@ class RowMixing {
 
   // The maps of the warp's rows, in place; those outside the sequence become zero where they would not be finite or are
   // summed, those that are hidden always.
-  REATTN_DEVICE void mix(const Where& where, int warp, int rows, int keys) {
+  REATTN_DEVICE void mix(const Block& block, int first_key, int warp, int rows, int keys) {
     Heads<> first(at(0), warp);
 #pragma unroll 1
     for (int row = warp; row < rows; row += kWarps, first.descend(kWarps)) {
       if constexpr (!kFloat) weigh(row);
       Heads<> heads = first;
       float sums[kHeadSteps][4] = {}, squares[kHeadBlocks][4] = {};
-      const int in_pairs = keys / 32 * 32;
+      // Nothing is hidden of those in pairs.
+      const int in_pairs = block.range.unhidden(first_key, keys) / 32 * 32;
+      if constexpr (kStatistics && kMasked) moments_.positions[0][0] += float(in_pairs);
 #pragma unroll kAtOnce
-      for (int key = 0; key < in_pairs; key += 32) mix_some<2, false>(where, heads, row, key, keys, sums, squares);
+      for (int key = 0; key < in_pairs; key += 32)
+        mix_some<2, false>(block, first_key, heads, row, key, keys, sums, squares);
 #pragma unroll 1
       for (int key = in_pairs; key < keys; key += 16)
-        mix_some<1, kLayer || kStatistics>(where, heads, row, key, keys, sums, squares);
+        mix_some<1, kLayer || kStatistics>(block, first_key, heads, row, key, keys, sums, squares);
       // Row by row: long sums of products on tensor cores lose digits.
       if constexpr (kStatistics && !kFloat)
 #pragma unroll
@@ -154,7 +149,7 @@ class RowMixing {
 
   // The maps of kGroups times 16 keys.
   template <int kGroups, bool kRagged>
-  REATTN_DEVICE void mix_some(const Where& where, Heads<>& heads, int row, int key, int keys,
+  REATTN_DEVICE void mix_some(const Block& owned, int first_key, Heads<>& heads, int row, int key, int keys,
                               float (&sums)[kHeadSteps][4], float (&squares)[kHeadBlocks][4]) {
     HeadsTile mixed[kGroups];
     multiply(mixed, heads, row, key);
@@ -175,15 +170,16 @@ class RowMixing {
           if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
         });
     }
-    if constexpr (kMasked) {
-      const Visible<kGroups> visible(p_, where.sample, where.first_row + row, where.first_key + key);
-      if constexpr (kStatistics) moments_.count(visible);
-      if (!visible.whole())
-#pragma unroll
-        for (int group = 0; group < kGroups; group++)
-          for_each_element([&](int block, int i, int, int) {
-            if (!visible(group, block, i)) mixed[group][block][i] = 0;
-          });
+    if constexpr (kMasked && kGroups == 1) {
+      if (owned.range.is_whole(first_key + key)) {
+        if constexpr (kStatistics) moments_.positions[0][0] += float(smaller(keys - key, 16));
+      } else {
+        const Visible visible(p_, owned, owned.first_row + row, first_key + key);
+        if constexpr (kStatistics) moments_.count(visible);
+        for_each_element([&](int block, int i, int, int) {
+          if (!visible(block, i)) mixed[0][block][i] = 0;
+        });
+      }
     }
     if constexpr (kFloat) {
       sync_warp();
@@ -331,11 +327,11 @@ struct Output {
 
   // Strict: what is not finite of the values counts as zero.
   template <bool kStrict = false>
-  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_row,
+  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                          int first_key, int first_dim) {
     using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
-    Values values(stages, p.value, sample, head, first_key, first_key + kKeys, first_dim);
-    const int end = smaller(kKeys, seen_keys(p, first_row) - first_key);
+    Values values(stages, p.value, block.sample, head, first_key, first_key + kKeys, first_dim);
+    const int end = smaller(kKeys, block.range.end - first_key);
     // In pairs those that have 16 more behind them.
     const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
     Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
@@ -353,16 +349,17 @@ struct Output {
 
   // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
   // finite become NaN where they are seen.
-  REATTN_DEVICE void add_strictly(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head,
-                                  int first_row, int first_key, int first_dim) {
-    const HeadMask mask(p, sample, head);
-    const int end = smaller(first_key + kKeys, seen_keys(p, first_row));
+  REATTN_DEVICE void add_strictly(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
+                                  int first_key, int first_dim) {
+    const HeadMask mask = block.mask(p, head);
+    const int end = smaller(first_key + kKeys, block.range.end);
     sync_warp();  // all lanes have read the maps
-    for (int key = first_key; key < end; key++) {
-      const Element* value = head_rows(p.value, sample, head) + key * p.value.row_stride;
+    const Element* value = head_rows(p.value, block.sample, head) + first_key * p.value.row_stride;
+    for (int key = first_key; key < end; key++, value += p.value.row_stride) {
       bool finite = true;
-      for (int dim = lane(); dim < kHeadDim; dim += kWarp) finite = finite && absolute(number_at(value + dim)) < kInfinity;
-      if (all(finite) || lane() >= kRows || !mask.sees(first_row + lane(), key)) continue;
+      for (int dim = lane(); dim < kHeadDim; dim += kWarp)
+        finite = finite && absolute(number_at(value + dim)) < kInfinity;
+      if (all(finite) || lane() >= kRows || !mask.sees(block.first_row + lane(), key)) continue;
       const Shared<char> row = maps + lane() * kRowStride;
       if constexpr (kFloat)
         reattn::store(as<float>(row) + (key - first_key), __int_as_float(0x7fffffff));
@@ -370,20 +367,21 @@ struct Output {
         reattn::store(as<uint16_t>(row) + (key - first_key), uint16_t(0x7fff));
     }
     sync_warp();
-    add<true>(p, stages, maps, sample, head, first_row, first_key, first_dim);
+    add<true>(p, stages, maps, block, head, first_key, first_dim);
   }
+  // Whether the values of all keys were. Those of one that are not leave a mark in every row: one is asked.
   REATTN_DEVICE bool finite() const {
     float zeros = 0;
 #pragma unroll
-    for (int i = 0; i < kTiles * kOutDims / 2; i++)
-      zeros = fmaf(sums[i / (kOutDims / 2)][i / 4 % (kOutDims / 8)][i % 4], 0.0f, zeros);
+    for (int i = 0; i < kOutDims / 4; i++) zeros = fmaf(sums[0][i / 2][i % 2], 0.0f, zeros);
     return all(zeros == 0);
   }
 
-  REATTN_DEVICE void store(const Params& p, int sample, int head, int first_row, int first_dim) {
+  REATTN_DEVICE void store(const Params& p, const Block& block, int head, int first_dim) {
+    const int first_row = block.first_row;
     const float slope = kLayer || kStatistics ? 1.0f : 1.0f / Folded(kFolded).vector(kUnit, head);
     const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
-    Element* to = head_rows(p.out, sample, head) + dim;
+    Element* to = head_rows(p.out, block.sample, head) + dim;
     for_each_row<kTiles>([&](int tile, int lower, int row) {
       if (first_row + row >= p.out.rows) return;
       Element* to_row = to + (first_row + row) * row_stride<kOutStride>(p.out);
@@ -414,16 +412,16 @@ struct Output {
   }
 
   // Into value_sum.
-  REATTN_DEVICE void store_sums(const Params& p, int sample, int head, int first_row, int first_dim) {
+  REATTN_DEVICE void store_sums(const Params& p, const Block& block, int head, int first_dim) {
     for_each_row<kTiles>([&](int tile, int lower, int row) {
-      if (first_row + row >= p.out.rows) return;
-      float* to = p.value_sum + row_index(p, sample, head, first_row + row) * kHeadDim;
+      if (block.first_row + row >= p.out.rows) return;
+      float* to = p.value_sum + row_index(p, block.sample, head, block.first_row + row) * kHeadDim;
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const int dim = first_dim + (kDirect ? (lane() % 4 * 2 + i) * (kOutDims / 8) + column
-                                               : 8 * column + lane() % 4 * 2 + i);
+          const int dim =
+              first_dim + (kDirect ? (lane() % 4 * 2 + i) * (kOutDims / 8) + column : 8 * column + lane() % 4 * 2 + i);
           if (dim < kHeadDim) write(to + dim, sums[tile][column][2 * lower + i]);
         }
     });
@@ -499,10 +497,10 @@ REATTN_DEVICE bool in_all_warps(int warp, bool yes) {
 }
 
 // The sum of the values that a row sees, for finish: products with maps of ones, in a head's tile.
-REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_row,
+REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                        int first_dim) {
-  const HeadMask mask(p, sample, head);
-  const int end = seen_keys(p, first_row);
+  const HeadMask mask = block.mask(p, head);
+  const int end = block.range.end;
   Output seen;
   const auto sweep = [&](bool strict) {
     for (int first_key = 0; first_key < end; first_key += kKeys) {
@@ -510,7 +508,7 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
       for (int key = 0; key < smaller(kKeys, end - first_key); key += 16) {
         float ones[kTiles][2][4];
         for (int i = 0; i < kTiles * 8; i++) ones[i / 8][i / 4 % 2][i % 4] = 1;
-        for_each_masked<kTiles>(mask, first_row, first_key + key, [&](int tile, int right, int i, float added) {
+        mask.for_each<kTiles>(block.first_row, first_key + key, [&](int tile, int right, int i, float added) {
           if (added == -kInfinity) ones[tile][right][i] = 0;
         });
         for (int tile = 0; tile < kTiles; tile++)
@@ -522,9 +520,9 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
       }
       sync_warp();
       if (strict)
-        seen.add_strictly(p, stages, maps, sample, head, first_row, first_key, first_dim);
+        seen.add_strictly(p, stages, maps, block, head, first_key, first_dim);
       else
-        seen.add(p, stages, maps, sample, head, first_row, first_key, first_dim);
+        seen.add(p, stages, maps, block, head, first_key, first_dim);
     }
   };
   sweep(false);
@@ -532,7 +530,7 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
     seen = Output();
     sweep(true);
   }
-  seen.store_sums(p, sample, head, first_row, first_dim);
+  seen.store_sums(p, block, head, first_dim);
 }
 
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
@@ -541,6 +539,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   const int warp = reattn::warp(), blocks = (p.query.rows + kRows - 1) / kRows;
   const int sample = unsigned(block_x()) / unsigned(blocks), first_row = (block_x() - sample * blocks) * kRows;
   const int first_dim = block_y() * kOutDims;
+  const Block block(p, sample, first_row, kRows);
   const Shared<char> stages = at(kStages + warp * kWarpStages);
   const auto for_each_head = [&](auto function) {
 #pragma unroll
@@ -553,7 +552,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
   for_each_head([&](int, int head, Shared<char> maps) {
-    Softmax softmax(p, stages, sample, head, first_row);
+    Softmax softmax(p, stages, block, head);
     softmax.sweep<kResident>(maps);
     const Shared<float> sums = of_row(kSums, lane() / 4, head);
     float* lse = p.lse + row_index(p, sample, head, first_row + lane() / 4);
@@ -569,40 +568,40 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       });
   });
 
-  const int rows = smaller(kRows, p.query.rows - first_row), end = seen_keys(p, first_row);
+  const int rows = smaller(kRows, p.query.rows - first_row), end = block.range.end;
   sync_block();
   MixedSums moments;
   if constexpr (kResident) {
-    RowMixing(p, moments).mix({sample, first_row, 0}, warp, rows, end);
+    RowMixing(p, moments).mix(block, 0, warp, rows, end);
     sync_block();
     for_each_head([&](int, int head, Shared<char> maps) {
       Output out;
-      out.add(p, stages, maps, sample, head, first_row, 0, first_dim);
+      out.add(p, stages, maps, block, head, 0, first_dim);
       if (kMasked && !out.finite()) {
         out = Output();
-        out.add_strictly(p, stages, maps, sample, head, first_row, 0, first_dim);
+        out.add_strictly(p, stages, maps, block, head, 0, first_dim);
       }
-      out.store(p, sample, head, first_row, first_dim);
+      out.store(p, block, head, first_dim);
     });
   } else {
     Output out[kTurns];
     const auto sweep = [&](bool strict) {
       for (int first_key = 0; first_key < end; first_key += kKeys) {
         for_each_head([&](int, int head, Shared<char> maps) {
-          Softmax softmax(p, stages, sample, head, first_row);
+          Softmax softmax(p, stages, block, head);
           for_each_row<kTiles>([&](int tile, int lower, int row) {
             softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
           });
           softmax.fill(maps, first_key);
         });
         sync_block();
-        RowMixing(p, moments).mix({sample, first_row, first_key}, warp, rows, smaller(kKeys, end - first_key));
+        RowMixing(p, moments).mix(block, first_key, warp, rows, smaller(kKeys, end - first_key));
         sync_block();
         for_each_head([&](int turn, int head, Shared<char> maps) {
           if (kMasked && strict)
-            out[turn].add_strictly(p, stages, maps, sample, head, first_row, first_key, first_dim);
+            out[turn].add_strictly(p, stages, maps, block, head, first_key, first_dim);
           else
-            out[turn].add(p, stages, maps, sample, head, first_row, first_key, first_dim);
+            out[turn].add(p, stages, maps, block, head, first_key, first_dim);
         });
       }
     };
@@ -617,12 +616,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         sync_block();  // as the vote leaves it
       }
     }
-    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, sample, head, first_row, first_dim); });
+    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, block, head, first_dim); });
   }
   if constexpr (kStatistics && kSeenByRow)
-    for_each_head([&](int, int head, Shared<char> maps) {
-      see(p, stages, maps, sample, head, first_row, first_dim);
-    });
+    for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
   if constexpr (kStatistics) moments.store(p, warp);
 }
 

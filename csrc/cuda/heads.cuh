@@ -86,34 +86,24 @@ REATTN_DEVICE void for_each_element(Function function) {
     for (int i = 0; i < 4; i++) function(block, i, 8 * block + lane() % 4 * 2 + i % 2, i / 2);
 }
 
-// Which heads see which of kGroups times 16 keys of a row; a lane knows it of its elements.
-template <int kGroups>
+// Which heads see which of 16 keys of a row; a lane knows it of its elements.
 class Visible {
  public:
-  REATTN_DEVICE Visible(const Params& p, int sample, int row, int key) {
-    if constexpr (kMaskByHead) {
-#pragma unroll
-      for (int group = 0; group < kGroups; group++)
-        for_each_element([&](int block, int i, int head, int lower) {
-          const bool sees = HeadMask(p, sample, smaller(head, kHeads - 1))
-                                .sees(row, key + 16 * group + 8 * lower + lane() / 4);
-          bits_ |= uint32_t(sees) << place(group, block, i);
-        });
-    } else {
-      bits_ = ballot(HeadMask(p, sample, 0).sees(row, key + lane() % (16 * kGroups))) & kWhole;
-    }
+  REATTN_DEVICE Visible(const Params& p, const Block& block, int row, int key) {
+    if constexpr (kMaskByHead)
+      for_each_element([&](int eight, int i, int head, int lower) {
+        const HeadMask mask = block.mask(p, smaller(head, kHeads - 1));
+        bits_ |= uint32_t(mask.sees(row, key + 8 * lower + lane() / 4)) << place(eight, i);
+      });
+    else
+      bits_ = ballot(block.mask(p, 0).sees(row, key + lane() % 16)) & 0xffff;
   }
-  // Nothing is hidden; not asked where heads differ.
-  REATTN_DEVICE bool whole() const { return !kMaskByHead && bits_ == kWhole; }
-  REATTN_DEVICE bool operator()(int group, int block, int i) const { return bits_ >> place(group, block, i) & 1; }
+  REATTN_DEVICE bool operator()(int block, int i) const { return bits_ >> place(block, i) & 1; }
   // Keys, where heads do not differ.
   REATTN_DEVICE int count() const { return count_bits(bits_); }
 
  private:
-  static constexpr uint32_t kWhole = ~0u >> (32 - 16 * kGroups);
-  static REATTN_DEVICE int place(int group, int block, int i) {
-    return kMaskByHead ? (group * kHeadBlocks + block) * 4 + i : 16 * group + i / 2 * 8 + lane() / 4;
-  }
+  static REATTN_DEVICE int place(int block, int i) { return kMaskByHead ? block * 4 + i : i / 2 * 8 + lane() / 4; }
 
   uint32_t bits_ = 0;
 };

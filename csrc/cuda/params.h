@@ -51,7 +51,7 @@ struct Params {
 static_assert(sizeof(Params) == REATTN_PARAMS_BYTES, "reattn/backends/cuda_plan.py has them otherwise");
 
 constexpr int kSumThreads = 256;                   // of a block that sums what others left
-constexpr int kSumBytes = 128 + 32 * kSumThreads;  // of shared memory, for it
+constexpr int kSumBytes = 256 + 32 * kSumThreads;  // of shared memory, for it
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int greater(int a, int b) { return a > b ? a : b; }

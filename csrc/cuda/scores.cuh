@@ -57,13 +57,19 @@ class Dropout {
 // 16-bit elements there are: of numbers that are at most a few times seqlen_k it holds most digits.
 class Softmax {
  public:
-  REATTN_DEVICE Softmax(const Params& p, Shared<char> stages, int sample, int head, int first_row)
-      : p_(p), own_(p.query, sample, head, first_row), stages_(stages), sample_(sample), head_(head), row_(first_row) {}
+  REATTN_DEVICE Softmax(const Params& p, Shared<char> stages, const Block& block, int head)
+      : p_(p),
+        block_(block),
+        own_(p.query, block.sample, head, block.first_row),
+        stages_(stages),
+        sample_(block.sample),
+        head_(head),
+        row_(block.first_row) {}
 
   // Finds reference and sum of all keys. kFill: the maps, after dropout, are left in a head's tile of all keys.
   template <bool kFill>
   REATTN_DEVICE void sweep(Shared<char> maps) {
-    const int end = seen_keys(p_, row_);
+    const int end = block_.range.end;
     exponentiate<kFill, true>(maps, 0, end, true);
     bool beyond = false;
     for_each_row<kTiles>([&](int tile, int lower, int) {
@@ -77,7 +83,7 @@ class Softmax {
 
   // The maps of some keys, once reference and sum are known.
   REATTN_DEVICE void fill(Shared<char> maps, int first_key) {
-    exponentiate<true, false>(maps, first_key, smaller(seen_keys(p_, row_), first_key + kKeys), false);
+    exponentiate<true, false>(maps, first_key, smaller(block_.range.end, first_key + kKeys), false);
   }
 
   // Log-sum-exp, to base 2; -infinity where no key is seen.
@@ -94,7 +100,7 @@ class Softmax {
   // The largest score of all keys.
   REATTN_DEVICE void find_reference() {
     for_each_row<kTiles>([&](int tile, int lower, int) { reference_[tile][lower] = -kInfinity; });
-    const int end = seen_keys(p_, row_);
+    const int end = block_.range.end;
     Keys keys(stages_, p_.key, sample_, head_, 0, end, 0);
 #pragma unroll 1
     for (int key = 0; key < end; key += 16) {
@@ -170,15 +176,15 @@ class Softmax {
       take(scores, key);
       key += 16;
     }
-    // In pairs those that have 16 more behind them.
-    const int in_pairs = key + greater(last_key - 16 - key, 0) / 32 * 32;
+    // In pairs those that have 16 more behind them, and of which nothing is hidden.
+    const int in_pairs = key + block_.range.unhidden(key, greater(last_key - 16 - key, 0)) / 32 * 32;
 #pragma unroll 1
     for (; key < in_pairs; key += 32)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         Scores scores;
         own_.multiply(scores, keys.template next<true>());
-        if constexpr (kMasked) mask(scores, key + 16 * i);
+        if constexpr (kAdded) mask(scores, key + 16 * i);
         take(scores, key + 16 * i);
       }
 #pragma unroll 1
@@ -196,7 +202,7 @@ class Softmax {
 
   // Keys outside the sequence have no score, nor those that are hidden.
   REATTN_DEVICE void mask(float (&scores)[kTiles][2][4], int first_key) const {
-    if constexpr (kMasked) return hide(scores, p_, HeadMask(p_, sample_, head_), row_, first_key);
+    if constexpr (kMasked) hide(scores, p_, block_.mask(p_, head_), row_, first_key);
     if (first_key + 16 <= p_.key.rows) return;
 #pragma unroll
     for (int i = 0; i < kTiles * 8; i++)
@@ -205,6 +211,7 @@ class Softmax {
   }
 
   const Params& p_;
+  const Block& block_;
   OwnRows<kQueryStride, kDirect> own_;
   Shared<char> stages_;
   int sample_, head_, row_;

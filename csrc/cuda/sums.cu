@@ -10,7 +10,7 @@ namespace reattn {
 constexpr int kWidth = kHeadDim % kVector == 0 ? kVector : kHeadDim % 2 == 0 ? 2 : 1;
 constexpr int kLanes = kHeadDim / kWidth;          // threads to a row
 constexpr int kRowsAtOnce = kSumThreads / kLanes;  // of a block
-constexpr int kColumnSums = 128;                   // bytes of shared memory before them
+constexpr int kColumnSums = 256;                   // bytes of shared memory before them
 static_assert(kColumnSums + kSumThreads * kWidth * 4 <= kSumBytes, "a thread's columns have room");
 
 constexpr int kPieceSize = kWidth * int(sizeof(Element));  // in bytes
@@ -87,50 +87,53 @@ REATTN_DEVICE double load_double(Shared<float2> from) {
 }
 REATTN_DEVICE Shared<float2> scratch() { return as<float2>(shared_memory()); }
 
-struct Two {
-  double first, second;
+struct Three {
+  double first, second, third;  // the third with a mask alone
 };
+constexpr int kNumbers = kMasked ? 3 : 2;
 
 // The sums over all threads of a block, for each of them.
-REATTN_DEVICE Two block_sum(Two two) {
+REATTN_DEVICE Three block_sum(Three three) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    two.first += shuffle_xor(two.first, mask);
-    two.second += shuffle_xor(two.second, mask);
+    three.first += shuffle_xor(three.first, mask);
+    three.second += shuffle_xor(three.second, mask);
+    if constexpr (kMasked) three.third += shuffle_xor(three.third, mask);
   }
-  const Shared<float2> own = scratch() + 2 * warp();
+  const Shared<float2> own = scratch() + kNumbers * warp();
   sync_block();  // what was there before has been read
   if (lane() == 0) {
-    store_double(own, two.first);
-    store_double(own + 1, two.second);
+    store_double(own, three.first);
+    store_double(own + 1, three.second);
+    if constexpr (kMasked) store_double(own + 2, three.third);
   }
   sync_block();
-  two = {0, 0};
+  three = {0, 0, 0};
   for (int i = 0; i < kSumThreads / kWarp; i++) {
-    two.first += load_double(scratch() + 2 * i);
-    two.second += load_double(scratch() + 2 * i + 1);
+    three.first += load_double(scratch() + kNumbers * i);
+    three.second += load_double(scratch() + kNumbers * i + 1);
+    if constexpr (kMasked) three.third += load_double(scratch() + kNumbers * i + 2);
   }
-  return two;
+  return three;
 }
 
-// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks).
-REATTN_DEVICE Two sums_of(const Params& p, int head) {
+// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks); or of three.
+template <bool kThree = false>
+REATTN_DEVICE Three sums_of(const Params& p, int head) {
   const float *first = p.vectors + head * p.blocks, *second = first + kHeads * p.blocks;
-  Two two{0, 0};
+  Three three{0, 0, 0};
 #pragma unroll 4
-  for (int64_t block = thread(); block < p.blocks; block += kSumThreads)
-    two.first += double(read<float>(first + block)), two.second += double(read<float>(second + block));
-  return block_sum(two);
+  for (int64_t block = thread(); block < p.blocks; block += kSumThreads) {
+    three.first += double(read<float>(first + block)), three.second += double(read<float>(second + block));
+    if constexpr (kThree) three.third += double(read<float>(second + kHeads * p.blocks + block));
+  }
+  return block_sum(three);
 }
-
-// How many positions are not hidden from a head.
-REATTN_DEVICE double positions_of(const Params& p, int head) {
-  if constexpr (!kMasked) return p.positions;
-  const float* from = p.vectors + (2 * kHeads + head) * p.blocks;
-  double positions = 0;
-#pragma unroll 4
-  for (int64_t block = thread(); block < p.blocks; block += kSumThreads) positions += double(read<float>(from + block));
-  return block_sum({positions, 0}).first;
+// Over the mixed maps; the third is the number of positions.
+REATTN_DEVICE Three forward_sums_of(const Params& p, int head) {
+  Three sums = sums_of<kMasked>(p, head);
+  if constexpr (!kMasked) sums.third = p.positions;
+  return sums;
 }
 
 // The fold with the unit that the forward kernel multiplied the weights to a head by: see heads.cuh.
@@ -152,8 +155,8 @@ REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
     positions = read<double>(statistics + 2 * kHeads + head);
     return Moments(read<double>(statistics + head), read<double>(statistics + kHeads + head), positions, p.fold.p.eps);
   }
-  const Two sums = sums_of(p, head);
-  positions = positions_of(p, head);
+  const Three sums = forward_sums_of(p, head);
+  positions = sums.third;
   const RawSums raw(in_units(p, head).p, head, sums.first, sums.second, positions);
   return Moments(raw.sum, raw.squares, positions, p.fold.p.eps);
 }
@@ -163,20 +166,19 @@ REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
 __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Params p) {
   const int head = block_x();
   if (p.fold.backward) {
-    const Two sums = sums_of(p, head);
+    const Three sums = sums_of(p, head);
     if (thread() > 0) return;
     write(p.fold.p.grad_sums + head, sums.first);
     write(p.fold.p.grad_sums + kHeads + head, sums.second);
     return;
   }
   const Fold fold = in_units(p, head);
-  const Two sums = sums_of(p, head);
-  const double positions = positions_of(p, head);
+  const Three sums = forward_sums_of(p, head);
   if (thread() > 0) return;
-  const RawSums raw(fold.p, head, sums.first, sums.second, positions);
+  const RawSums raw(fold.p, head, sums.first, sums.second, sums.third);
   write(p.fold.p.statistics + head, raw.sum);
   write(p.fold.p.statistics + kHeads + head, raw.squares);
-  write(p.fold.p.statistics + 2 * kHeads + head, positions);
+  write(p.fold.p.statistics + 2 * kHeads + head, sums.third);
 }
 
 // The sums of the columns of the values that are not hidden from any row, or from all.
@@ -187,10 +189,11 @@ REATTN_DEVICE void sum_values(const Params& p, const Part& part, float (&sum)[kW
     [[maybe_unused]] const HeadMask mask(p, part.sample, part.head);
 #pragma unroll 4
     for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
-      if (kHasMask && !mask.sees(0, row)) continue;
       const Columns value(values + row * p.value.row_stride);
+      const bool seen = !kHasMask || mask.added<true>(0, row) != -kInfinity;
 #pragma unroll
-      for (int i = 0; i < kWidth; i++) sum[i] += value.column[i];
+      for (int i = 0; i < kWidth; i++)
+        if (seen) sum[i] += value.column[i];
     }
 #pragma unroll
     for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__
       }
     }
   }
-  const Two sums = block_sum({double(of_out), double(of_values)});
+  const Three sums = block_sum({double(of_out), double(of_values), 0});
   if (thread() > 0) return;
   const int64_t block = int64_t(part.sample) * p.splits + block_x() % p.splits;
   write(p.vectors + (part.head * p.blocks + block), float(sums.first));

@@ -40,11 +40,6 @@ REATTN_DEVICE int64_t row_index(const Params& p, int sample, int head, int row) 
   return (int64_t(sample) * kHeads + head) * p.query.rows + row;
 }
 
-// How many of the first keys a block has to do with: behind them all are hidden from its rows.
-REATTN_DEVICE int seen_keys(const Params& p, int first_row) {
-  return kCausal ? smaller(p.key.rows, first_row + kRows) : p.key.rows;
-}
-
 REATTN_DEVICE float quad_sum(float value) {
   value += shuffle_xor(value, 1);
   return value + shuffle_xor(value, 2);

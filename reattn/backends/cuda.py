@@ -199,8 +199,8 @@ def backward(
     for part, which, sweep, products in work.parts:
         params.first_sample, _, params.first_row, params.rows_of_launch = part
         params.row_blocks_of_launch, params.first_rows, params.last_rows = which
-        if problem.mask_gradient and problem.is_causal:
-            grad_scores.zero_()  # where all of a block is hidden, nothing is written
+        if problem.mask_gradient:
+            grad_scores.zero_()  # where all is hidden from a block, nothing is written
         cuda_driver.launch(*sweep, stream, params, tensors)
         cuda_driver.launch(*products, stream, params, tensors)
         if problem.mask_gradient:
@@ -240,12 +240,15 @@ class Mask(NamedTuple):
         """As csrc/cuda takes them; none where nothing is hidden."""
         if not self.kind and not self.is_causal:
             return ()
-        _, by_head, by_row, _ = map(bool, self.strides)
-        values = map(int, (self.kind, by_head, by_row, self.is_causal, self.seen_by_row))
+        _, by_head, by_row, by_key = self.strides
+        flags = (by_head != 0, by_row != 0, by_key == 1, self.is_causal, self.seen_by_row)
+        values = map(int, (self.kind, *flags))
         return tuple(zip(_MASK_MACROS, values, strict=True))
 
 
-_MASK_MACROS = tuple(f"REATTN_{name}" for name in ("MASK", "MASK_BY_HEAD", "MASK_BY_ROW", "CAUSAL", "SEEN_BY_ROW"))
+_MASK_MACROS = tuple(
+    f"REATTN_{name}" for name in ("MASK", "MASK_BY_HEAD", "MASK_BY_ROW", "MASK_KEY_STRIDE", "CAUSAL", "SEEN_BY_ROW")
+)
 _NO_MASK = Mask()
 
 

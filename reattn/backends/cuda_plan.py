@@ -77,7 +77,7 @@ class Params(Structure):
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 SUM_THREADS = 256
-SUM_BYTES = 128 + 32 * SUM_THREADS
+SUM_BYTES = 256 + 32 * SUM_THREADS
 
 # Columns of an output that a block of the forward pass computes; more head_dim means more blocks.
 OUT_DIMS = 64
