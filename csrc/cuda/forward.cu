@@ -321,41 +321,43 @@ class RowMixing {
   HeadsTile shift_, first_;
 };
 
+// What values are multiplied by: maps as they are, and then what is not finite of the values may count as zero; or
+// ones.
+enum class Weights { kMaps, kStrict, kOnes };
+
 // The output of one head: its mixed maps times the values.
 struct Output {
   float sums[kTiles][kOutDims / 8][4] = {};
 
-  // Strict: what is not finite of the values counts as zero.
-  template <bool kStrict = false>
+  // Of the keys from the first on, up to `end` behind it.
+  template <Weights kWeights = Weights::kMaps>
   REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
-                         int first_key, int first_dim) {
+                         int first_key, int end, int first_dim) {
     using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
-    Values values(stages, p.value, block.sample, head, first_key, first_key + kKeys, first_dim);
-    const int end = smaller(kKeys, block.range.end - first_key);
+    Values values(stages, p.value, block.sample, head, first_key, first_key + end, first_dim);
     // In pairs those that have 16 more behind them.
     const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
     Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    take<false, kStrict>(values, offset, maps, from, 0);
+    take<false, kWeights>(values, offset, maps, from, 0);
     from = from + 32;
 #pragma unroll 1
     for (int key = 16; key < in_pairs; key += 32, from = from + 64)
 #pragma unroll
-      for (int i = 0; i < 2; i++) take<true, kStrict>(values, offset, maps, from + 32 * i, key + 16 * i);
+      for (int i = 0; i < 2; i++) take<true, kWeights>(values, offset, maps, from + 32 * i, key + 16 * i);
 #pragma unroll 1
     for (int key = in_pairs; key < end; key += 16, from = from + 32)
-      take<false, kStrict>(values, offset, maps, from, key);
+      take<false, kWeights>(values, offset, maps, from, key);
   }
 
   // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
   // finite become NaN where they are seen.
   REATTN_DEVICE void add_strictly(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
-                                  int first_key, int first_dim) {
+                                  int first_key, int keys, int first_dim) {
     const HeadMask mask = block.mask(p, head);
-    const int end = smaller(first_key + kKeys, block.range.end);
     sync_warp();  // all lanes have read the maps
     const Element* value = head_rows(p.value, block.sample, head) + first_key * p.value.row_stride;
-    for (int key = first_key; key < end; key++, value += p.value.row_stride) {
+    for (int key = first_key; key < first_key + keys; key++, value += p.value.row_stride) {
       bool finite = true;
       for (int dim = lane(); dim < kHeadDim; dim += kWarp)
         finite = finite && absolute(number_at(value + dim)) < kInfinity;
@@ -367,7 +369,7 @@ struct Output {
         reattn::store(as<uint16_t>(row) + (key - first_key), uint16_t(0x7fff));
     }
     sync_warp();
-    add<true>(p, stages, maps, block, head, first_key, first_dim);
+    add<Weights::kStrict>(p, stages, maps, block, head, first_key, keys, first_dim);
   }
   // Whether the values of all keys were. Those of one that are not leave a mark in every row: one is asked.
   REATTN_DEVICE bool finite() const {
@@ -434,27 +436,29 @@ struct Output {
   }
 
   // 16 keys.
-  template <bool kWhole, bool kStrict, class Values>
+  template <bool kWhole, Weights kWeights, class Values>
   REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
+    constexpr bool kStrict = kWeights == Weights::kStrict, kOnes = kWeights == Weights::kOnes;
+    constexpr int kOwnTiles = kOnes ? 1 : kTiles;  // of ones, all rows have the same
     if constexpr (kFloat) {
       const Shared<char> stage = values.template next<kWhole>();
       if constexpr (kStrict) make_finite<kOutDims>(stage);
       for (int step = 0; step < 16; step++) {
-        float map[kTiles][2];
-        for_each_row<kTiles>([&](int tile, int lower, int row) {
-          map[tile][lower] = load<float>(as<float>(maps + row * kRowStride) + (key + step));
+        float map[kOwnTiles][2];
+        for_each_row<kOwnTiles>([&](int tile, int lower, int row) {
+          map[tile][lower] = kOnes ? 1.0f : load<float>(as<float>(maps + row * kRowStride) + (key + step));
         });
 #pragma unroll
         for (int column = 0; column < kOutDims / 8; column++) {
           const float2 value = load<float2>(as<float>(stage + step * kStageStride) + (8 * column + lane() % 4 * 2));
-          for_each_row<kTiles>([&](int tile, int lower, int) {
+          for_each_row<kOwnTiles>([&](int tile, int lower, int) {
             sums[tile][column][2 * lower] = fmaf(map[tile][lower], value.x, sums[tile][column][2 * lower]);
             sums[tile][column][2 * lower + 1] = fmaf(map[tile][lower], value.y, sums[tile][column][2 * lower + 1]);
           });
         }
       }
     } else {
-      uint32_t mixed[kTiles][4], operands[kOutDims / 8][2];
+      uint32_t mixed[kOwnTiles][4], operands[kOutDims / 8][2];
       if constexpr (kDirect) {
         values.template next<kWhole>(operands);
         if constexpr (kStrict)
@@ -472,13 +476,17 @@ struct Output {
         }
       }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; tile++) load_matrices(mixed[tile], from + 16 * tile * kRowStride);
+      for (int tile = 0; tile < kOwnTiles; tile++)
+        if constexpr (kOnes)
+          for (uint32_t& part : mixed[tile]) part = pack<Narrow>(1, 1);
+        else
+          load_matrices(mixed[tile], from + 16 * tile * kRowStride);
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column += 2) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-          for (int tile = 0; tile < kTiles; tile++)
+          for (int tile = 0; tile < kOwnTiles; tile++)
             multiply_add<Narrow>(sums[tile][column + half], mixed[tile], operands[column + half]);
       }
     }
@@ -500,12 +508,16 @@ REATTN_DEVICE bool in_all_warps(int warp, bool yes) {
 REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                        int first_dim) {
   const HeadMask mask = block.mask(p, head);
-  const int end = block.range.end;
+  const int end = block.range.end, unhidden = block.range.unhidden(0, end);
+  const int in_all = unhidden < end ? unhidden / 16 * 16 : end;  // keys that all rows see
   Output seen;
   const auto sweep = [&](bool strict) {
-    for (int first_key = 0; first_key < end; first_key += kKeys) {
+    if (in_all > 0) seen.add<Weights::kOnes>(p, stages, maps, block, head, 0, in_all, first_dim);
+    for (int i = 0; i < kOutDims / 2; i++) seen.sums[kTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
+    for (int first_key = in_all; first_key < end; first_key += kKeys) {
+      const int keys = smaller(kKeys, end - first_key);
       sync_warp();
-      for (int key = 0; key < smaller(kKeys, end - first_key); key += 16) {
+      for (int key = 0; key < keys; key += 16) {
         float ones[kTiles][2][4];
         for (int i = 0; i < kTiles * 8; i++) ones[i / 8][i / 4 % 2][i % 4] = 1;
         mask.for_each<kTiles>(block.first_row, first_key + key, [&](int tile, int right, int i, float added) {
@@ -520,9 +532,9 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
       }
       sync_warp();
       if (strict)
-        seen.add_strictly(p, stages, maps, block, head, first_key, first_dim);
+        seen.add_strictly(p, stages, maps, block, head, first_key, keys, first_dim);
       else
-        seen.add(p, stages, maps, block, head, first_key, first_dim);
+        seen.add(p, stages, maps, block, head, first_key, keys, first_dim);
     }
   };
   sweep(false);
@@ -576,10 +588,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     sync_block();
     for_each_head([&](int, int head, Shared<char> maps) {
       Output out;
-      out.add(p, stages, maps, block, head, 0, first_dim);
+      out.add(p, stages, maps, block, head, 0, end, first_dim);
       if (kMasked && !out.finite()) {
         out = Output();
-        out.add_strictly(p, stages, maps, block, head, 0, first_dim);
+        out.add_strictly(p, stages, maps, block, head, 0, end, first_dim);
       }
       out.store(p, block, head, first_dim);
     });
@@ -587,6 +599,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     Output out[kTurns];
     const auto sweep = [&](bool strict) {
       for (int first_key = 0; first_key < end; first_key += kKeys) {
+        const int keys = smaller(kKeys, end - first_key);
         for_each_head([&](int, int head, Shared<char> maps) {
           Softmax softmax(p, stages, block, head);
           for_each_row<kTiles>([&](int tile, int lower, int row) {
@@ -595,13 +608,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
           softmax.fill(maps, first_key);
         });
         sync_block();
-        RowMixing(p, moments).mix(block, first_key, warp, rows, smaller(kKeys, end - first_key));
+        RowMixing(p, moments).mix(block, first_key, warp, rows, keys);
         sync_block();
         for_each_head([&](int turn, int head, Shared<char> maps) {
           if (kMasked && strict)
-            out[turn].add_strictly(p, stages, maps, block, head, first_key, first_dim);
+            out[turn].add_strictly(p, stages, maps, block, head, first_key, keys, first_dim);
           else
-            out[turn].add(p, stages, maps, block, head, first_key, first_dim);
+            out[turn].add(p, stages, maps, block, head, first_key, keys, first_dim);
         });
       }
     };
