@@ -246,6 +246,27 @@ def call_of(problem):
     return call, Inputs(**{name: problem.tensors[name] for name in names if name in problem.tensors})
 
 
+@pytest.mark.parametrize("kind", ["padding", "causal-padding", "by-head", "full-bias"])
+def test_masks_with_synchronised_statistics(kind):
+    """Of one rank alone they are those that a call finds by itself; both backward passes are right."""
+    problem = masked_problem(kind, "batch-training", seqlen_k=21, dtype=torch.float16, device=device_of("cuda"))
+    call, inputs = call_of(problem)
+    mask = problem["attn_mask"][(None,) * (4 - problem["attn_mask"].ndim)]
+    inputs, added = inputs._replace(attn_mask=mask), mask.dtype != torch.bool
+    call = call._replace(mask="float" if added else "bool", mask_gradient=added)
+    running = [[tensor.clone() for tensor in inputs[7:9]] for _ in range(2)]
+    alone, together = (inputs._replace(running_mean=mean, running_var=var) for mean, var in running)
+    outputs = cuda.forward(call, alone)
+    gradients = cuda.backward(call, problem.grad, alone, outputs, None)
+    call = call._replace(synchronised=True)
+    of_ranks = cuda.forward(call, together)
+    of_ranks = of_ranks._replace(statistics=cuda.finish(call, together, of_ranks))
+    sums = cuda.grad_sums(call, problem.grad, of_ranks)
+    others = cuda.backward(call, problem.grad, together, of_ranks, sums)
+    for first, second in zip((*outputs, *gradients, *running[0]), (*of_ranks, *others, *running[1]), strict=True):
+        torch.testing.assert_close(second.double(), first.double(), rtol=1e-3, atol=1e-3)
+
+
 def assert_near(found, expected, allowed):
     """As far from it, in the Frobenius norm and relative to it."""
     for name in expected:

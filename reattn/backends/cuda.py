@@ -238,7 +238,7 @@ class Mask(NamedTuple):
     @property
     def constants(self) -> Constants:
         """As csrc/cuda takes them; none where nothing is hidden."""
-        if not self.kind and not self.is_causal:
+        if self == _NO_MASK:
             return ()
         _, by_head, by_row, by_key = self.strides
         flags = (by_head != 0, by_row != 0, by_key == 1, self.is_causal, self.seen_by_row)
