@@ -165,19 +165,15 @@ class RowMixing {
         });
       }
       if constexpr (kLessStored) for_each_element([&](int block, int i, int, int) { tile[block][i] *= stored_; });
-      if constexpr (kRagged)
-        for_each_element([&](int block, int i, int, int lower) {
-          if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
-        });
-    }
-    if constexpr (kMasked && kGroups == 1) {
-      if (owned.range.is_whole(first_key + key)) {
-        if constexpr (kStatistics) moments_.positions[0][0] += float(smaller(keys - key, 16));
-      } else {
+      if constexpr (kMasked && kGroups == 1) {
         const Visible visible(p_, owned, owned.first_row + row, first_key + key);
         if constexpr (kStatistics) moments_.count(visible);
         for_each_element([&](int block, int i, int, int) {
-          if (!visible(block, i)) mixed[0][block][i] = 0;
+          if (!visible(block, i)) tile[block][i] = 0;
+        });
+      } else if constexpr (kRagged) {
+        for_each_element([&](int block, int i, int, int lower) {
+          if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
         });
       }
     }

@@ -95,6 +95,8 @@ class Visible {
         const HeadMask mask = block.mask(p, smaller(head, kHeads - 1));
         bits_ |= uint32_t(mask.sees(row, key + 8 * lower + lane() / 4)) << place(eight, i);
       });
+    else if (block.range.is_whole(key))
+      bits_ = 0xffff >> greater(key + 16 - p.key.rows, 0);
     else
       bits_ = ballot(block.mask(p, 0).sees(row, key + lane() % 16)) & 0xffff;
   }
