@@ -99,7 +99,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     params = _params(work.params, problem, inputs, outputs)
     params.out.data = outputs.out.data_ptr()
     if problem.batch_statistics:
-        vectors = query.new_empty((2 + problem.masked) * problem.heads, params.blocks, dtype=torch.float32)
+        vectors = query.new_empty((2 + (mask is not _NO_MASK)) * problem.heads, params.blocks, dtype=torch.float32)
         params.vectors = vectors.data_ptr()
         if finishes and params.added_up:
             final = torch.empty_like(final)
@@ -253,7 +253,7 @@ _NO_MASK = Mask()
 
 
 def _mask_of(problem: Problem, attn_mask: Tensor | None, value_sum: Tensor) -> Mask:
-    if not problem.masked:
+    if problem.mask is None and not problem.is_causal:
         return _NO_MASK
     by_row = value_sum.ndim == 4 and value_sum.shape[2] > 1
     if attn_mask is None:
@@ -565,7 +565,9 @@ def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs
     query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask = inputs
     params = Params.from_buffer_copy(template)
     params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    params.lse, params.seed, params.mask.data = outputs.lse.data_ptr(), address(seed), address(attn_mask)
+    params.lse, params.seed = outputs.lse.data_ptr(), address(seed)
+    if attn_mask is not None:
+        params.mask.data = attn_mask.data_ptr()
     parameters = params.fold.p
     parameters.theta, parameters.bias = theta.data_ptr(), address(bias)
     parameters.norm_weight, parameters.norm_bias = address(norm_weight), address(norm_bias)
