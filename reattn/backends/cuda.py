@@ -37,7 +37,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem)
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
