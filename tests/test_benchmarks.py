@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import compare, machine, measure, peers, test_model, test_module, test_scaling, tune
 from benchmarks.measure import Oracle, Problem
-from reattn import ReAttention
 from reattn.kernels import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,17 +19,14 @@ CPU = torch.device("cpu")
 ALL = tuple(peers.EAGER)
 
 
-def problem(norm, batch=3, dtype=torch.float64):
-    return Problem(batch, 4, 7, 5, norm, dtype)
+def problem(norm, batch=3, dtype=torch.float64, mask=None):
+    return Problem(batch, 4, 7, 5, norm, dtype, mask)
 
 
-def in_float64(norm, batch=3):
+def in_float64(norm, batch=3, mask=None):
     """Inputs and parameters of a problem, in float64."""
-    parameters = measure.make_parameters(problem(norm, batch), CPU)
-    return (
-        measure.make_inputs(problem(norm, batch), CPU),
-        peers.Parameters(*(None if p is None else p.double() for p in parameters)),
-    )
+    case = problem(norm, batch, mask=mask)
+    return measure.make_inputs(case, CPU), measure.make_parameters(case, CPU).double()
 
 
 @pytest.mark.parametrize("form", ["eager", "one-sample-at-a-time", "compiled"])
@@ -89,10 +85,10 @@ def test_a_batch_of_repeated_samples_is_held_to_those_samples(norm, dtype):
 def test_wrong_modules_and_models_are_refused():
     torch.manual_seed(0)
     case = test_module.QUICK
-    reference = ReAttention(32, 4, norm="layer", pre_norm=True, theta_init="normal", backend="reference")
+    reference, eager = test_module.make_eager(case)
     x, grad = torch.randn(2, 50, 32), torch.randn(2, 50, 32)
     oracle = test_module.Oracle(reference, x, grad, case.dtype)
-    module = test_module.build("eager", case, reference)
+    module = test_module.build("eager", case, reference, eager)
     oracle.check("eager", module)
     module.theta.data = module.theta.data.mT.contiguous()
     with pytest.raises(measure.WrongResult, match="^eager: the error of the output is"):
