@@ -53,7 +53,7 @@ sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(STAMP) ## run the CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	REATTN_BUILD_CPU=1 REATTN_CPU_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-lib out/sanitize --build-temp build/sanitize
 	REATTN_CPU_FOLDER=out/sanitize/reattn LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py -q -m extension --capture=sys \
+	    $(PY) -m pytest tests/test_parity.py tests/test_cpu.py tests/test_masks.py -q -m extension --capture=sys \
 	    -n $(WORKERS) --dist worksteal --max-worker-restart=0
 
 lint: $(STAMP) ## check style and types

@@ -40,10 +40,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # "batch" in training.
 NORMS = ("layer", "batch", "batch-eval", "none")
 DROPOUT = {"without": False, "with": True}
+# Of keys, boolean; causal; boolean by query; a bias by head and query that is differentiated.
+MASKS = ("padding", "causal", "rows", "bias")
 
 
 class Case(NamedTuple):
-    """A problem to compile for: an architecture, a dtype, a shape, one of NORMS, whether with dropout."""
+    """A problem to compile for: an architecture, a dtype, a shape, one of NORMS, whether with dropout, "none" or one of
+    MASKS."""
 
     arch: int
     dtype: str
@@ -51,6 +54,7 @@ class Case(NamedTuple):
     head_dim: int
     norm: str
     dropout: bool = False
+    mask: str = "none"
 
 
 class Cost(NamedTuple):
@@ -139,6 +143,13 @@ def train_step(case: Case, backend: Any, batch: int) -> None:
         inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
     if case.dropout:
         inputs = inputs._replace(seed=empty(1, dtype=torch.int64))
+    masks = {
+        "padding": empty(batch, 1, 1, 197, dtype=torch.bool),
+        "rows": empty(1, 1, 197, 197, dtype=torch.bool),
+        "bias": empty(1, heads, 197, 197, dtype=dtype),
+    }
+    mask = masks.get(case.mask)
+    inputs = inputs._replace(attn_mask=mask)
     for synchronised in (False, True)[: 1 + (case.norm == "batch")]:
         problem = Problem.of(
             inputs.query,
@@ -147,6 +158,9 @@ def train_step(case: Case, backend: Any, batch: int) -> None:
             synchronised=synchronised,
             scale=0.125,
             dropout_p=0.1 if case.dropout else 0.0,
+            mask=None if mask is None else "float" if mask.is_floating_point() else "bool",
+            mask_gradient=case.mask == "bias",
+            is_causal=case.mask == "causal",
         )
         outputs = backend.forward(problem, inputs)
         if synchronised:
@@ -255,15 +269,15 @@ def local_memory(sass: str) -> tuple[int, int, int]:
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>7}{:>8}{:>6}"
-    titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "kernel", "tile", "regs", "spill"]
+    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>7}{:>8}{:>6}"
+    titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "mask", "kernel", "tile", "regs", "spill"]
     yield layout.format(*titles, "in loop", "of", "shared", "HMMA")
     for cost in costs:
-        arch, dtype, heads, head_dim, norm, dropout = cost.case
+        arch, dtype, heads, head_dim, norm, dropout, mask = cost.case
         kernel, tile = cost.kernel.removesuffix("_kernel"), "x".join(map(str, cost.tile))
         usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.loops, cost.shared, cost.hmma)
         with_dropout = "with" if dropout else "without"
-        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, kernel, tile, *usage)
+        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, mask, kernel, tile, *usage)
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
@@ -278,7 +292,13 @@ def cases(
         problems = [("bfloat16", h, d) for h, d in itertools.product(heads, (32, 48, 64, 128))]
         problems += [("float32", h, d) for h, d in itertools.product(heads, (64, 128))]
     variants = [(norm, DROPOUT[name]) for norm in norms for name in dropout]
-    return [Case(arch, *problem, *variant) for arch in archs for problem in problems for variant in variants]
+    found = [Case(arch, *problem, *variant) for arch in archs for problem in problems for variant in variants]
+    # Masks with every problem and architecture, and norms in turn.
+    choices = itertools.product(archs, enumerate(problems), enumerate(MASKS))
+    for arch, (number, problem), (turn, mask) in choices:
+        norm = norms[(archs.index(arch) + number + turn) % len(norms)]
+        found.append(Case(arch, *problem, norm, False, mask))
+    return found
 
 
 def cuda_cases(archs: list[int], quick: bool, norms: Sequence[str], dropout: Sequence[str]) -> list[Case]:

@@ -143,7 +143,7 @@ int main(int count, char** arguments) {
     plan.block_keys = seqlen;
     plan.tile_keys = round_up(smaller(plan.keys, 12 * 1024 / 4 / heads), kLanes);
     plan.groups = 1;
-    plan.group_rows = seqlen;
+    plan.group_ends[0] = seqlen;
     plan.wave = batch;
     Job job{p, mixing, plan, {}, 0, batch, 0};
     const int64_t columns = batch * heads * plan.packed_keys * dim * 4,

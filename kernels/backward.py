@@ -11,18 +11,8 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
-from .scores import (
-    OUTSIDE,
-    dropout,
-    find_hidden,
-    find_span,
-    find_visible_keys,
-    find_visible_positions,
-    map_tile,
-    probabilities,
-    score_tile,
-    unless_blind,
-)
+from .masks import find_hidden, find_span, find_visible_keys, find_visible_positions
+from .scores import OUTSIDE, dropout, map_tile, probabilities, score_tile, unless_blind
 from .tiles import (
     accumulate,
     any_broken,
@@ -158,8 +148,8 @@ def grad_maps_kernel(
             k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
             v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
             probs, kept, centred, hidden_by_head = map_tile(
-                q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p, dtype,
-                BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
+                q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p,
+                dtype, BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
             )  # fmt: skip
             heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
             centred = laid_out_like(centred, layout)

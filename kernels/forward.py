@@ -4,15 +4,8 @@ import triton
 import triton.language as tl
 
 from .fold import load_mixing, normalise
-from .scores import (
-    find_hidden,
-    find_span,
-    find_visible_keys,
-    find_visible_positions,
-    map_tile,
-    row_lse,
-    unless_blind,
-)
+from .masks import find_hidden, find_span, find_visible_keys, find_visible_positions
+from .scores import map_tile, row_lse, unless_blind
 from .tiles import (
     accumulate,
     any_broken,
@@ -122,8 +115,8 @@ def forward_step(
     norm, mask, rows, seed_ptr, scale_log2, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr, WHOLE: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys to the output, and to the sums over the mixed maps. STRICT: a value that is not finite reaches
-    no row that does not see it."""
+    """Adds a tile of keys to the output, and to the sums over the mixed maps. STRICT: a value that is not finite
+    reaches no row that does not see it."""
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE, WHOLE)
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)

@@ -239,8 +239,8 @@ def dot_rows(
     a_tile, a, a_start, b_tile, b, b_start, batch, first_head, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
     SHAPE: tl.constexpr, visible=None,
 ):  # fmt: skip
-    """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk; of b what is
-    visible."""
+    """``dot_heads`` over all of head_dim: of the tiles where they hold it, else loading both chunk by chunk; of b what
+    is visible."""
     if SHAPE.CHUNKS == 1:
         product = dot_heads(a_tile, b_tile, SHAPE)
     else:

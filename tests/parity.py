@@ -66,6 +66,11 @@ class Problem:
             name: tensor if tensor is None or tensor.dtype == torch.bool else tensor.to(dtype)
             for name, tensor in self.tensors.items()
         }
+        mask, given = tensors.get("attn_mask"), self.tensors.get("attn_mask")
+        if mask is not None and given is not None and mask.is_floating_point():
+            # What hides is the lowest number of the dtype.
+            lowest = given == torch.finfo(given.dtype).min
+            tensors["attn_mask"] = mask.masked_fill(lowest, torch.finfo(dtype).min)
         return replace(self, tensors=tensors, grad=self.grad.to(dtype))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -180,8 +185,8 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
         rows, columns = rows.sort().values, columns.sort().values
     orders = dict.fromkeys(("query", "output"), (None, heads, rows, dims))
     orders |= dict.fromkeys(("key", "value"), (None, heads, columns, dims)) | {"theta": (heads, heads)}
-    if problem.tensors.get("attn_mask") is not None:
-        orders["attn_mask"] = (None, heads, rows, columns)[-problem["attn_mask"].ndim :]
+    if (mask := problem.tensors.get("attn_mask")) is not None:
+        orders["attn_mask"] = (None, heads, rows, columns)[-mask.ndim :]
 
     def reordered(tensor: Tensor, order: tuple[Tensor | None, ...]) -> Tensor:
         for dim, permutation in enumerate(order):

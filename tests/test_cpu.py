@@ -91,20 +91,18 @@ def test_instruction_set_that_is_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "reason"),
+    ("sizes", "reason"),
     [
-        ({"dtype": torch.float64}, {}, "dtype must be float32, float16 or bfloat16, got torch.float64"),
-        ({"heads": 33}, {}, "takes at most 32 heads, got 33"),
-        ({"head_dim": 129}, {}, "takes head_dim up to 128, got 129"),
-        ({}, {"is_causal": True}, "does not take attn_mask or is_causal"),
-        ({}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, "does not take attn_mask or is_causal"),
+        ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got torch.float64"),
+        ({"heads": 33}, "takes at most 32 heads, got 33"),
+        ({"head_dim": 129}, "takes head_dim up to 128, got 129"),
     ],
-    ids=["float64", "33 heads", "head_dim 129", "is_causal", "attn_mask"],
+    ids=["float64", "33 heads", "head_dim 129"],
 )
-def test_what_it_does_not_take(sizes, options, reason):
+def test_what_it_does_not_take(sizes, reason):
     problem = make_problem(**sizes)
     with pytest.raises(RuntimeError, match=re.escape(f"backend 'cpu' cannot run this: {reason} (query (2, ")):
-        re_attention(**problem.tensors, **problem.options, **options, backend="cpu")
+        re_attention(**problem.tensors, **problem.options, backend="cpu")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -149,6 +147,86 @@ def test_negative_scale(mode, isa):
     expected = compute(large.with_tensors(query=-large["query"]).with_options(scale=0.25), "cpu")
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert_same(found, expected | {"query gradient": -expected["query gradient"]})
+
+
+def masked(problem, shape, is_causal=False, added=True):
+    """With a mask of that shape, of which a third hides, and all of its end."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.rand(shape, generator=generator) < 0.3
+    hidden[..., 0] = False
+    if shape[3] > 1:
+        hidden[..., -shape[3] // 5 :] = True
+    mask = torch.randn(shape, generator=generator).to(problem.grad.dtype).masked_fill(hidden, -torch.inf)
+    return problem.with_tensors(attn_mask=mask if added else ~hidden).with_options(is_causal=is_causal)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@dtypes
+@modes
+def test_masks_of_instruction_sets(mode, dtype, shape, isa):
+    sizes = SHAPES[shape]
+    batch, heads, seqlen, seqlen_k = (sizes[name] for name in ("batch", "heads", "seqlen", "seqlen_k"))
+    problem = make_problem(mode, **sizes, dtype=dtype)
+    for of, added in (((batch, 1, 1, seqlen_k), False), ((1, heads, seqlen, seqlen_k), True)):
+        assert_parity(masked(problem, of, added=added, is_causal=added), "cpu")
+
+
+# Of a mask that samples or queries share, parts and groups sum the gradient on their own: see make_plan.
+@pytest.mark.parametrize("shape", [(3, 6, 300, 150), (1, 6, 300, 150), (1, 6, 1, 150), (3, 1, 1, 150), (1, 1, 300, 1)])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_threads_change_nothing_with_a_mask(mode, shape, use_threads):
+    problem = make_problem(mode, heads=6, seqlen=300, seqlen_k=150, batch=3)
+    problem = masked(problem, shape, is_causal=shape[2] == 1)
+    use_threads(1)
+    expected = compute(problem, "cpu")
+    for number in (2, 3, 7, 7, 1):
+        use_threads(number)
+        assert_same(compute(problem, "cpu"), expected)
+    assert_parity(problem, "cpu")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1500), (1, 32, 9, 1500), (1, 1, 9, 1)])
+@modes
+def test_masks_of_long_rows(mode, shape, is_causal):
+    problem = make_problem(mode, heads=32, seqlen=9, seqlen_k=1500, batch=1, head_dim=8)
+    assert_parity(masked(problem, shape, is_causal), "cpu")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_that_are_expanded(is_causal):
+    """One row for all queries, whose gradient has rows all the same."""
+    problem = masked(make_problem("batch-training"), (2, 1, 1, 17), is_causal)
+    mask = problem["attn_mask"].expand(2, 3, 17, 17)
+    assert_parity(problem.with_tensors(attn_mask=mask), "cpu")
+
+
+def test_masks_of_several_waves():
+    problem = make_problem("layer", heads=32, seqlen=5, seqlen_k=160, batch=5, head_dim=128)
+    assert_parity(masked(problem, (1, 32, 5, 160)), "cpu")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@dtypes
+@modes
+def test_hidden_values_that_are_not_finite(mode, dtype, number, isa):
+    """A value alone, of one head: what sees it is NaN, all else is as it was."""
+    problem = masked(make_problem(mode, dtype=dtype), (2, 3, 17, 17), added=False)
+    clean = compute(problem, "cpu")
+    value = problem["value"].clone()
+    value[1, 2, 5, 3] = number
+    found = compute(problem.with_tensors(value=value), "cpu")
+    sees = torch.zeros(2, 3, 17, dtype=torch.bool)
+    sees[1, 2] = problem["attn_mask"][1, 2, :, 5]
+    assert found["output"][sees].isnan().all() and sees.any()
+    assert torch.equal(found["output"][~sees], clean["output"][~sees])
+
+
+def test_scores_that_overflow_are_not_hidden():
+    """A query all of whose scores are -infinity is NaN, as without a mask; it is not one that sees nothing."""
+    query, key = torch.full((1, 1, 2, 4), -1e30), torch.full((1, 1, 2, 4), 1e30)
+    out = re_attention(query, key, key, torch.eye(1), is_causal=True, backend="cpu")
+    assert out.isnan().all()
 
 
 def seeds(number, quick):

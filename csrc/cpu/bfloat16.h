@@ -14,6 +14,7 @@ template <int64_t kGroupSize>
 struct BFloat16Operands {
   using Operand = uint16_t;
   static constexpr int64_t kGroup = kGroupSize;
+  static constexpr uint16_t kNaN = 0x7fc0;
 
   static void store(uint16_t* to, Vec v) {
     store_as(to, reinterpret_cast<VecH>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));

@@ -17,6 +17,9 @@ namespace {
 // (address, (stride of batch, head, row, head_dim))
 using TensorArgument = std::tuple<uintptr_t, std::array<int64_t, 4>>;
 
+// (whether it is added, address, sizes, strides)
+using MaskArgument = std::tuple<bool, uintptr_t, std::array<int64_t, 4>, std::array<int64_t, 4>>;
+
 // A field that is set from an address; 0 for none.
 template <class Class, class Get>
 void address(Class& type, const char* name, Get get) {
@@ -82,12 +85,25 @@ PYBIND11_MODULE(_cpu, m) {
   tensor(call, "grad_query", &Problem::grad_query);
   tensor(call, "grad_key", &Problem::grad_key);
   tensor(call, "grad_value", &Problem::grad_value);
+  call.def_property("attn_mask", nullptr, [](Call& call, const MaskArgument& argument) {
+    const auto& [is_float, address, sizes, strides] = argument;
+    MaskTensor& mask = call.problem.mask;
+    mask.kind = is_float ? MaskKind::kFloat : MaskKind::kBool;
+    mask.tensor.data = reinterpret_cast<void*>(address);
+    int64_t* to[] = {&mask.tensor.batch, &mask.tensor.head, &mask.tensor.row, &mask.tensor.dim};
+    for (size_t dim = 0; dim < 4; dim++) {
+      mask.sizes[dim] = sizes[dim];
+      *to[dim] = sizes[dim] > 1 ? strides[dim] : 0;
+    }
+  });
 #define REATTN_NUMBER(name, field)                       \
   call.def_property(                                     \
       name, [](const Call& call) { return call.field; }, \
       [](Call& call, decltype(std::declval<Call>().field) value) { call.field = value; })
   REATTN_NUMBER("scale", problem.scale);
   REATTN_NUMBER("dropout_p", problem.dropout_p);
+  REATTN_NUMBER("is_causal", problem.mask.causal);
+  REATTN_NUMBER("value_rows", problem.value_rows);
   REATTN_NUMBER("eps", parameters.eps);
   REATTN_NUMBER("output_scale", parameters.output_scale);
   REATTN_NUMBER("training", parameters.training);
@@ -99,6 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
   REATTN_ADDRESS("seed", problem.seed);
   REATTN_ADDRESS("lse", problem.lse);
   REATTN_ADDRESS("value_sum", problem.value_sum);
+  REATTN_ADDRESS("grad_mask", problem.mask.grad);
   REATTN_ADDRESS("theta", parameters.theta);
   REATTN_ADDRESS("bias", parameters.bias);
   REATTN_ADDRESS("norm_weight", parameters.norm_weight);

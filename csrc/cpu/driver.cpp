@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,10 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+int64_t elements_of_mask(const Problem& p) {
+  const int64_t* sizes = p.mask.sizes;
+  return sizes[0] * sizes[1] * sizes[2] * sizes[3];
+}
 
 // Rows that far apart fall into different sets of the L1 cache.
 int64_t spread(int64_t row) {
@@ -31,9 +36,30 @@ constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 1 << 20, kWholeByt
 constexpr int64_t kTileBytes = 12 << 10;
 // Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all groups.
 constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
+// Units of work that the gradient of a mask which samples share is summed by, if memory for the parts suffices.
+constexpr int64_t kMaskUnits = 32;
 // Units of work for threads to share, and the fewest query rows of a group: its sums are work as well.
 constexpr int64_t kForwardUnits = 16, kBackwardUnits = 8, kGroupRows = 48;
 static_assert(kBackwardUnits <= kGroupRows, "rounding up the rows of a group would leave the last one empty");
+static_assert(kBackwardUnits <= kMostGroups);
+
+// Cuts query rows into groups that take about the same time: with a causal mask a row takes as long as it sees keys.
+void cut_groups(const Problem& p, int64_t multiple, Plan& plan) {
+  const double rows = double(p.seqlen), keys = double(p.seqlen_k), triangle = keys * keys / 2;
+  const double work = rows < keys ? rows * rows / 2 : triangle + (rows - keys) * keys;
+  for (int64_t group = 1; group <= plan.groups; group++) {
+    const double before = work * double(group) / double(plan.groups);
+    const double row = before < triangle ? std::sqrt(2 * before) : keys / 2 + before / keys;
+    const int64_t end = p.mask.causal ? round_up(int64_t(row), multiple) : group * ceil_div(p.seqlen, plan.groups);
+    plan.group_ends[group - 1] = group == plan.groups ? p.seqlen : std::min(end, p.seqlen);
+  }
+}
+
+// Whether the gradient of the mask can be written in place: each element is of one position.
+bool grad_mask_in_place(const Problem& p) {
+  const int64_t* sizes = p.mask.sizes;
+  return sizes[0] == p.batch && sizes[2] == p.seqlen && sizes[3] == p.seqlen_k;
+}
 
 Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   Plan plan{};
@@ -63,17 +89,24 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   plan.groups = 1;
   if (backward) {
     const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
-    const int64_t wanted = ceil_div(kBackwardUnits, p.batch), affordable = kGroupBytes / grad_bytes;
+    // What sums the gradient of the mask over samples takes these one after the other.
+    const bool one_by_one = p.mask.grad && p.mask.sizes[0] < p.batch;
+    const int64_t wanted = ceil_div(kBackwardUnits, one_by_one ? 1 : p.batch), affordable = kGroupBytes / grad_bytes;
     plan.groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / kGroupRows}), 1);
     sample_bytes = 4 * key_bytes + plan.groups * grad_bytes;
   } else {
     plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kForwardUnits), fewest, plan.block_rows);
   }
   // Groups, and the blocks of each, of about one size.
-  plan.group_rows = ceil_div(p.seqlen, plan.groups);
-  const int64_t blocks = ceil_div(plan.group_rows, plan.block_rows);
-  plan.block_rows = round_up(ceil_div(plan.group_rows, blocks), tile);
+  const int64_t group_rows = ceil_div(p.seqlen, plan.groups), blocks = ceil_div(group_rows, plan.block_rows);
+  plan.block_rows = round_up(ceil_div(group_rows, blocks), tile);
+  cut_groups(p, tile, plan);
   plan.wave = std::clamp<int64_t>(kWaveBytes / sample_bytes, 1, p.batch);
+  plan.parts = plan.wave;
+  if (backward && p.mask.grad && p.mask.sizes[0] < p.batch) {
+    const int64_t affordable = kGroupBytes / (int64_t(sizeof(double)) * elements_of_mask(p));
+    plan.parts = std::clamp<int64_t>(std::min(ceil_div(kMaskUnits, plan.groups), affordable), 1, plan.wave);
+  }
   return plan;
 }
 
@@ -204,7 +237,7 @@ class Run {
 
   const Plan& plan() const { return job_.plan; }
 
-  // sums: numbers that a unit leaves; values: sums of the values are wanted.
+  // sums: numbers that a unit leaves; values: sums of the values are wanted, and all queries see the same.
   void run(int64_t sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
@@ -216,8 +249,10 @@ class Run {
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
     const int64_t stretches_of_keys = ceil_div(plan.keys, kernels_.stretch);
     const int64_t value_sums = values ? p.batch * stretches_of_keys * p.heads * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t spoilt = p.mask.any() && !backward_ ? packed * plan.keys : 0;
     const int64_t sizes[] = {columns, rows,  backward_ ? columns : 0, backward_ ? rows : 0,
-                             grads,   grads, scratch * threads,       value_sums};
+                             grads,   grads, scratch * threads,       value_sums,
+                             spoilt};
     constexpr int kParts = sizeof sizes / sizeof *sizes;
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 64);
@@ -237,18 +272,28 @@ class Run {
                  reinterpret_cast<float*>(parts[4]),
                  reinterpret_cast<float*>(parts[5]),
                  reinterpret_cast<float*>(parts[7]),
-                 partial_.data()};
+                 partial_.data(),
+                 reinterpret_cast<uint8_t*>(parts[8]),
+                 p.mask.grad && !grad_mask_in_place(p) ? make_grad_masks() : nullptr};
     for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
       job_.samples = std::min(plan.wave, p.batch - job_.first);
       const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
       const int64_t stretches = job_.samples * stretches_of_keys;
+      const int64_t units = std::min(job_.samples, plan.parts) * units_per_sample;
       parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
-      parallel_for(int(threads), job_.samples * units_per_sample,
-                   [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
+      parallel_for(int(threads), units, [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
       if (backward_) parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.reduce(job_, unit); });
-      job_.work.partial += job_.samples * units_per_sample * sums;
+      job_.work.partial += units * sums;
     }
     if (values) add_up_values(stretches_of_keys);
+    if (!grad_masks_.empty()) add_up_grad_masks();
+  }
+
+  // Where queries see different keys: the sums of the values that each sees.
+  void sum_seen_values() const {
+    const Problem& p = job_.problem;
+    parallel_for(threads_, p.batch * p.heads * stretches_of_queries(p, kernels_.stretch),
+                 [&](int, int64_t unit) { kernels_.sum_values(job_, unit); });
   }
 
   // The units' sums, added in their order.
@@ -271,11 +316,30 @@ class Run {
     }
   }
 
+  // A gradient of the mask for all that sum one on their own: parts where samples share it, groups where rows do.
+  double* make_grad_masks() {
+    const Problem& p = job_.problem;
+    const int64_t *sizes = p.mask.sizes, parts = sizes[0] < p.batch ? job_.plan.parts : 1,
+                  groups = sizes[2] < p.seqlen ? job_.plan.groups : 1;
+    grad_masks_.resize(size_t(parts * groups * elements_of_mask(p)));
+    return grad_masks_.data();
+  }
+  void add_up_grad_masks() const {
+    const size_t size = size_t(elements_of_mask(job_.problem)), piece = 4096;
+    parallel_for(threads_, ceil_div(int64_t(size), piece), [&](int, int64_t unit) {
+      for (size_t i = size_t(unit) * piece; i < std::min(size, size_t(unit + 1) * piece); i++) {
+        double sum = 0;
+        for (size_t at = i; at < grad_masks_.size(); at += size) sum += grad_masks_[at];
+        job_.problem.mask.grad[i] = float(sum);
+      }
+    });
+  }
+
   const Kernels& kernels_;
   Job job_;
   bool backward_;
   int threads_;
-  std::vector<double> partial_;
+  std::vector<double> partial_, grad_masks_;
 };
 
 // Sums by head over work on parts of the batch: sums[which * heads + head].
@@ -297,17 +361,19 @@ void run_forward(const Call& call) {
   const Parameters& parameters = call.parameters;
   const Folded folded(call, false);
   const bool sums = folded.mixing.sum_maps;
-  std::vector<double> found(size_t(2 * p.heads));
+  std::vector<double> found(size_t(3 * p.heads));
   if (p.batch * p.seqlen > 0) {
     Run run(call, folded.mixing, false);
-    run.run(sums ? 2 * p.heads : 0, sums, ceil_div(p.seqlen, run.plan().block_rows), call.kernels->forward);
+    run.run(sums ? 3 * p.heads : 0, sums && p.value_rows == 1, ceil_div(p.seqlen, run.plan().block_rows),
+            call.kernels->forward);
+    if (sums && p.value_rows > 1) run.sum_seen_values();
     if (sums) found = run.sums();
   } else if (sums) {
-    std::fill_n(p.value_sum, p.batch * p.heads * p.head_dim, 0.0f);
+    std::fill_n(p.value_sum, p.batch * p.heads * p.value_rows * p.head_dim, 0.0f);
   }
   if (!sums) return;
-  const double positions = double(p.batch * p.seqlen * p.seqlen_k);
   for (int g = 0; g < p.heads; g++) {
+    const double positions = found[size_t(2 * p.heads + g)];
     const RawSums raw(parameters, g, found[size_t(g)], found[size_t(p.heads + g)], positions);
     parameters.statistics[g] = raw.sum;
     parameters.statistics[p.heads + g] = raw.squares;

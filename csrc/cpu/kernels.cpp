@@ -17,6 +17,14 @@ namespace REATTN_ISA {
 // Keys that are packed and reduced as a unit: whole panels of any instruction set.
 constexpr int64_t kStretch = 48;
 static_assert(kStretch % kPanel == 0 && kStretch % 16 == 0);
+// Of these, keys whose gradients are summed at a time.
+constexpr int64_t kColumns = 16;
+static_assert(kColumns % kLanes == 0);
+
+// The sum of the values that a query sees.
+inline float* value_sum(const Problem& p, int64_t sample, int64_t head, int64_t row) {
+  return p.value_sum + ((sample * p.heads + head) * p.value_rows + (p.value_rows > 1 ? row : 0)) * p.head_dim;
+}
 
 // Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
 class Layout {
@@ -47,6 +55,7 @@ struct Scratch {
   float* grad_maps;              // gradients of the mixed maps, then of the scores
   float* probs;                  // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
   float* grad_probs;             // gradients of a row of softmax maps [heads, ld_block]
+  float* terms;                  // of the mask, for a row [heads, ld_block]; of one head where all have the same
   float *mixed, *grad_mixed;     // [heads, tile_keys]
   float* weight;                 // of this row, [heads, heads]
   float* outs;                   // [block_rows, ld_dim]
@@ -62,6 +71,8 @@ struct Scratch {
     queries = layout.take<Operand>(heads * rows * plan.depth);
     maps = layout.take<float>(heads * rows * plan.ld_block);
     probs = layout.take<float>((2 * heads + 1) * plan.ld_block);
+    const int64_t heads_of_mask = !job.problem.mask.any() ? 0 : Mask(job.problem).by_head() ? heads : 1;
+    terms = layout.take<float>(heads_of_mask * plan.ld_block);
     mixed = layout.take<float>(heads * plan.tile_keys);
     weight = layout.take<float>(heads * heads);
     outs = layout.take<float>(heads * rows * plan.ld_dim);
@@ -107,19 +118,53 @@ class Block {
         first_row_(first_row),
         rows_(rows),
         heads_(p_.heads),
-        scores_(p_),
+        products_(p_.scale * kLog2e),
+        exponents_(1.0f),
+        mask_(p_),
+        ld_terms_(mask_.by_head() ? plan_.ld_block : 0),
         dropout_(p_),
-        kept_(float(1.0 / (1.0 - p_.dropout_p))) {}
+        kept_(float(1.0 / (1.0 - p_.dropout_p))) {
+    if (!p_.mask.any()) return;
+    const int64_t last = mask_.last_key(p_, sample, first_row + rows);
+    end_key_ = smaller(round_up(last > 0 ? last : 1, kLanes), p_.seqlen_k);
+  }
+
+  // No query of the block sees a key from here on.
+  int64_t end_key() const { return end_key_; }
 
   void load_queries(bool backward) {
-    load(p_.query, s_.queries, s_.queries_t, backward);
-    if (backward) load(p_.grad, s_.grads, s_.grads_t, backward);
+    load(p_.query, s_.queries);
+    // What is NaN in a query that sees no key may reach no gradient.
+    if (backward && p_.mask.any())
+      for (int64_t h = 0; h < heads_; h++)
+        for (int64_t r = 0; r < rows_; r++)
+          if (lse(h, r) == -kInfinity)
+            std::memset(s_.queries + (h * plan_.block_rows + r) * plan_.depth, 0, plan_.depth * sizeof(Operand));
+    if (!backward) return;
+    load(p_.grad, s_.grads);
+    transpose_rows(s_.queries, s_.queries_t);
+    transpose_rows(s_.grads, s_.grads_t);
+  }
+
+  // To where the gradient of the mask goes that the groups and parts sum on their own: see make_plan.
+  void set_grad_mask(int64_t part, int64_t group) {
+    if (!job_.work.grad_mask) return;
+    const int64_t* sizes = p_.mask.sizes;
+    const int64_t slot = (sizes[0] < p_.batch ? part : 0) * (sizes[2] < p_.seqlen ? plan_.groups : 1) +
+                         (sizes[2] < p_.seqlen ? group : 0);
+    grad_mask_ = job_.work.grad_mask + slot * sizes[0] * sizes[1] * sizes[2] * sizes[3];
   }
 
   void set_keys(int64_t first_key) {
     first_key_ = first_key;
-    keys_ = smaller(plan_.block_keys, p_.seqlen_k - first_key);
+    keys_ = smaller(plan_.block_keys, end_key_ - first_key);
     span_ = Span(keys_);
+    if (p_.mask.any()) {
+      by_row_ = mask_.by_row(first_row_, first_key + keys_ - 1);
+      if (!by_row_) load_terms(0);
+      masked_ = by_row_ || p_.mask.grad || hides_or_adds();
+      spoilt_ = job_.work.spoilt && std::memchr(spoilt(0), 1, size_t(heads_ * plan_.keys));
+    }
     float* ones = s_.probs + heads_ * plan_.ld_block;
     for (int64_t i = 0; i < span_.vecs; i++) {
       const Vec one = broadcast(1.0f);
@@ -132,38 +177,45 @@ class Block {
 
   // Continues each row's maximum and sum over this stretch of keys.
   void continue_lse(bool first) {
-    for (int64_t h = 0; h < heads_; h++)
-      for (int64_t r = 0; r < rows_; r++) {
+    for (int64_t r = 0; r < rows_; r++) {
+      if (by_row_) load_terms(r);
+      for (int64_t h = 0; h < heads_; h++) {
         float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
-        const float* scores = row(s_.maps, h, r);
-        const float most = scores_.largest(scores, span_);
+        float* scores = row(s_.maps, h, r);
+        const float most = largest_exponent(h, scores);
         const float next = first || most > largest ? most : largest;
         // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are
         // NaN.
         const float shift = next == -kInfinity ? 0.0f : next;
-        scores_.exponentiate(scores, s_.probs, span_, shift);
+        exponents().exponentiate(scores, s_.probs, span_, shift);
         sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
         largest = next;
       }
+    }
   }
   void store_lse() {
     for (int64_t h = 0; h < heads_; h++)
       for (int64_t r = 0; r < rows_; r++)
-        lse(h, r) = s_.largest[h * plan_.block_rows + r] + __builtin_log2f(s_.sums[h * plan_.block_rows + r]);
+        lse(h, r) = log_sum(h, r, s_.largest[h * plan_.block_rows + r], s_.sums[h * plan_.block_rows + r]);
   }
 
   // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
+    if (by_row_) load_terms(r);
     for (int64_t h = 0; h < heads_; h++) {
-      const float* scores = row(s_.maps, h, r);
+      float* scores = row(s_.maps, h, r);
       float* probs = s_.probs + h * plan_.ld_block;
       if (lse_known) {
-        scores_.exponentiate(scores, probs, span_, lse(h, r));
+        if (masked_) products_.apply(terms(h), scores, span_);
+        // Of a query that sees no key it is -infinity, and all maps are zero.
+        const float shift = lse(h, r);
+        exponents().exponentiate(scores, probs, span_, p_.mask.any() && shift == -kInfinity ? 0.0f : shift);
       } else {
-        const float shift = scores_.largest(scores, span_);
-        scores_.exponentiate(scores, probs, span_, shift);
+        const float largest = largest_exponent(h, scores), shift = masked_ && largest == -kInfinity ? 0 : largest;
+        exponents().exponentiate(scores, probs, span_, shift);
         s_.sums[h] = sum_row(probs, span_.vecs);
-        lse(h, r) = shift + __builtin_log2f(s_.sums[h]);
+        lse(h, r) = log_sum(h, r, shift, s_.sums[h]);
+        if (lse(h, r) == -kInfinity && masked_) s_.sums[h] = 1;
       }
       if (p_.dropout_p > 0) {
         float* undropped = probs + (heads_ + 1) * plan_.ld_block;
@@ -192,12 +244,31 @@ class Block {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - vec), key = vec * kLanes;
       if (m_.over_heads) {
         mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
-        normalise(vecs, operands(s_.maps, r) + key);
+        Operand* maps = operands(s_.maps, r) + key;
+        if (masked_)
+          normalise<true>(key, vecs, maps);
+        else
+          normalise<false>(key, vecs, maps);
       } else {
         mix_tile_into_maps(r, key, vecs, weight);
       }
     }
+    if (spoilt_) spoil_maps(r);
     pad_maps(s_.maps, r);
+  }
+
+  // The keys of the row that are not hidden, by head.
+  void add_counts(double* counts) const {
+    int64_t seen = keys_;
+    for (int64_t g = 0; g < heads_; g++) {
+      if (masked_ && (g == 0 || ld_terms_ > 0)) {
+        VecI count{};
+        for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes) count -= is_visible(vec(terms(g) + i));
+        seen = 0;
+        for (int lane = 0; lane < kLanes; lane++) seen += count[lane];
+      }
+      counts[g] += double(seen);
+    }
   }
 
   // Adds the row's mixed maps, and their squares, to the sums by head; some of its keys, from vec on, ld apart by head.
@@ -244,6 +315,7 @@ class Block {
     softmax(r, true, true);
     const float kept = kept_;
     const int64_t ld = plan_.ld_block, stride = plan_.block_rows * ld;
+    if (masked_) hide(row(s_.grad_maps, 0, r), stride, 0, span_.vecs);
     if (dropped)
       for (int64_t h = 0; h < heads_; h++)
         for (int64_t i = h * ld, end = i + span_.vecs * kLanes; i < end; i += kLanes)
@@ -254,8 +326,12 @@ class Block {
       int64_t ld_mixed = stride;
       if (m_.gamma && !m_.over_heads) {
         mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
-        scale_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr,
-                       v + vecs == span_.vecs);
+        Operand* maps = second_sweep ? operands(s_.maps, r) + key : nullptr;
+        const bool last = v + vecs == span_.vecs;
+        if (masked_)
+          scale_backward<true>(key, vecs, grad_mixed, first_sweep, maps, last);
+        else
+          scale_backward<false>(key, vecs, grad_mixed, first_sweep, maps, last);
         grad_mixed = s_.grad_mixed;
         ld_mixed = plan_.tile_keys;
       } else if (m_.gamma) {
@@ -265,7 +341,11 @@ class Block {
           float* last = s_.mixed + (vecs - 1) * kLanes;
           put(last, span_.tail ? vec(last) : broadcast(1.0f));
         }
-        normalise_backward(vecs, grad_mixed, first_sweep, second_sweep ? operands(s_.maps, r) + key : nullptr);
+        Operand* maps = second_sweep ? operands(s_.maps, r) + key : nullptr;
+        if (masked_)
+          normalise_backward<true>(key, vecs, grad_mixed, first_sweep, maps);
+        else
+          normalise_backward<false>(key, vecs, grad_mixed, first_sweep, maps);
         grad_mixed = s_.grad_mixed;
         ld_mixed = plan_.tile_keys;
       } else if (second_sweep) {
@@ -278,8 +358,8 @@ class Block {
                                           s_.grad_probs + key, ld);
     }
     for (int64_t h = 0; h < heads_; h++) {
-      const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld,
-                  *grad_probs = s_.grad_probs + h * ld;
+      const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld;
+      float* grad_probs = s_.grad_probs + h * ld;
       float &delta = s_.sums[h * plan_.block_rows + r], &mass = s_.largest[h * plan_.block_rows + r];
       if (first_sweep) {
         const float sum = dot_row(probs, grad_probs, span_.vecs),
@@ -290,9 +370,17 @@ class Block {
       if (!second_sweep) continue;
       Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
       // Maps from a rounded LSE do not quite sum to one; what all keys share in grad_probs would show it.
-      const float along = delta / mass, scale = p_.scale;
+      // Of a query that sees no key they are zero.
+      const float along = mass == 0 ? 0 : delta / mass, scale = p_.scale;
       const int64_t end = span_.vecs * kLanes;
-      if (dropped)
+      if (masked_)
+        for (int64_t i = 0; i < end; i += kLanes) {
+          const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
+          const Vec grad = dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along);
+          put(grad_probs + i, is_visible(vec(terms(h) + i)) ? grad : Vec{});
+          E::store(grad_scores + i, vec(grad_probs + i) * scale);
+        }
+      else if (dropped)
         for (int64_t i = 0; i < end; i += kLanes)
           E::store(grad_scores + i, (vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * along) * scale);
       else
@@ -300,6 +388,7 @@ class Block {
           E::store(grad_scores + i, vec(probs + i) * (vec(grad_probs + i) - along) * scale);
     }
     if (second_sweep) {
+      if (p_.mask.grad) add_grad_mask(r);
       pad_maps(s_.maps, r);
       pad_maps(s_.grad_maps, r);
     }
@@ -313,6 +402,14 @@ class Block {
       add_columns(s_.grads, s_.grads_t, s_.maps, h, grad_value + at, first);
     }
   }
+  // To these rows, the first, the keys from end_key on are hidden; later ones may see those before end.
+  void clear_grad_columns(float* grad_key, float* grad_value, int64_t end) {
+    const int64_t begin = round_up(end_key_, kLanes), size = (end - begin) * int64_t(sizeof(float));
+    for (int64_t i = 0; size > 0 && i < heads_ * p_.head_dim; i++) {
+      std::memset(grad_key + i * plan_.ld_keys + begin, 0, size_t(size));
+      std::memset(grad_value + i * plan_.ld_keys + begin, 0, size_t(size));
+    }
+  }
 
  private:
   // Names of the class hide those of the namespace.
@@ -322,18 +419,87 @@ class Block {
   float* row(float* maps, int64_t head, int64_t r) { return maps + (head * plan_.block_rows + r) * plan_.ld_block; }
   float& lse(int64_t head, int64_t r) { return p_.lse[(sample_ * heads_ + head) * p_.seqlen + first_row_ + r]; }
   int64_t packed(int64_t head) const { return (sample_ - job_.first) * heads_ + head; }
+  const uint8_t* spoilt(int64_t head) const { return job_.work.spoilt + packed(head) * plan_.keys; }
 
-  void load(const Tensor& from, Operand* rows, Operand* transposed, bool backward) {
+  // The mask's, for this row or all.
+  const float* terms(int64_t head) const { return s_.terms + head * ld_terms_; }
+  void load_terms(int64_t r) {
+    for (int64_t h = 0; h < (ld_terms_ > 0 ? heads_ : 1); h++)
+      mask_.load_terms(sample_, h, first_row_ + r, first_key_, keys_, s_.terms + h * ld_terms_);
+  }
+  bool hides_or_adds() const {
+    for (int64_t h = 0; h < (ld_terms_ > 0 ? heads_ : 1); h++)
+      for (int64_t i = 0; i < keys_; i++)
+        if (terms(h)[i] != 0) return true;
+    return false;
+  }
+
+  // What makes probabilities of the scores: products, or exponents once a mask was applied.
+  const Scores& exponents() const { return masked_ ? exponents_ : products_; }
+  // Applies the mask.
+  float largest_exponent(int64_t h, float* scores) const {
+    return masked_ ? products_.apply(terms(h), scores, span_) : products_.largest(scores, span_);
+  }
+  // Zero where keys are hidden; maps of some keys of the row, ld apart by head.
+  void hide(float* maps, int64_t ld, int64_t key, int64_t vecs) const {
+    for (int64_t g = 0; g < heads_; g++) {
+      const float* of_mask = terms(g) + key;
+      float* map = maps + g * ld;
+      for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
+        put(map + i, is_visible(vec(of_mask + i)) ? vec(map + i) : Vec{});
+    }
+  }
+  // Where a vector of keys is visible to any head.
+  VecI visible_to_any(int64_t key) const {
+    VecI any = is_visible(vec(terms(0) + key));
+    for (int64_t h = 1; h < heads_ && ld_terms_ > 0; h++) any |= is_visible(vec(terms(h) + key));
+    return any;
+  }
+  // -infinity if the query sees no key; NaN if of those that it sees none has a finite score.
+  float log_sum(int64_t h, int64_t r, float shift, float sum) const {
+    if (sum == 0 && p_.mask.any() && mask_.sees(sample_, h, h + 1, first_row_ + r, 0, p_.seqlen_k)) return kNaN;
+    return shift + __builtin_log2f(sum);
+  }
+  // NaN for the keys that the row sees and whose values, taken for zeros, are not finite.
+  void spoil_maps(int64_t r) {
+    for (int64_t g = 0; g < heads_; g++)
+      for (int64_t i = 0; i < keys_; i++)
+        if (spoilt(g)[first_key_ + i] && !(masked_ && terms(g)[i] == -kInfinity))
+          operands(s_.maps, r)[g * operand_stride() + i] = E::kNaN;
+  }
+
+  // Adds the gradients of the row's scores, which are in grad_probs, to the mask's.
+  void add_grad_mask(int64_t r) {
+    const int64_t *sizes = p_.mask.sizes, heads = sizes[1], ld = plan_.ld_block;
+    for (int64_t h = heads; h < heads_; h++)
+      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes)
+        put(s_.grad_probs + i, vec(s_.grad_probs + i) + vec(s_.grad_probs + h * ld + i));
+    const int64_t sample = sizes[0] > 1 ? sample_ : 0, line = sizes[2] > 1 ? first_row_ + r : 0;
+    for (int64_t h = 0; h < heads; h++) {
+      const float* from = s_.grad_probs + h * ld;
+      const int64_t at = ((sample * heads + h) * sizes[2] + line) * sizes[3] + (sizes[3] > 1 ? first_key_ : 0);
+      if (!grad_mask_) {
+        std::memcpy(p_.mask.grad + at, from, size_t(keys_) * sizeof(float));
+      } else if (sizes[3] > 1) {
+        for (int64_t i = 0; i < keys_; i++) grad_mask_[at + i] += double(from[i]);
+      } else {
+        grad_mask_[at] += double(sum_row(from, span_.vecs));
+      }
+    }
+  }
+
+  void load(const Tensor& from, Operand* rows) {
     const int64_t size = plan_.block_rows * plan_.depth;
     // Heads lie side by side in memory, as a rule: rows of all of them are read in one go.
     for (int64_t r = 0; r < rows_; r++)
       for (int64_t h = 0; h < heads_; h++)
         E::load_row(p_.dtype, row_of(from, p_.dtype, sample_, h, first_row_ + r), from.dim, p_.head_dim,
                     rows + h * size + r * plan_.depth, plan_.depth);
-    if (backward)
-      for (int64_t h = 0; h < heads_; h++)
-        E::transpose_rows(rows + h * size, rows_, plan_.depth,
-                          transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
+  }
+  void transpose_rows(const Operand* rows, Operand* transposed) {
+    for (int64_t h = 0; h < heads_; h++)
+      E::transpose_rows(rows + h * plan_.block_rows * plan_.depth, rows_, plan_.depth,
+                        transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
   }
 
   // maps[h] = rows[h] columns[h] for these keys.
@@ -379,6 +545,7 @@ class Block {
     float* mixed = kInPlace ? row(s_.maps, 0, r) + key : s_.mixed;
     const int64_t ld = kInPlace ? plan_.block_rows * plan_.ld_block : plan_.tile_keys;
     mix_tile(key, vecs, weight, mixed, ld);
+    if (masked_) hide(mixed, ld, key, vecs);
     if (m_.sum_maps) add_moments(mixed, ld, key / kLanes, vecs);
     if constexpr (!kInPlace) {
       for (int64_t g = 0; g < heads_; g++)
@@ -416,25 +583,32 @@ class Block {
   }
 
   // What is stored may lie anywhere, for all the compiler knows: hot loops keep pointers and sizes in locals.
-  void normalise(int64_t vecs, Operand* maps) {
-    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_;
-    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, eps = m_.eps;
+  template <bool kMasked>
+  void normalise(int64_t key, int64_t vecs, Operand* maps) {
+    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_, ld_terms = ld_terms_;
+    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
       const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
-      for (int64_t g = 0; g < heads; g++)
-        E::store(maps + g * stride + i, vec(mixed + g * tile + i) * inverse * gamma[g] + beta[g]);
+      for (int64_t g = 0; g < heads; g++) {
+        const Vec map = vec(mixed + g * tile + i) * inverse * gamma[g] + beta[g];
+        E::store(maps + g * stride + i, !kMasked || is_visible(vec(of_mask + g * ld_terms + i)) ? map : Vec{});
+      }
     }
   }
 
   // From mixed maps and the gradient of the normalised ones to the gradient of the mixed ones and, unless null, to the
   // normalised maps. What all heads share is taken away: weight sums to zero over them.
-  void normalise_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
+  template <bool kMasked>
+  void normalise_backward(int64_t key, int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys,
-                  heads = heads_;
-    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, eps = m_.eps, share = 1.0f / float(heads);
+                  heads = heads_, ld_terms = ld_terms_;
+    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps,
+                share = 1.0f / float(heads);
     float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads * kLanes, *grad_mixed = s_.grad_mixed;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-      const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
+      Vec inverse = inverse_root(mixed + i, heads, tile, eps);
+      // Without eps it may be infinite there.
+      if (kMasked) inverse = visible_to_any(key + i) ? inverse : Vec{};
       Vec mean{}, along{};
       for (int64_t g = 0; g < heads; g++) {
         const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
@@ -451,14 +625,18 @@ class Block {
       for (int64_t g = 0; g < heads; g++) {
         const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
         put(grad_mixed + g * tile + i, (grad * gamma[g] - mean - unit * along) * inverse);
-        if (maps) E::store(maps + g * maps_stride + i, unit * gamma[g] + beta[g]);
+        const Vec map = unit * gamma[g] + beta[g];
+        if (maps)
+          E::store(maps + g * maps_stride + i, !kMasked || is_visible(vec(of_mask + g * ld_terms + i)) ? map : Vec{});
       }
     }
   }
 
   // The same where batch norm left an affine map of every head: A has unit variance, and the statistics' part in its
   // gradient is known. last: what stands beyond the keys is not summed.
-  void scale_backward(int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps, bool last) {
+  template <bool kMasked>
+  void scale_backward(int64_t key, int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps,
+                      bool last) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys;
     if (last)
       for (int64_t g = 0; g < heads_; g++) {
@@ -466,7 +644,7 @@ class Block {
         put(end, span_.tail ? vec(end) : Vec{});
       }
     for (int64_t g = 0; g < heads_; g++) {
-      const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride;
+      const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride, *of_mask = terms(g) + key;
       float* grad_mixed = s_.grad_mixed + g * tile;
       const bool statistics = m_.common;
       const float gamma = m_.gamma[g], beta = m_.beta[g], common = statistics ? m_.common[g] : 0,
@@ -477,8 +655,14 @@ class Block {
         const Vec unit = vec(mixed + i), grad = vec(grads + i);
         gamma_sum += grad * unit;
         beta_sum += grad;
-        put(grad_mixed + i, statistics ? grad * gamma - common - unit * along : grad * gamma);
-        if (maps) E::store(maps + g * maps_stride + i, unit * gamma + beta);
+        Vec of_mixed = statistics ? grad * gamma - common - unit * along : grad * gamma, map = unit * gamma + beta;
+        if (kMasked) {
+          const VecI visible = is_visible(vec(of_mask + i));
+          of_mixed = visible ? of_mixed : Vec{};
+          map = visible ? map : Vec{};
+        }
+        put(grad_mixed + i, of_mixed);
+        if (maps) E::store(maps + g * maps_stride + i, map);
       }
       if (sum_parameters) {
         float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_ * kLanes;
@@ -496,7 +680,12 @@ class Block {
   int64_t sample_, first_row_, rows_, heads_;
   int64_t first_key_ = 0, keys_ = 0;
   Span span_{1};
-  Scores scores_;
+  Scores products_, exponents_;
+  Mask mask_;
+  int64_t ld_terms_, end_key_ = p_.seqlen_k;
+  // Of these keys: whether the mask differs between rows; whether it does anything; whether values are not finite.
+  bool by_row_ = false, masked_ = false, spoilt_ = false;
+  double* grad_mask_ = nullptr;
   Dropout dropout_;
   float kept_;
 };
@@ -513,21 +702,22 @@ struct Unit {
   int64_t sample, first_row, rows;
 
   Unit(const Job& job, int64_t unit) {
-    const int64_t blocks = (job.problem.seqlen + job.plan.block_rows - 1) / job.plan.block_rows;
+    const int64_t blocks = (job.problem.seqlen + job.plan.block_rows - 1) / job.plan.block_rows, block = unit % blocks;
     sample = job.first + unit / blocks;
-    first_row = unit % blocks * job.plan.block_rows;
+    // Those that see the most keys come first, so that threads end at one time.
+    first_row = (job.problem.mask.causal ? blocks - 1 - block : block) * job.plan.block_rows;
     rows = smaller(job.plan.block_rows, job.problem.seqlen - first_row);
   }
 };
 
 template <class E>
-bool whole_rows(const Job& job) {
-  return job.plan.block_keys >= job.problem.seqlen_k;
+bool whole_rows(const Job& job, const Block<E>& block) {
+  return job.plan.block_keys >= block.end_key();
 }
 
 template <class E>
 void find_lse(const Job& job, Block<E>& block) {
-  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
+  for (int64_t key = 0; key < block.end_key(); key += job.plan.block_keys) {
     block.set_keys(key);
     block.compute_scores();
     block.continue_lse(key == 0);
@@ -553,20 +743,99 @@ void forward(const Job& job, int64_t index, char* memory) {
   Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
   std::memset(scratch.norm_sums, 0, 2 * job.problem.heads * sizeof(Vec));
   block.load_queries(false);
-  const bool lse_known = !whole_rows<E>(job);
+  const bool lse_known = !whole_rows(job, block);
   if (lse_known) find_lse(job, block);
-  for (int64_t key = 0; key < job.problem.seqlen_k; key += job.plan.block_keys) {
+  double* partial = job.work.partial + index * job.partial_size;
+  for (int64_t key = 0; key < block.end_key(); key += job.plan.block_keys) {
     block.set_keys(key);
     block.compute_scores();
     for (int64_t r = 0; r < unit.rows; r++) {
       block.softmax(r, lse_known, false);
       block.mix(r, block.weights(lse_known));
-      if (job.mixing.sum_maps && (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1))
-        flush(scratch.norm_sums, 2 * job.problem.heads, job.work.partial + index * job.partial_size);
+      if (!job.mixing.sum_maps) continue;
+      block.add_counts(partial + 2 * job.problem.heads);
+      if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1)
+        flush(scratch.norm_sums, 2 * job.problem.heads, partial);
     }
     block.multiply_values();
   }
   block.store_outs(job.problem.out);
+}
+
+// Some queries of one sample and head.
+struct Queries {
+  int64_t sample, head, first, end;
+
+  Queries(const Problem& p, int64_t index) {
+    const int64_t stretches = stretches_of_queries(p, kStretch), stretch = index % stretches;
+    sample = index / stretches / p.heads;
+    head = index / stretches % p.heads;
+    first = stretch * kStretch;
+    end = stretch == stretches - 1 ? p.seqlen : first + kStretch;
+  }
+};
+
+// Sums of the values up to each query's own position, or of all, where the mask has one row for all queries.
+void sum_values_so_far(const Problem& p, const Mask& mask, const Queries& queries) {
+  const int64_t padded = round_up(p.head_dim, kLanes);
+  float terms[kStretch], row[128 + kLanes], so_far[128 + kLanes] = {}, sums[128 + kLanes] = {};
+  for (int64_t key = 0; key < p.seqlen_k; key++) {
+    const int64_t at = key % kStretch;
+    if (at == 0) {
+      mask.load_terms(queries.sample, queries.head, p.seqlen_k, key, smaller(kStretch, p.seqlen_k - key), terms);
+      for (int64_t d = 0; d < padded; d += kLanes) store(so_far + d, load(so_far + d) + load(sums + d));
+      std::memset(sums, 0, sizeof sums);
+    }
+    if (terms[at] != -kInfinity) {
+      const char* value = row_of(p.value, p.dtype, queries.sample, queries.head, key);
+      load_row(p.dtype, value, p.value.dim, p.head_dim, row, padded);
+      for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+    }
+    // All queries that see the last key see the same.
+    const int64_t first = p.mask.causal ? key : 0, end = key == p.seqlen_k - 1 ? p.seqlen : p.mask.causal ? key + 1 : 0;
+    for (int64_t r = first; r < smaller(end, p.seqlen); r++) {
+      float* to = value_sum(p, queries.sample, queries.head, r);
+      for (int64_t d = 0; d < p.head_dim; d++) to[d] = so_far[d] + sums[d];
+    }
+  }
+}
+
+// Sums of the values that each query sees.
+void sum_values(const Job& job, int64_t index) {
+  const Problem& p = job.problem;
+  const Mask mask(p);
+  const Queries queries(p, index);
+  if (!mask.given_by_row()) return sum_values_so_far(p, mask, queries);
+  const int64_t rows = queries.end - queries.first, padded = round_up(p.head_dim, kLanes),
+                end = p.mask.causal ? smaller(queries.end, p.seqlen_k) : p.seqlen_k;
+  float seen[kStretch * kStretch], values[kStretch * (128 + kLanes)], sums[kStretch * (128 + kLanes)];
+  for (int64_t key = 0; key < end; key += kStretch) {
+    const int64_t keys = smaller(kStretch, end - key);
+    float ones[kStretch];
+    for (int64_t j = 0; j < keys; j++) {
+      const char* value = row_of(p.value, p.dtype, queries.sample, queries.head, key + j);
+      load_row(p.dtype, value, p.value.dim, p.head_dim, values + j * padded, padded);
+      ones[j] = 1;
+    }
+    // What is not finite is taken for zeros, and is NaN where it is seen.
+    for (int64_t j = 0; !is_finite(values, keys * padded) && j < keys; j++)
+      if (!is_finite(values + j * padded, padded)) {
+        std::memset(values + j * padded, 0, size_t(padded) * sizeof(float));
+        ones[j] = kNaN;
+      }
+    for (int64_t r = 0; r < rows; r++) {
+      float* row = seen + r * kStretch;
+      mask.load_terms(queries.sample, queries.head, queries.first + r, key, keys, row);
+      for (int64_t j = 0; j < keys; j += kLanes) store(row + j, is_visible(load(row + j)) ? load(ones + j) : Vec{});
+    }
+    if (key == 0)
+      product<Order::kRows, Start::kZero>(rows, padded, keys, seen, kStretch, values, padded, sums, padded);
+    else
+      product<Order::kRows, Start::kAccumulate>(rows, padded, keys, seen, kStretch, values, padded, sums, padded);
+  }
+  for (int64_t r = 0; r < rows; r++)
+    std::memcpy(value_sum(p, queries.sample, queries.head, queries.first + r), sums + r * padded,
+                size_t(p.head_dim) * sizeof(float));
 }
 
 // out = slope out + level value_sum, for some rows of one sample and all heads.
@@ -576,9 +845,12 @@ void finish(const Job& job, int64_t index) {
                 first = index % stretches * kStretch, padded = round_up(p.head_dim, kLanes);
   float level[128 + kLanes] = {}, row[128 + kLanes];
   for (int64_t g = 0; g < p.heads; g++) {
-    const float *sums = p.value_sum + (sample * p.heads + g) * p.head_dim, slope = job.mixing.slope[g];
-    for (int64_t d = 0; d < p.head_dim; d++) level[d] = job.mixing.level[g] * sums[d];
+    const float slope = job.mixing.slope[g];
     for (int64_t r = first; r < smaller(first + kStretch, p.seqlen); r++) {
+      if (r == first || p.value_rows > 1) {
+        const float* sums = value_sum(p, sample, g, r);
+        for (int64_t d = 0; d < p.head_dim; d++) level[d] = job.mixing.level[g] * sums[d];
+      }
       char* out = row_of(p.out, p.dtype, sample, g, r);
       load_row(p.dtype, out, p.out.dim, p.head_dim, row, padded);
       for (int64_t d = 0; d < padded; d += kLanes) store(row + d, load(row + d) * slope + load(level + d));
@@ -587,42 +859,53 @@ void finish(const Job& job, int64_t index) {
   }
 }
 
+// The keys, to whole vectors, to which a group has gradients: with a causal mask it sees none behind its last query.
+int64_t end_of_columns(const Job& job, int64_t group) {
+  return job.problem.mask.causal ? smaller(round_up(job.plan.group_ends[group], kColumns), job.plan.keys)
+                                 : job.plan.keys;
+}
+
 template <class E>
 void backward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t sample = index / plan.groups, group = index % plan.groups;
+  const int64_t part = index / plan.groups, group = index % plan.groups;
   Scratch<E> scratch(job, true, memory);
   std::memset(scratch.products, 0, (p.heads + 1) * p.heads * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, 2 * p.heads * sizeof(Vec));
   double* partial = job.work.partial + index * job.partial_size;
   const int64_t columns = p.heads * p.head_dim * plan.ld_keys;
-  float *grad_key = job.work.grad_key + index * columns, *grad_value = job.work.grad_value + index * columns;
-  const int64_t first = group * plan.group_rows, end = smaller(first + plan.group_rows, p.seqlen);
-  for (int64_t row = first; row < end; row += plan.block_rows) {
-    const int64_t rows = smaller(plan.block_rows, end - row);
-    Block<E> block(job, scratch, job.first + sample, row, rows);
-    block.load_queries(true);
-    const bool whole = whole_rows<E>(job);
-    for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
-      for (int64_t key = 0; key < p.seqlen_k; key += plan.block_keys) {
-        block.set_keys(key);
-        block.compute_scores();
-        block.compute_grad_maps();
-        for (int64_t r = 0; r < rows; r++) {
-          block.backward_row(r, whole || sweep == 0, sweep == 1);
-          if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
-            flush(scratch.products, (p.heads + 1) * p.heads, partial);
-            flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
+  const int64_t first = group > 0 ? plan.group_ends[group - 1] : 0, end = plan.group_ends[group];
+  for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
+    const int64_t at = (sample * plan.groups + group) * columns;
+    float *grad_key = job.work.grad_key + at, *grad_value = job.work.grad_value + at;
+    for (int64_t row = first; row < end; row += plan.block_rows) {
+      const int64_t rows = smaller(plan.block_rows, end - row);
+      Block<E> block(job, scratch, job.first + sample, row, rows);
+      block.load_queries(true);
+      block.set_grad_mask(part, group);
+      const bool whole = whole_rows(job, block);
+      for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
+        for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
+          block.set_keys(key);
+          block.compute_scores();
+          block.compute_grad_maps();
+          for (int64_t r = 0; r < rows; r++) {
+            block.backward_row(r, whole || sweep == 0, sweep == 1);
+            if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
+              flush(scratch.products, (p.heads + 1) * p.heads, partial);
+              flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
+            }
           }
+          if (sweep == 0) continue;
+          block.add_grad_columns(grad_key, grad_value, row == first);
+          block.multiply_keys();
         }
-        if (sweep == 0) continue;
-        block.add_grad_columns(grad_key, grad_value, row == first);
-        block.multiply_keys();
       }
+      if (row == first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, group));
+      block.store_outs(p.grad_query);
     }
-    block.store_outs(p.grad_query);
   }
 }
 
@@ -638,6 +921,30 @@ struct Stretch {
   }
 };
 
+// Packs four rows of keys or values some of which are not finite: NaN for these among the columns, so that what is made
+// of them is NaN; zeros among the rows, where sums also meet them for queries that do not see them. Notes which.
+template <class E>
+void pack_spoilt(const Problem& p, const Tensor& t, const char* from, int64_t first, const Plan& plan,
+                 typename E::Operand* columns, typename E::Operand* rows, uint8_t* spoilt) {
+  const int64_t size = int64_t(bytes(p.dtype)), row_bytes = p.head_dim * size;
+  const int64_t inside = smaller(4, p.seqlen_k - first);
+  alignas(64) char four[4 * 128 * 4];
+  const Tensor copy{four, 0, 0, p.head_dim, 1};
+  const auto pack = [&](int fill, typename E::Operand* to_columns, typename E::Operand* to_rows) {
+    for (int64_t r = 0; r < inside; r++) {
+      const char* row = from + r * t.row * size;
+      char* target = four + r * row_bytes;
+      for (int64_t d = 0; d < p.head_dim; d++) std::memcpy(target + d * size, row + d * t.dim * size, size_t(size));
+      const bool is_spoilt = !are_finite(p.dtype, row, t.row, 1, t.dim, p.head_dim);
+      if (is_spoilt) std::memset(target, fill, size_t(row_bytes));
+      if (spoilt) spoilt[r] = is_spoilt;
+    }
+    E::pack_four(p.dtype, four, copy, first, p.seqlen_k, p.head_dim, plan, to_columns, to_rows);
+  };
+  pack(0xff, columns, nullptr);  // in every dtype NaN
+  pack(0, nullptr, rows);
+}
+
 // Keys and values, all heads, in the orders that the products read.
 template <class E>
 void pack(const Job& job, int64_t index, bool backward) {
@@ -646,26 +953,40 @@ void pack(const Job& job, int64_t index, bool backward) {
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
   const int64_t column_size = plan.packed_keys * plan.depth, row_size = plan.keys * plan.ld_dim;
-  const auto pack_panel = [&](const Tensor& t, int64_t head, int64_t panel, char* columns, char* rows) {
+  const auto pack_panel = [&](const Tensor& t, int64_t head, int64_t panel, char* columns, char* rows,
+                              uint8_t* spoilt) {
     if (!columns && !rows) return;
     const auto part = [&](char* of, int64_t size) {
       return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + head) * size : nullptr;
     };
-    for (int64_t key = panel; key < smaller(panel + kPanel, stretch.end); key += 4)
-      E::pack_four(p.dtype, row_of(t, p.dtype, job.first + stretch.sample, head, key), t, key, p.seqlen_k, p.head_dim,
-                   plan, part(columns, column_size), part(rows, row_size));
+    const int64_t end = smaller(panel + kPanel, stretch.end), inside = smaller(end, p.seqlen_k) - panel;
+    const auto row = [&](int64_t key) { return row_of(t, p.dtype, job.first + stretch.sample, head, key); };
+    const bool finite = !p.mask.any() || are_finite(p.dtype, row(panel), t.row, inside, t.dim, p.head_dim);
+    uint8_t* notes = spoilt ? spoilt + (stretch.sample * p.heads + head) * plan.keys : nullptr;
+    if (notes) std::memset(notes + panel, 0, size_t(end - panel));
+    for (int64_t key = panel; key < end; key += 4)
+      if (finite)
+        E::pack_four(p.dtype, row(key), t, key, p.seqlen_k, p.head_dim, plan, part(columns, column_size),
+                     part(rows, row_size));
+      else
+        pack_spoilt<E>(p, t, row(key), key, plan, part(columns, column_size), part(rows, row_size),
+                       notes ? notes + key : nullptr);
   };
   for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel)
     for (int64_t h = 0; h < p.heads; h++) {
-      pack_panel(p.key, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr);
-      pack_panel(p.value, h, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows);
+      pack_panel(p.key, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr, nullptr);
+      pack_panel(p.value, h, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows, job.work.spoilt);
     }
   if (!job.work.value_sums) return;
   const int64_t padded = round_up(p.head_dim, kLanes), sample = job.first + stretch.sample;
-  float row[128 + kLanes], sums[128 + kLanes];
+  const Mask mask(p);
+  float row[128 + kLanes], sums[128 + kLanes], terms[kStretch];
   for (int64_t h = 0; h < p.heads; h++) {
     std::memset(sums, 0, sizeof sums);
-    for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key++) {
+    const int64_t end = smaller(stretch.end, p.seqlen_k);
+    if (p.mask.any()) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
+    for (int64_t key = stretch.first; key < end; key++) {
+      if (p.mask.any() && terms[key - stretch.first] == -kInfinity) continue;
       load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);
       for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
     }
@@ -681,12 +1002,14 @@ void reduce(const Job& job, int64_t index) {
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
   const int64_t group_size = p.heads * p.head_dim * plan.ld_keys, padded = round_up(p.head_dim, 4);
-  constexpr int64_t kColumns = 16;
   float sums[128 * kColumns], rows[kColumns * 128];
   std::memset(sums, 0, sizeof sums);
   const float* sources[] = {job.work.grad_key, job.work.grad_value};
   const Tensor targets[] = {p.grad_key, p.grad_value};
-  for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns)
+  for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns) {
+    int64_t first_group = 0;
+    while (first_group < plan.groups - 1 && end_of_columns(job, first_group) <= key) first_group++;
+    const bool seen = key < end_of_columns(job, first_group);
     for (int which = 0; which < 2; which++)
       for (int64_t h = 0; h < p.heads; h++) {
         const float* source =
@@ -694,8 +1017,9 @@ void reduce(const Job& job, int64_t index) {
         for (int64_t d = 0; d < p.head_dim; d++)
           for (int64_t i = 0; i < kColumns; i += kLanes) {
             const float* from = source + d * plan.ld_keys + i;
-            Vec total = load(from);
-            for (int64_t group = 1; group < plan.groups; group++) total += load(from + group * group_size);
+            Vec total = seen ? load(from + first_group * group_size) : Vec{};
+            for (int64_t group = first_group + 1; group < plan.groups; group++)
+              total += load(from + group * group_size);
             store(sums + d * kColumns + i, total);
           }
         transpose(sums, kColumns, padded, kColumns, rows, padded);
@@ -703,6 +1027,7 @@ void reduce(const Job& job, int64_t index) {
           store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i),
                     targets[which].dim, p.head_dim, rows + i * padded);
       }
+  }
 }
 
 // Sums of grad * out and of grad * value_sum, for one head of one sample.
@@ -710,11 +1035,12 @@ void grad_sums(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const int64_t sample = index / p.heads, head = index % p.heads, padded = round_up(p.head_dim, kLanes);
   float grad[128 + kLanes], out[128 + kLanes], values[128 + kLanes] = {}, sums[2 * kLanes] = {};
-  std::memcpy(values, p.value_sum + index * p.head_dim, size_t(p.head_dim) * sizeof(float));
   double* partial = job.work.partial + index * job.partial_size;
   for (int64_t r = 0; r < p.seqlen; r++) {
     load_row(p.dtype, row_of(p.grad, p.dtype, sample, head, r), p.grad.dim, p.head_dim, grad, padded);
     load_row(p.dtype, row_of(p.out, p.dtype, sample, head, r), p.out.dim, p.head_dim, out, padded);
+    if (r == 0 || p.value_rows > 1)
+      std::memcpy(values, value_sum(p, sample, head, r), size_t(p.head_dim) * sizeof(float));
     Vec of_out{}, of_values{};
     for (int64_t d = 0; d < padded; d += kLanes) {
       of_out += load(grad + d) * load(out + d);
@@ -728,9 +1054,9 @@ void grad_sums(const Job& job, int64_t index) {
 
 template <class E>
 constexpr Kernels table(int64_t row_tile) {
-  return {kLanes,    row_tile,         kPanel,  kStretch,   sizeof(typename E::Operand),
-          E::kGroup, scratch_bytes<E>, pack<E>, forward<E>, finish,
-          grad_sums, backward<E>,      reduce};
+  return {kLanes,    row_tile,         kPanel,      kStretch,   sizeof(typename E::Operand),
+          E::kGroup, scratch_bytes<E>, pack<E>,     forward<E>, sum_values,
+          finish,    grad_sums,        backward<E>, reduce};
 }
 
 // constexpr, so that nothing of this instruction set runs when the library is loaded.

@@ -14,6 +14,19 @@ struct Tensor {
   int64_t batch, head, row, dim;
 };
 
+enum class MaskKind : int { kNone, kBool, kFloat };
+
+// What is given as attn_mask, its dimensions of size 1 with a stride of 0; and whether a query sees no key behind it.
+struct MaskTensor {
+  MaskKind kind;
+  bool causal;
+  Tensor tensor;
+  int64_t sizes[4];
+  float* grad;  // contiguous; null where it is not wanted
+
+  constexpr bool any() const { return kind != MaskKind::kNone || causal; }
+};
+
 // A call: names and meaning are those of reattn.backends.contract. Pointers that a direction has no use for are null.
 struct Problem {
   Dtype dtype;
@@ -24,7 +37,9 @@ struct Problem {
   Tensor grad_query, grad_key, grad_value;
   const int64_t* seed;
   float* lse;
-  float* value_sum;  // (batch, heads, head_dim)
+  float* value_sum;        // (batch, heads, value_rows, head_dim)
+  int64_t value_rows = 1;  // seqlen where queries see different keys
+  MaskTensor mask;
 };
 
 // What the norm comes to for kernels: see csrc/fold.h. Null where there is none; vectors have an element for each head.
@@ -37,6 +52,8 @@ struct Mixing {
   bool sum_maps;                // batch statistics are wanted
   float eps;
 };
+
+constexpr int64_t kMostGroups = 8;
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
 // cache. Depends on the problem and the instruction set alone, never on the number of threads, and so does every sum.
@@ -51,8 +68,9 @@ struct Plan {
   int64_t ld_block;     // row length of a block's maps
   int64_t tile_keys;    // keys mixed at a time: their maps of all heads stay in the L1 cache
   int64_t groups;       // parts of seqlen that sum the gradients of key, value and weights on their own
-  int64_t group_rows;   // query rows of a group
-  int64_t wave;         // samples whose keys and values are packed at a time
+  int64_t parts;        // parts of a wave whose samples a thread takes one after the other, in the backward pass
+  int64_t group_ends[kMostGroups];  // query rows of the groups, up to here
+  int64_t wave;                     // samples whose keys and values are packed at a time
 };
 
 // Memory of one call, and of each thread.
@@ -66,6 +84,8 @@ struct Workspace {
   float* grad_value;
   float* value_sums;  // by sample, stretch of keys, head: head_dim; null where they are not wanted
   double* partial;    // sums over one unit of work
+  uint8_t* spoilt;    // with a mask, by sample of the wave, head and key: whether the value is not finite
+  double* grad_mask;  // by part and group, as far as the mask is shared between them; null: written in place
 };
 
 struct Job {
@@ -87,12 +107,18 @@ struct Kernels {
   int64_t depth_multiple;  // what sums over an index are padded to
   size_t (*scratch_bytes)(const Job&, bool backward);
   void (*pack)(const Job&, int64_t unit, bool backward);      // samples * stretches of keys
-  void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums of A and A^2 by head
+  void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums by head: A, A^2, 1
+  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
   void (*grad_sums)(const Job&, int64_t unit);                // batch * heads
-  void (*backward)(const Job&, int64_t unit, char* scratch);  // samples * groups
+  void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
+
+// Parts of the queries for which the values that they see are summed.
+constexpr int64_t stretches_of_queries(const Problem& p, int64_t stretch) {
+  return p.mask.tensor.row != 0 ? (p.seqlen + stretch - 1) / stretch : 1;
+}
 
 // Sums that the backward pass leaves: P dA by pairs of heads; by head dA, dN A and dN.
 inline constexpr int64_t gradient_sums(int64_t heads) { return (heads + 3) * heads; }

@@ -11,6 +11,7 @@ namespace REATTN_ISA {
 struct Float32 {
   using Operand = float;
   static constexpr int64_t kGroup = 1;
+  static constexpr float kNaN = __builtin_nanf("");
 
   static void begin() {}
   static void end() {}

@@ -72,6 +72,45 @@ inline void store_row(Dtype dtype, char* to, int64_t stride, int64_t size, const
   }
 }
 
+// Of whole vectors.
+inline bool is_finite(const float* row, int64_t size) {
+  Vec zeros{};
+  for (int64_t i = 0; i < size; i += kLanes) zeros += load(row + i) * 0.0f;
+  return sum(zeros) == 0;
+}
+
+// Whether all of some rows is finite: without their signs, all numbers are below infinity.
+template <class Words, class Word>
+inline bool are_finite(const char* from, int64_t row_bytes, int64_t rows, int64_t stride, int64_t size, Word infinity) {
+  const Word magnitude = Word(~Word(0)) >> 1;
+  Words most{};
+  Word most_of_rest = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const Word* row = reinterpret_cast<const Word*>(from + r * row_bytes);
+    int64_t i = 0;
+    for (; stride == 1 && i + kLanes <= size; i += kLanes) {
+      const Words words = load_as<Words>(row + i) & magnitude;
+      most = words > most ? words : most;
+    }
+    for (; i < size; i++) {
+      const Word word = row[i * stride] & magnitude;
+      most_of_rest = word > most_of_rest ? word : most_of_rest;
+    }
+  }
+  const auto beyond = most >= infinity;
+  uint64_t parts[sizeof beyond / sizeof(uint64_t)], any = most_of_rest >= infinity;
+  std::memcpy(parts, &beyond, sizeof beyond);
+  for (uint64_t part : parts) any |= part;
+  return any == 0;
+}
+
+inline bool are_finite(Dtype dtype, const char* from, int64_t row_stride, int64_t rows, int64_t stride, int64_t size) {
+  const int64_t row_bytes = row_stride * int64_t(bytes(dtype));
+  if (dtype == Dtype::kFloat32) return are_finite<VecU, uint32_t>(from, row_bytes, rows, stride, size, 0x7f800000);
+  const uint16_t exponent = dtype == Dtype::kBFloat16 ? 0x7f80 : 0x7c00;
+  return are_finite<VecH, uint16_t>(from, row_bytes, rows, stride, size, exponent);
+}
+
 // to[c, r] = from[r, c]; rows and columns in fours, as their padding allows.
 inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r += 4)

@@ -6,8 +6,18 @@
 namespace reattn {
 namespace REATTN_ISA {
 
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
+constexpr float kLargestFloat = 0x1.fffffep127f;
 constexpr float kLog2e = 1.44269504088896340736f;
+
+// Where the terms of a mask do not hide.
+inline VecI is_visible(Vec terms) { return terms != broadcast(-kInfinity); }
+
+inline float largest_lane(Vec v) {
+  float result = v[0];
+  for (int lane = 1; lane < kLanes; lane++) result = v[lane] > result ? v[lane] : result;
+  return result;
+}
 
 // The largest of scores, or with kLargest false the smallest, to which padding does not count.
 template <bool kLargest>
@@ -23,16 +33,113 @@ inline float extreme(const float* scores, Span span) {
   if (i < span.vecs - 1) even = pick(load(scores + i * kLanes), even);
   const Vec last = load(scores + (span.vecs - 1) * kLanes);
   const Vec all = pick(pick(span.tail ? last : none, even), odd);
-  float result = all[0];
-  for (int lane = 1; lane < kLanes; lane++)
-    result = (kLargest ? all[lane] > result : all[lane] < result) ? all[lane] : result;
-  return result;
+  return kLargest ? largest_lane(all) : -largest_lane(-all);
 }
+
+// What a mask adds to the exponents of one query with some keys: its terms, -infinity for a key that it hides.
+class Mask {
+ public:
+  explicit Mask(const Problem& p) : mask_(p.mask), dtype_(p.dtype) {}
+
+  bool by_head() const { return mask_.kind != MaskKind::kNone && mask_.tensor.head != 0; }
+  bool given_by_row() const { return mask_.kind != MaskKind::kNone && mask_.tensor.row != 0; }
+  // Whether the terms of these keys differ between queries from first_row on.
+  bool by_row(int64_t first_row, int64_t last_key) const {
+    return given_by_row() || (mask_.causal && last_key > first_row);
+  }
+
+  // To whole vectors: what stands beyond the keys is hidden.
+  void load_terms(int64_t sample, int64_t head, int64_t row, int64_t first_key, int64_t keys, float* terms) const {
+    const Tensor& t = mask_.tensor;
+    const int64_t behind = row + 1 - first_key, seen = !mask_.causal || behind > keys ? keys : behind < 0 ? 0 : behind;
+    const int64_t at = sample * t.batch + head * t.head + row * t.row + first_key * t.dim;
+    if (mask_.kind == MaskKind::kNone) {
+      for (int64_t i = 0; i < seen; i++) terms[i] = 0;
+    } else if (mask_.kind == MaskKind::kBool) {
+      const uint8_t* from = static_cast<const uint8_t*>(t.data) + at;
+      int64_t i = 0;
+      if (t.dim == 1)
+        for (; i + kLanes <= seen; i += kLanes) {
+          const VecI shown = __builtin_convertvector(load_as<VecB>(from + i), VecI);
+          store(terms + i, shown != 0 ? Vec{} : broadcast(-kInfinity));
+        }
+      for (; i < seen; i++) terms[i] = from[i * t.dim] ? 0.0f : -kInfinity;
+    } else {
+      const Vec none = broadcast(-kInfinity), least = broadcast(-kLargestFloat), lowest = broadcast(lowest_number());
+      load_row(dtype_, static_cast<const char*>(t.data) + at * int64_t(bytes(dtype_)), t.dim, seen, terms, seen);
+      for (int64_t i = 0; i < seen; i += kLanes) {
+        const Vec given = load(terms + i), term = given * kLog2e;
+        // What is not hidden stays so, should its exponent overflow.
+        store(terms + i, given <= lowest ? none : (term < least ? least : term));
+      }
+    }
+    for (int64_t i = seen; i < round_up(keys, kLanes); i++) terms[i] = -kInfinity;
+  }
+
+  // The keys up to the last one that any of the queries before end_row sees, or some more.
+  int64_t last_key(const Problem& p, int64_t sample, int64_t end_row) const {
+    int64_t end = mask_.causal ? smaller(end_row, p.seqlen_k) : p.seqlen_k;
+    if (mask_.kind == MaskKind::kNone || given_by_row()) return end;
+    while (end > 0 && !sees(sample, 0, by_head() ? p.heads : 1, end_row - 1, (end - 1) / kPiece * kPiece, end))
+      end = (end - 1) / kPiece * kPiece;
+    return end;
+  }
+
+  // Whether a query sees any of the keys, in any of the heads.
+  bool sees(int64_t sample, int64_t head, int64_t end_head, int64_t row, int64_t key, int64_t end_key) const {
+    float terms[kPiece];
+    for (; head < end_head; head++)
+      for (int64_t first = key; first < end_key; first += kPiece) {
+        const int64_t keys = smaller(kPiece, end_key - first);
+        load_terms(sample, head, row, first, keys, terms);
+        for (int64_t i = 0; i < keys; i++)
+          if (terms[i] != -kInfinity) return true;
+      }
+    return false;
+  }
+
+ private:
+  static constexpr int64_t kPiece = 16;
+  static_assert(kPiece % kLanes == 0);
+
+  // An additive mask hides with -infinity, or the lowest number of its dtype.
+  float lowest_number() const {
+    if (dtype_ == Dtype::kFloat16) return -65504.0f;
+    return dtype_ == Dtype::kBFloat16 ? -0x1.fep127f : -kLargestFloat;
+  }
+
+  const MaskTensor& mask_;
+  Dtype dtype_;
+};
 
 // What becomes of a row of products of one query with some keys. Exponents are to base 2.
 class Scores {
  public:
-  explicit Scores(const Problem& p) : scale_(p.scale * kLog2e) {}
+  explicit Scores(float scale) : scale_(scale) {}
+
+  // Makes exponents of products, in place, with the terms of a mask; returns the largest.
+  float apply(const float* terms, float* products, Span span) const {
+    const float scale = scale_;
+    const auto at = [=](int64_t i) {
+      const Vec term = load(terms + i * kLanes), exponent = load(products + i * kLanes) * scale + term;
+      return is_visible(term) ? exponent : term;
+    };
+    Vec even = broadcast(-kInfinity), odd = even;
+    int64_t i = 0;
+    for (; i + 1 < span.vecs; i += 2) {
+      const Vec a = at(i), b = at(i + 1);
+      store(products + i * kLanes, a);
+      store(products + (i + 1) * kLanes, b);
+      even = a > even ? a : even;
+      odd = b > odd ? b : odd;
+    }
+    if (i < span.vecs) {
+      const Vec a = at(i);
+      store(products + i * kLanes, a);
+      even = a > even ? a : even;
+    }
+    return largest_lane(even > odd ? even : odd);
+  }
 
   // The largest exponent of the row.
   float largest(const float* products, Span span) const {

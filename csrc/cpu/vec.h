@@ -35,6 +35,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
 template <class V, class T>

@@ -44,8 +44,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
-    return reasons + common.mixes_beyond(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
 
 
 def instruction_set() -> str:
@@ -106,7 +105,8 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     sums = grad.new_empty(2, grad.shape[1], dtype=torch.float64)
     call = _sized_call(problem, grad, 1)
-    call.grad, call.out, call.value_sum = _argument(grad), _argument(outputs.out), address(outputs.value_sum)
+    call.grad, call.out = _argument(grad), _argument(outputs.out)
+    call.value_sum, call.value_rows = address(outputs.value_sum), outputs.value_sum.shape[2]
     call.grad_sums = address(sums)
     _cpu.grad_sums(call)
     return sums
@@ -133,6 +133,8 @@ def backward(
     for name in ("bias", "norm_weight", "norm_bias"):
         if getattr(inputs, name) is not None:
             setattr(call, f"grad_{name}", address(getattr(gradients, name)))
+    if problem.mask_gradient:
+        call.grad_mask = address(gradients.attn_mask.zero_())
     _cpu.backward(call)
     return common.as_inputs(gradients, inputs)
 
@@ -161,6 +163,9 @@ def _call(
     call.theta, call.bias, call.norm_weight, call.norm_bias = map(address, kept)
     if inputs.seed is not None:
         call.dropout_p, call.seed = problem.dropout_p, inputs.seed.data_ptr()
+    call.is_causal = problem.is_causal
+    if (mask := inputs.attn_mask) is not None:
+        call.attn_mask = problem.mask == "float", mask.data_ptr(), mask.shape, mask.stride()
     call.lse = outputs.lse.data_ptr()
     if outputs.out.ndim == 4:
         call.out = _argument(outputs.out)
@@ -169,6 +174,7 @@ def _call(
         call.training, call.synchronised = problem.training, problem.synchronised
         if problem.training:
             call.statistics, call.value_sum = outputs.statistics.data_ptr(), outputs.value_sum.data_ptr()
+            call.value_rows = outputs.value_sum.shape[2]
             call.unit_scale = common.unit_scale(problem, inputs.key)
         if update or not problem.training:
             running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))

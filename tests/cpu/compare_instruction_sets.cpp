@@ -32,6 +32,8 @@ struct Case {
   Norm norm;
   bool training;
   double dropout_p;
+  MaskKind mask = MaskKind::kNone;  // boolean: of keys; added: of heads, queries and keys
+  bool causal = false;
 };
 
 uint16_t to_bfloat16(float value) {
@@ -108,7 +110,22 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   parameters.norm = c.norm, parameters.training = c.training, parameters.heads = int(heads);
   parameters.output_scale = 0.5f, parameters.eps = 1e-5f, parameters.momentum = 0.1f;
   parameters.centre = 1.0f / float(c.seqlen_k), parameters.unit_scale = 1;
-  std::vector<float> lse(size_t(c.batch * heads * c.seqlen), nan), value_sum(size_t(c.batch * heads * c.head_dim), nan);
+  std::vector<uint8_t> hides(size_t(c.batch * c.seqlen_k));
+  for (size_t i = 0; i < hides.size(); i++) hides[i] = i % 3 > 0;
+  Buffer added(c.dtype, 1, heads, c.seqlen, c.seqlen_k, &generator);
+  std::vector<float> grad_mask;
+  p.mask.kind = c.mask, p.mask.causal = c.causal;
+  if (c.mask == MaskKind::kBool) {
+    p.mask.tensor = {hides.data(), c.seqlen_k, 0, 0, 1};
+    p.mask.sizes[0] = c.batch, p.mask.sizes[1] = p.mask.sizes[2] = 1, p.mask.sizes[3] = c.seqlen_k;
+  } else if (c.mask == MaskKind::kFloat) {
+    p.mask.tensor = added.tensor, p.mask.tensor.batch = 0;
+    p.mask.sizes[0] = 1, p.mask.sizes[1] = heads, p.mask.sizes[2] = c.seqlen, p.mask.sizes[3] = c.seqlen_k;
+    grad_mask.resize(size_t(heads * c.seqlen * c.seqlen_k));
+  }
+  p.value_rows = c.causal || c.mask == MaskKind::kFloat ? c.seqlen : 1;
+  std::vector<float> lse(size_t(c.batch * heads * c.seqlen), nan),
+      value_sum(size_t(c.batch * heads * p.value_rows * c.head_dim), nan);
   std::vector<double> statistics(size_t(3 * heads), nan);
   std::vector<float> grads(size_t((heads + 3) * heads), nan);
   const int64_t seed = 123456789012345;
@@ -116,13 +133,19 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   run_forward(call);
   call.grad_theta = grads.data(), call.grad_bias = call.grad_theta + heads * heads;
   call.grad_norm_weight = call.grad_bias + heads, call.grad_norm_bias = call.grad_norm_weight + heads;
+  p.mask.grad = grad_mask.empty() ? nullptr : grad_mask.data();
   run_backward(call);
   if (!c.training) statistics.clear();
   running_mean.insert(running_mean.end(), running_var.begin(), running_var.end());
-  return {out.values(),        std::vector<double>(lse.begin(), lse.end()),
-          statistics,          std::vector<double>(running_mean.begin(), running_mean.end()),
-          grad_query.values(), grad_key.values(),
-          grad_value.values(), std::vector<double>(grads.begin(), grads.end())};
+  return {out.values(),
+          std::vector<double>(lse.begin(), lse.end()),
+          statistics,
+          std::vector<double>(running_mean.begin(), running_mean.end()),
+          grad_query.values(),
+          grad_key.values(),
+          grad_value.values(),
+          std::vector<double>(grads.begin(), grads.end()),
+          std::vector<double>(grad_mask.begin(), grad_mask.end())};
 }
 
 double relative_error(const std::vector<double>& found, const std::vector<double>& right) {
@@ -140,18 +163,33 @@ int main() {
   const Dtype f32 = Dtype::kFloat32, bf16 = Dtype::kBFloat16;
   const Norm none = Norm::kNone, layer = Norm::kLayer, batch = Norm::kBatch;
   const Case cases[] = {
-      {f32, 2, 3, 17, 17, 16, layer, false, 0},      {f32, 1, 12, 50, 50, 33, batch, true, 0},
-      {f32, 1, 12, 30, 197, 32, layer, false, 0.2},  {f32, 2, 6, 1, 1, 35, none, false, 0},
-      {f32, 1, 32, 9, 1500, 8, layer, false, 0},     {f32, 1, 17, 20, 40, 128, batch, true, 0.1},
-      {f32, 2, 6, 20, 30, 24, batch, false, 0},      {f32, 1, 12, 9, 1500, 8, batch, true, 0},
-      {bf16, 2, 3, 17, 17, 16, layer, false, 0},     {bf16, 1, 12, 50, 50, 33, batch, true, 0},
-      {bf16, 1, 12, 30, 197, 32, layer, false, 0.2}, {bf16, 2, 6, 1, 1, 35, none, false, 0},
-      {bf16, 1, 32, 9, 1500, 8, layer, false, 0},    {bf16, 1, 17, 20, 40, 128, batch, true, 0.1},
-      {bf16, 1, 5, 70, 70, 64, layer, false, 0},     {bf16, 1, 1, 33, 65, 1, none, false, 0},
-      {bf16, 2, 6, 20, 30, 24, batch, false, 0},     {bf16, 1, 12, 9, 1500, 8, batch, true, 0},
+      {f32, 2, 3, 17, 17, 16, layer, false, 0},
+      {f32, 1, 12, 50, 50, 33, batch, true, 0},
+      {f32, 1, 12, 30, 197, 32, layer, false, 0.2},
+      {f32, 2, 6, 1, 1, 35, none, false, 0},
+      {f32, 1, 32, 9, 1500, 8, layer, false, 0},
+      {f32, 1, 17, 20, 40, 128, batch, true, 0.1},
+      {f32, 2, 6, 20, 30, 24, batch, false, 0},
+      {f32, 1, 12, 9, 1500, 8, batch, true, 0},
+      {bf16, 2, 3, 17, 17, 16, layer, false, 0},
+      {bf16, 1, 12, 50, 50, 33, batch, true, 0},
+      {bf16, 1, 12, 30, 197, 32, layer, false, 0.2},
+      {bf16, 2, 6, 1, 1, 35, none, false, 0},
+      {bf16, 1, 32, 9, 1500, 8, layer, false, 0},
+      {bf16, 1, 17, 20, 40, 128, batch, true, 0.1},
+      {bf16, 1, 5, 70, 70, 64, layer, false, 0},
+      {bf16, 1, 1, 33, 65, 1, none, false, 0},
+      {bf16, 2, 6, 20, 30, 24, batch, false, 0},
+      {bf16, 1, 12, 9, 1500, 8, batch, true, 0},
+      {f32, 2, 6, 20, 70, 24, layer, false, 0, MaskKind::kBool, true},
+      {f32, 2, 6, 20, 30, 24, batch, true, 0, MaskKind::kFloat, false},
+      {bf16, 2, 6, 40, 70, 24, layer, false, 0.1, MaskKind::kBool, false},
+      {bf16, 2, 6, 20, 30, 24, batch, true, 0, MaskKind::kFloat, true},
+      {bf16, 1, 5, 70, 50, 33, none, false, 0, MaskKind::kNone, true},
+      {bf16, 1, 32, 9, 1500, 8, layer, false, 0, MaskKind::kFloat, false},
   };
-  const char* names[] = {"out",        "lse",      "statistics", "running",
-                         "grad_query", "grad_key", "grad_value", "grad_parameters"};
+  const char* names[] = {"out",      "lse",        "statistics",      "running",  "grad_query",
+                         "grad_key", "grad_value", "grad_parameters", "grad_mask"};
   int wrong = 0, compared = 0;
   std::vector<InstructionSet> sets = instruction_sets();
 #if defined(REATTN_EMULATED)
@@ -182,14 +220,17 @@ int main() {
       const bool right_enough = worst <= allowed;
       wrong += !right_enough;
       compared++;
-      std::printf("%-13s %s %ldx%ldx%ldx%ldx%ld%s%s%s: %.2g in %s%s\n", set.name.c_str(),
+      std::printf("%-13s %s %ldx%ldx%ldx%ldx%ld%s%s%s%s%s: %.2g in %s%s\n", set.name.c_str(),
                   c.dtype == f32 ? "float32 " : "bfloat16", long(c.batch), long(c.heads), long(c.seqlen),
                   long(c.seqlen_k), long(c.head_dim),
                   c.norm == none    ? ""
                   : c.norm == layer ? " layer"
                                     : " batch",
-                  c.training ? " training" : "", c.dropout_p > 0 ? " dropout" : "", worst, where,
-                  right_enough ? "" : "  WRONG");
+                  c.training ? " training" : "", c.dropout_p > 0 ? " dropout" : "",
+                  c.mask == MaskKind::kNone   ? ""
+                  : c.mask == MaskKind::kBool ? " boolean mask"
+                                              : " added mask",
+                  c.causal ? " causal" : "", worst, where, right_enough ? "" : "  WRONG");
       std::fflush(stdout);
     }
   }
