@@ -53,7 +53,7 @@ def official(query: Tensor, key: Tensor, value: Tensor, parameters: Parameters) 
     if visible is not None:
         # Of what is visible alone; torch's batch norm knows no mask. In the parameters' precision, as that is.
         wide, taken = maps.to(parameters.theta.dtype), visible.expand_as(maps)
-        count = taken.sum((0, 2, 3))
+        count = taken.sum((0, 2, 3), dtype=wide.dtype)
         mean = (wide * taken).sum((0, 2, 3)) / count
         var = ((wide - mean[:, None, None]) * taken).square().sum((0, 2, 3)) / count
         slope, shift = _affine(_with_statistics(parameters, mean, var, count))
