@@ -210,6 +210,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]
 
 
 _POINTEE = {
+    torch.uint8: "u8",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",

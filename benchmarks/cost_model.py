@@ -394,6 +394,29 @@ def call_table() -> list[str]:
     return table(["forecast", "norm", "backend", *columns], rows)
 
 
+def mask_table() -> list[str]:
+    """What a padding mask costs: over the same call without one, instructions and the time that is expected."""
+    card = CARDS[0]
+    with_mask = [forecast(counts, card) for counts in read_counts("padding")]
+    rows = []
+    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in with_mask):
+        cells = []
+        for number in (lambda each: each.counts.blocks * each.counts.instructions, lambda each: each.seconds):
+            for only in (("forward", "finish"), None):
+                mine, others = (
+                    sum(
+                        number(each)
+                        for each in found
+                        if (each.shape, each.norm, each.backend) == call and (only is None or each.kernel in only)
+                    )
+                    for found in (with_mask, forecasts(card.name))
+                )
+                cells.append(f"{mine / others:.2f}")
+        rows.append(["x".join(map(str, call[0])), call[1], call[2], *cells])
+    columns = [f"{what}, {part}" for what in ("instructions", f"time on an {card.name}") for part in ("forward", "with backward")]
+    return table(["a padding mask over none", "norm", "backend", *columns], rows)
+
+
 def cpu_table(measured: list[Result]) -> list[str]:
     rows = []
     for result in measured:
@@ -409,7 +432,7 @@ def cpu_table(measured: list[Result]) -> list[str]:
 def tables() -> list[str]:
     """Lines of Markdown."""
     shapes = dict.fromkeys(each.shape for each in read_counts())
-    gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table()
+    gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table() + mask_table()
     title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
     return [title, "", *gpu, *cpu_table(cpu_results())]
 

@@ -34,6 +34,7 @@ COUNTS = pathlib.Path(__file__).parent / "results" / "kernel_counts.json"
 ARCH, MULTIPROCESSORS = 90, 132
 SHAPES = ((128, 12, 197, 32), (128, 12, 197, 64), (32, 12, 577, 32), (1, 12, 197, 64))
 NORMS = ("layer", "batch", "none")
+# Padding: boolean by sample and key, here of full length.
 MASKS = ("none", "padding", "causal")
 BACKENDS = ("triton", "cuda")
 
@@ -66,6 +67,7 @@ class Counts(NamedTuple):
     global_bytes: int  # that lanes load, store or copy
     barriers: int  # of a block
     launches: int = 1
+    mask: str = "none"
 
     @property
     def resident(self) -> int:
@@ -75,17 +77,17 @@ class Counts(NamedTuple):
         return min(by_registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads, 32)
 
 
-def read_counts(path: pathlib.Path = COUNTS) -> list[Counts]:
-    """What this module wrote."""
-    rows = json.loads(path.read_text())["counts"]
-    return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+def read_counts(mask: str = "none") -> list[Counts]:
+    """What this module wrote, of calls with a mask or without."""
+    rows = json.loads(COUNTS.read_text())["counts"]
+    return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows if row["mask"] == mask]
 
 
 def count(
     backend: str, shape: tuple[int, int, int, int], norm: str, mask: str = "none", blocks: Sequence[int] = (0,)
 ) -> list[Counts]:
     """Of every kernel of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training; ``mask``: one of
-    MASKS. ``blocks``: which are executed, and averaged.
+    MASKS. ``blocks``: which are executed, of those that a kernel has, and added up.
 
     Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
     """
@@ -97,7 +99,7 @@ def count(
     kernels: dict[str, list[emulator.Launched]] = {}
     for launch in launches:
         kernels.setdefault(launch.kernel, []).append(launch)
-    return [_counts(each, backend, shape, norm) for each in kernels.values()]
+    return [_counts(each, backend, shape, norm)._replace(mask=mask) for each in kernels.values()]
 
 
 def _counts(launches: list[emulator.Launched], backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
@@ -225,9 +227,12 @@ def main() -> None:
     parser.parse_args()
     install()
     rows = []
-    for backend, shape, norm in itertools.product(BACKENDS, SHAPES, NORMS):
-        rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm)]
-        print(backend, shape, norm, flush=True)
+    for backend, shape, norm, mask in (
+        *itertools.product(BACKENDS, SHAPES, NORMS, ["none"]),
+        *itertools.product(BACKENDS, SHAPES[:2], NORMS[:2], ["padding"]),
+    ):
+        rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm, mask)]
+        print(backend, shape, norm, mask, flush=True)
     made_with = {backend: version(backend) for backend in BACKENDS}
     head = f'{{"made with": {json.dumps(made_with)},\n"counts": [\n'
     COUNTS.write_text(head + ",\n".join(rows) + "\n]}\n")

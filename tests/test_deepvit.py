@@ -504,3 +504,26 @@ def test_registry():
 def test_bad_arguments_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny(**overrides)
+
+
+@pytest.mark.parametrize("re_attention_blocks", [0, 1, 2])
+def test_masks_reach_every_block(re_attention_blocks):
+    """Causal, the class token, which is the first, sees nothing of an image; masked, a patch reaches no other token."""
+    torch.manual_seed(0)
+    model = tiny(re_attention_blocks=re_attention_blocks).eval()
+    images, others = torch.randn(2, 2, 3, 32, 32)
+    torch.testing.assert_close(model(images, is_causal=True), model(others, is_causal=True))
+    assert not torch.allclose(model(images), model(others))
+    seqlen = model.pos_embed.shape[1]
+    mask = (torch.arange(seqlen) < seqlen - 1)[None, None, None]
+    changed = images.clone()
+    changed[..., -model.patch_size :, -model.patch_size :] += 1
+    found, expected = (model.forward_features(x, mask)[:, :-1] for x in (changed, images))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(model.forward_features(changed)[:, :-1], model.forward_features(images)[:, :-1])
+    final, intermediates = model.forward_intermediates(images, attn_mask=mask, is_causal=True)
+    torch.testing.assert_close(final, model.forward_features(images, mask, is_causal=True))
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_features(images, mask, True), final)
+    maps = model.blocks[0].attn.attention_maps(torch.randn(1, seqlen, model.embed_dim), mask, True)
+    assert all(not each.triu(1).any() and not each[..., -1].any() for each in maps)

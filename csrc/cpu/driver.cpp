@@ -155,7 +155,7 @@ class Memory {
     char* data;
     size_t bytes;
   };
-  static constexpr size_t kKept = 64 << 20;
+  static constexpr size_t kKept = 128 << 20;
 
   // Neither is ever destroyed: threads may outlive what is static.
   static std::vector<Part>& kept() {

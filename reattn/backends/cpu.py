@@ -66,7 +66,7 @@ def _choose_isa() -> int:
 
 
 def empty_cache() -> None:
-    """Gives back the memory, up to 64 MB, that calls leave for the next ones."""
+    """Gives back the memory, up to 128 MB, that calls leave for the next ones."""
     _cpu.empty_cache()
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from reattn.module import ReAttention
+from reattn.reference import masked_softmax
 
 STEM_CHANNELS = 64
 
@@ -95,17 +96,17 @@ def discard_running_statistics(module: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def checkpointed(block: nn.Module, tokens: Tensor) -> Tensor:
-    """``block(tokens)``, recomputed in the backward pass instead of keeping its activations.
+def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
+    """``block(*inputs)``, recomputed in the backward pass instead of keeping its activations.
 
     The recomputation runs on copies of the running statistics: otherwise every training step would update them twice.
     A compiled graph has its mutations in the forward pass only, and needs no such care.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(block, tokens, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False)
     return checkpoint(
         block,
-        tokens,
+        *inputs,
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), discard_running_statistics(block)),
     )
@@ -183,20 +184,28 @@ class SelfAttention(nn.Module):
         return self.q_norm(query), self.k_norm(key), value
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """``(batch, seqlen, dim) -> (batch, seqlen, dim)``; the masks are those of scaled_dot_product_attention."""
+        """``(batch, seqlen, dim) -> (batch, seqlen, dim)``; masks as in scaled_dot_product_attention, but both may be
+        given."""
         query, key, value = self._split_heads(x)
+        if attn_mask is not None and is_causal:
+            # SDPA takes one of them.
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            hidden = False if attn_mask.dtype == torch.bool else float("-inf")
+            attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
         dropout_p = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     @torch.no_grad()
-    def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attention_maps(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The softmax maps of ``x (batch, seqlen, dim)`` without dropout, ``(batch, heads, seqlen, seqlen)``.
 
         Returned twice, so that the answer has the form of :meth:`ReAttention.attention_maps`.
         """
         query, key, _ = self._split_heads(x)
-        maps = (query * self.head_dim**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+        maps = masked_softmax(query * self.head_dim**-0.5, key, attn_mask, is_causal)
         return maps, maps
 
     def extra_repr(self) -> str:
@@ -250,12 +259,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.residual_scale = residual_scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``(batch, seqlen, dim)`` in and out; the masks go to the attention."""
+        # Whatever stands in the place of the attention may take no mask.
+        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         scale = self.residual_scale
         if scale == 1.0:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
+            x = x + self.drop_path(self.attn(self.norm1(x), **masks))
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        x = x + self.drop_path(self.attn(self.norm1(x * scale)) / scale)
+        x = x + self.drop_path(self.attn(self.norm1(x * scale), **masks) / scale)
         return x + self.drop_path(self.mlp(self.norm2(x * scale))) / scale
 
     def extra_repr(self) -> str:
@@ -617,17 +629,19 @@ class DeepViT(nn.Module):
         tokens = torch.cat([self.cls_token.expand(maps.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
         return self.pos_drop(tokens + pos_embed), grid
 
-    def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def _run_block(self, block: nn.Module, tokens: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        masks = () if attn_mask is None and not is_causal else (attn_mask, is_causal)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, tokens)
-        return block(tokens)
+            return checkpointed(block, tokens, *masks)
+        return block(tokens, *masks)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, in_chans, height, width)`` to the tokens after the final norm, ``(batch, seqlen, embed_dim)``,
-        the class token first."""
+        the class token first. The masks, of ``seqlen`` tokens with it, go to every block: see
+        :func:`reattn.re_attention`."""
         tokens, _ = self._embed(images)
         for block in self.blocks:
-            tokens = self._run_block(block, tokens)
+            tokens = self._run_block(block, tokens, attn_mask, is_causal)
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -637,9 +651,10 @@ class DeepViT(nn.Module):
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(batch, in_chans, height, width)`` to logits ``(batch, num_classes)``."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``(batch, in_chans, height, width)`` to logits ``(batch, num_classes)``; masks as in
+        :meth:`forward_features`."""
+        return self.forward_head(self.forward_features(images, attn_mask, is_causal))
 
     def forward_intermediates(
         self,
@@ -651,6 +666,8 @@ class DeepViT(nn.Module):
         return_prefix_tokens: bool = False,
         stop_early: bool = False,
         intermediates_only: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """Features of several blocks at once.
 
@@ -663,6 +680,7 @@ class DeepViT(nn.Module):
             return_prefix_tokens: return pairs (patches, class token ``(batch, 1, embed_dim)``).
             stop_early: run no block after the last index; the final tokens are then that block's.
             intermediates_only: leave out the final tokens.
+            attn_mask, is_causal: as in :meth:`forward_features`.
 
         Returns:
             ``(tokens, intermediates)``, the tokens as :meth:`forward_features` gives them, intermediates in the order
@@ -680,7 +698,7 @@ class DeepViT(nn.Module):
         for index, block in enumerate(self.blocks):
             if index > last:
                 break
-            tokens = self._run_block(block, tokens)
+            tokens = self._run_block(block, tokens, attn_mask, is_causal)
             if index in selected:
                 features = self.norm(tokens) if norm else tokens
                 prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
