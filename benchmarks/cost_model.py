@@ -413,7 +413,8 @@ def mask_table() -> list[str]:
                 )
                 cells.append(f"{mine / others:.2f}")
         rows.append(["x".join(map(str, call[0])), call[1], call[2], *cells])
-    columns = [f"{what}, {part}" for what in ("instructions", f"time on an {card.name}") for part in ("forward", "with backward")]
+    of, parts = ("instructions", f"time on an {card.name}"), ("forward", "with backward")
+    columns = [f"{what}, {part}" for what in of for part in parts]
     return table(["a padding mask over none", "norm", "backend", *columns], rows)
 
 

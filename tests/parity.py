@@ -189,8 +189,8 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
         orders["attn_mask"] = (None, heads, rows, columns)[-mask.ndim :]
 
     def reordered(tensor: Tensor, order: tuple[Tensor | None, ...]) -> Tensor:
-        for dim, permutation in enumerate(order):
-            # A mask has one of them for all.
+        # A mask may lack the first ones, or have one of them for all.
+        for dim, permutation in enumerate(order[-tensor.ndim :]):
             if permutation is not None and tensor.shape[dim] == len(permutation):
                 tensor = tensor.index_select(dim, permutation)
         return tensor

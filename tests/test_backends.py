@@ -56,13 +56,13 @@ def test_available_backends():
 
 def test_triton_gives_every_reason(monkeypatch):
     monkeypatch.setattr(triton, "EMULATED", False)
-    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, is_causal=True)
+    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, pre_mixed=True)
     assert triton.not_supported(problem) == [
         "needs a CUDA device, got cpu",
         "dtype must be float32, float16 or bfloat16, got torch.float64",
         "takes at most 32 heads, got 33",
         "takes head_dim up to 128, got 129",
-        "does not take attn_mask or is_causal",
+        "does not mix before the softmax (pre_theta)",
     ]
 
 
@@ -166,11 +166,11 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
     key = torch.zeros(2, 33, 7, 130, dtype=torch.float64, device=device)
     message = (
         "backend 'triton' cannot run this: dtype must be float32, float16 or bfloat16, got torch.float64; takes at "
-        "most 32 heads, got 33; takes head_dim up to 128, got 130; does not take attn_mask or is_causal "
+        "most 32 heads, got 33; takes head_dim up to 128, got 130; does not mix before the softmax (pre_theta) "
         f"(query (2, 33, 5, 130), key (2, 33, 7, 130), torch.float64 on {query.device})"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        re_attention(query, key, key, torch.eye(33, device=device), is_causal=True, backend="triton")
+        re_attention(query, key, key, pre_theta=torch.eye(33, device=device), backend="triton")
 
 
 def test_one_log_line_for_each_fallback(monkeypatch, caplog):

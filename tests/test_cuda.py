@@ -15,6 +15,7 @@ import pytest
 import torch
 from fuzz import FLOATS, mask_of, random_problem
 from parity import MODES, STATISTICS, assert_parity, assert_same, compute, device_of, drawn_mask, make_problem
+from test_masks import KINDS, masked_problem
 
 from reattn import re_attention
 from reattn.backends import choose, common, cpu, cuda, cuda_driver, cuda_plan, triton
@@ -174,11 +175,96 @@ def test_shapes_of_plans(cut, mode, dtype, heads, head_dim, seqlen_k, use_cut):
     assert_parity(make_cuda_problem(mode, **sizes, dtype=dtype), "cuda")
 
 
+def masked_cases():
+    """Every cut with every other kind of mask; modes, dtypes and lengths in turn."""
+    for index, cut in enumerate(CUTS):
+        for turn, kind in enumerate(KINDS):
+            if (index + turn) % 2:
+                continue
+            dtype, mode = list(FLOATS)[(index + turn) % 3], list(MODES)[(index // 2 + turn // 2) % 4]
+            if CUTS[cut].rows == 32 and dtype == "float32":
+                dtype = "bfloat16"
+            seqlen_k = LENGTHS[(index + turn // 2) % 2]
+            yield pytest.param(cut, kind, mode, FLOATS[dtype], seqlen_k, id=f"{cut}-{kind}-{mode}-{dtype}-{seqlen_k}")
+
+
+@pytest.mark.parametrize(("cut", "kind", "mode", "dtype", "seqlen_k"), list(masked_cases()))
+def test_masks_with_every_plan(cut, kind, mode, dtype, seqlen_k, use_cut):
+    use_cut(cut)
+    sizes = {"heads": 5, "head_dim": 33, "seqlen": 35, "seqlen_k": seqlen_k}
+    assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device_of("cuda")), "cuda")
+
+
+def test_causal_with_many_keys_in_parts(use_cut):
+    """Blocks of keys that the first launches see nothing of."""
+    use_cut("16 rows, two heads a warp")
+    for dtype, mode in (("float32", "layer"), ("float16", "batch-training")):
+        sizes = {"heads": 2, "seqlen": 300, "seqlen_k": 330, "batch": 1}
+        assert_parity(masked_problem("causal-bias", mode, **sizes, dtype=FLOATS[dtype]), "cuda")
+
+
+@pytest.mark.parametrize("kind", ["padding", "causal", "by-head"])
+@pytest.mark.parametrize("cut", list(CUTS)[::2])
+def test_nothing_of_hidden_values_arrives(cut, kind, use_cut):
+    """Nor of hidden keys, from wherever they are read; where they are seen, NaN is. Batch statistics take what keys are
+    everywhere."""
+    use_cut(cut)
+    for dtype, head_dim, mode, broken in (
+        ("float32", 16, "none", ("key", "value")),
+        ("float32", 40, "batch-training", ("value",)),
+        ("bfloat16", 72, "batch-training", ("value",)),
+        ("float16", 33, "batch-training", ("value",)),
+        ("bfloat16", 33, "layer", ("key", "value")),
+    ):
+        if dtype == "float32" and CUTS[cut].rows == 32:
+            continue
+        sizes = {"heads": 3, "head_dim": head_dim, "seqlen": 35, "seqlen_k": 70, "batch": 1 + (kind == "padding")}
+        problem = masked_problem(kind, mode, **sizes, dtype=FLOATS[dtype], device=device_of("cuda"))
+        clean = compute(problem, "cuda")
+        tensors, key = {name: problem[name].clone() for name in broken}, 34 if kind == "causal" else 69
+        for tensor in tensors.values():
+            tensor[-1, :, key] = float("nan")
+        found = compute(problem.with_tensors(**tensors), "cuda")
+        visible = torch.ones(sizes["batch"], 3, 35, 70, dtype=torch.bool, device=problem.grad.device)
+        visible = visible.tril() if kind == "causal" else visible & problem["attn_mask"]
+        seen = visible[-1, :, :, key]
+        blind = ~seen.any(0) if "key" in broken else ~seen
+        assert torch.equal(
+            found["output"][-1].masked_fill(~blind[..., None], 0), clean["output"][-1].masked_fill(~blind[..., None], 0)
+        )
+        assert found["output"][-1][seen].isnan().all()
+        assert torch.equal(found["output"][:-1], clean["output"][:-1])
+        blind = ~seen.any(0)
+        if mode != "batch-training" or not seen.any():
+            assert torch.equal(found["query gradient"][-1, :, blind], clean["query gradient"][-1, :, blind])
+
+
 def call_of(problem):
     """What a backend's forward pass is given for it."""
     names = Inputs._fields[:-1]
     call = Problem.of(problem["query"], **problem.options, scale=problem["query"].shape[-1] ** -0.5)
     return call, Inputs(**{name: problem.tensors[name] for name in names if name in problem.tensors})
+
+
+@pytest.mark.parametrize("kind", ["padding", "causal-padding", "by-head", "full-bias"])
+def test_masks_with_synchronised_statistics(kind):
+    """Of one rank alone they are those that a call finds by itself; both backward passes are right."""
+    problem = masked_problem(kind, "batch-training", seqlen_k=21, dtype=torch.float16, device=device_of("cuda"))
+    call, inputs = call_of(problem)
+    mask = problem["attn_mask"][(None,) * (4 - problem["attn_mask"].ndim)]
+    inputs, added = inputs._replace(attn_mask=mask), mask.dtype != torch.bool
+    call = call._replace(mask="float" if added else "bool", mask_gradient=added)
+    running = [[tensor.clone() for tensor in inputs[7:9]] for _ in range(2)]
+    alone, together = (inputs._replace(running_mean=mean, running_var=var) for mean, var in running)
+    outputs = cuda.forward(call, alone)
+    gradients = cuda.backward(call, problem.grad, alone, outputs, None)
+    call = call._replace(synchronised=True)
+    of_ranks = cuda.forward(call, together)
+    of_ranks = of_ranks._replace(statistics=cuda.finish(call, together, of_ranks))
+    sums = cuda.grad_sums(call, problem.grad, of_ranks)
+    others = cuda.backward(call, problem.grad, together, of_ranks, sums)
+    for first, second in zip((*outputs, *gradients, *running[0]), (*of_ranks, *others, *running[1]), strict=True):
+        torch.testing.assert_close(second.double(), first.double(), rtol=1e-3, atol=1e-3)
 
 
 def assert_near(found, expected, allowed):
@@ -370,7 +456,6 @@ def test_every_reason_that_inputs_give():
         "dtype must be float32, float16 or bfloat16, got torch.float64",
         "takes at most 32 heads, got 33",
         "takes head_dim up to 128, got 129",
-        "does not take attn_mask or is_causal",
     ]
     assert cuda.not_supported(problem) == reasons
     query = torch.zeros(2, 33, 5, 129, dtype=torch.float64, device=problem.device)

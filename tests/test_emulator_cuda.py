@@ -250,7 +250,7 @@ CHANGES = {
     ),
     "copies that are not there yet": ("products.cu", "copies_arrived<kStages - 2>();", "", "products", IN_FLIGHT, HALF),
     "copies of other threads": ("products.cu", "sync_block(); fetch", "fetch", "products", RACE, HALF),
-    "too many rows": ("products.cu", "kWhole ? row_ < rows", "kWhole ? true", "products", OUTSIDE, HALF),
+    "too many rows": ("products.cu", "row_ < rows ? columns_of", "true ? columns_of", "products", OUTSIDE, HALF),
     "a key too many": ("products.cu", "p.key.rows - own_key;", "p.key.rows - own_key + 1;", "products", OUTSIDE, HALF),
     "sums of other threads": ("sums.cu", "sync_block(); double total", "double total", "unfold", NOT_THERE, HALF),
     "registers swapped": ("instructions.cuh", "{%4, %5, %6, %7}", "{%4, %6, %5, %7}", None, None, HALF),

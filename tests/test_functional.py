@@ -183,16 +183,6 @@ def test_valid_arguments_raise_nothing():
     assert re_attention(**VALID, backend="reference").shape == (2, 3, 5, 4)
 
 
-def test_fused_backends_take_no_mask(backend, device):
-    if backend == "cpu":
-        pytest.skip("it does")
-    problem = make_problem(device=device)
-    for mask in ({"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool, device=device)}):
-        with pytest.raises(RuntimeError, match=f"'{backend}' cannot run this: does not take attn_mask or is_causal"):
-            call(problem, **mask, backend=backend)
-        torch.testing.assert_close(call(problem, **mask), call(problem, **mask, backend="reference"))
-
-
 def masks(seqlen, seqlen_k):
     generator = torch.Generator().manual_seed(0)
     allowed = torch.rand(2, 3, seqlen, seqlen_k, generator=generator) < 0.6

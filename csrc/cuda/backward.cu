@@ -29,15 +29,15 @@ constexpr bool kSpareRow = !kFloat && !kDropout && kHeads % 16 != 0;
 using RowHeads = Heads<kSpareRow>;
 
 // Which rows this block owns, and where its workspace begins.
-struct Place {
-  int sample, first_row, rows, keys;
+struct Place : Block {
+  int rows, keys;     // keys: of a row of the workspace
   int64_t workspace;  // of head 0 and this block's first row, in elements
   int64_t head_stride;
 
-  REATTN_DEVICE explicit Place(const Params& p) {
-    const int in_launch = block_x() / p.row_blocks_of_launch;
-    const int row = block_x() % p.row_blocks_of_launch * kRows;
-    sample = p.first_sample + in_launch, first_row = p.first_row + row;
+  REATTN_DEVICE explicit Place(const Params& p)
+      : Place(p, block_x() / p.row_blocks_of_launch, block_x() % p.row_blocks_of_launch * kRows) {}
+  REATTN_DEVICE Place(const Params& p, int in_launch, int row)
+      : Block(p, p.first_sample + in_launch, p.first_row + row, kRows) {
     rows = smaller(kRows, p.query.rows - first_row);
     keys = round_up(p.key.rows, 16);
     head_stride = int64_t(p.rows_of_launch) * keys;
@@ -72,8 +72,10 @@ struct Sums {
 // The way back through norm and mixing, of all heads of a row.
 class RowGradients {
  public:
-  REATTN_DEVICE RowGradients(const Params& p, Shared<char> box)
+  REATTN_DEVICE RowGradients(const Params& p, const Place& place, int first_key, Shared<char> box)
       : p_(p),
+        place_(place),
+        first_key_(first_key),
         folded_(kFolded),
         box_(box),
         unit_(folded_.vector(kUnit, 0)),
@@ -121,7 +123,8 @@ class RowGradients {
 
   // Of the warp's rows, gradients of the normalised maps become those of the maps, in place, and the normalised maps go
   // to the workspace, where those of this block's first row and key lie at mixed.
-  REATTN_DEVICE void run(Sums& sums, const Place& place, int warp, int keys, Element* mixed) {
+  REATTN_DEVICE void run(Sums& sums, int warp, int keys, Element* mixed) {
+    const Place& place = place_;
     RowHeads first(at(kMaps), warp, at(kOnes));
     const int piece = lane() % kBoxPieces, head = lane() / kBoxPieces;
     mixed += head * place.head_stride + int64_t(warp) * place.keys + piece * kVector;
@@ -131,9 +134,10 @@ class RowGradients {
       Sums of_row;
       RowHeads heads = first;
       Element* to = mixed;
+      const int unhidden = place.range.unhidden(first_key_, keys);
       int key = 0;
 #pragma unroll 1
-      for (; key + 32 <= keys; key += 32, to += 32) {
+      for (; key + 32 <= unhidden; key += 32, to += 32) {
         run_some<false>(of_row, heads, row, key, 16, to, place.head_stride);
         heads.advance();
         run_some<false>(of_row, heads, row, key + 16, 16, to + 16, place.head_stride);
@@ -151,7 +155,7 @@ class RowGradients {
  private:
   static constexpr int kBoxPieces = 16 / kVector;  // of 16 bytes, of a head in the box
 
-  // 16 keys, of which `inside` exist.
+  // 16 keys, of which `inside` exist. Ragged: not all of them may, or some may be hidden.
   template <bool kRagged>
   REATTN_DEVICE void run_some(Sums& sums, const RowHeads& heads, int row, int key, int inside, Element* mixed,
                               int64_t head_stride) {
@@ -169,6 +173,14 @@ class RowGradients {
       for_each_element([&](int block, int i, int, int lower) {
         if (8 * lower + lane() / 4 >= inside) grad[block][i] = 0;
       });
+    if (kMasked && kRagged && !place_.range.is_whole(first_key_ + key)) {
+      const Visible visible(p_, place_, place_.first_row + row, first_key_ + key);
+      for_each_element([&](int block, int i, int, int) {
+        if (visible(block, i)) return;
+        mix[block][i] = 0;
+        if constexpr (kStatistics) grad[block][i] = 0;
+      });
+    }
     write_mixed(mix, mixed, head_stride);
     unmix(result, sums, grad, heads, row, key);
     if constexpr (kDropout) drop(result, map, row, key);
@@ -231,7 +243,11 @@ class RowGradients {
       const float2 squares =
           sums_over_heads(squares_and_eps_, [&](int block, int i) { return mix[block][i] * mix[block][i]; });
       const float root = square_root(float(kHeads));
-      const float inverse_rms[2] = {fast_inverse_sqrt(squares.x) * root, fast_inverse_sqrt(squares.y) * root};
+      float inverse_rms[2] = {fast_inverse_sqrt(squares.x) * root, fast_inverse_sqrt(squares.y) * root};
+      if constexpr (kMasked && kRagged)  // where all is hidden, it would be infinity times zero
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++)
+          if (inverse_rms[lower] == kInfinity) inverse_rms[lower] = 0;
       for_each_element([&](int block, int i, int, int lower) { mix[block][i] *= inverse_rms[lower]; });
       if constexpr (kRagged)  // where nothing is mixed, it would be infinity times zero
         for_each_element([&](int block, int i, int, int lower) {
@@ -433,6 +449,8 @@ class RowGradients {
   }
 
   const Params& p_;
+  const Place& place_;
+  int first_key_;
   Folded folded_;
   Shared<char> box_, boxed_;
   float unit_;
@@ -459,11 +477,13 @@ class HeadGradients {
       : p_(p),
         place_(place),
         stages_(stages),
+        mask_(place.mask(p, head)),
         head_(head),
         lane_place_(kept(lane_row() * kRowStride + lane_column() * 2)) {
     for_each_row<1>([&](int, int lower, int row) {
       lse_[lower] =
           read<float>(p.lse + row_index(p, place.sample, head, place.first_row + smaller(row, place.rows - 1)));
+      if (kMasked && lse_[lower] == -kInfinity) lse_[lower] = 0;  // no key is seen, all scores are -infinity
     });
   }
 
@@ -475,8 +495,7 @@ class HeadGradients {
     Shared<char> to = maps + lane_place_;
     for_each_product<kKeyStride>(own, p_.key, first_key, [&](auto ragged, int key, float (&products)[1][2][4]) {
       float (&probs)[2][4] = products[0];
-      exponentiate(probs);
-      if constexpr (ragged.value) mask(probs, first_key + key);
+      exponentiate<ragged.value>(products, first_key + key);
 #pragma unroll
       for (int right = 0; right < 2; right++) {
         float (&prob)[4] = probs[right];
@@ -504,7 +523,11 @@ class HeadGradients {
     const OwnRows<kOutStride, kDirect> own(p_.grad, place_.sample, head_, place_.first_row);
     float sums[4] = {};
     Shared<char> to = grads + lane_place_;
-    for_each_product<kValueStride>(own, p_.value, first_key, [&](auto, int key, float (&products)[1][2][4]) {
+    for_each_product<kValueStride>(own, p_.value, first_key, [&](auto ragged, int key, float (&products)[1][2][4]) {
+      if constexpr (kMasked && ragged.value)
+        mask_.for_each<1>(place_.first_row, first_key + key, [&](int, int right, int i, float added) {
+          if (added == -kInfinity) products[0][right][i] = 0;
+        });
       if constexpr (kFloat) {
 #pragma unroll
         for (int i = 0; i < 8; i++) sums[i / 2 % 2 * 2] += products[0][i / 4][i % 4];
@@ -567,9 +590,11 @@ class HeadGradients {
   // dP has in common would then not cancel.
   REATTN_DEVICE void finish_delta(float (&delta)[2], const float (&mass)[2]) const {
 #pragma unroll
-    for (int lower = 0; lower < 2; lower++)
-      delta[lower] = kFloat ? quad_sum(delta[lower]) / quad_sum(mass[lower])
-                            : shuffle(delta[lower], lane() / 4 * 4 + lane() / 8) / mass[lower];
+    for (int lower = 0; lower < 2; lower++) {
+      const float all = kFloat ? quad_sum(mass[lower]) : mass[lower];
+      delta[lower] = (kFloat ? quad_sum(delta[lower]) : shuffle(delta[lower], lane() / 4 * 4 + lane() / 8)) / all;
+      if (kMasked && all == 0) delta[lower] = 0;  // the row sees nothing
+    }
   }
 
   // Leaves the gradients of the maps in the workspace, for run.
@@ -585,7 +610,8 @@ class HeadGradients {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, p_.key.rows, 0);
+    const int end = place_.range.end;
+    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, end, 0);
     if constexpr (kResident && !kFloat) {
       const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
       Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
@@ -609,14 +635,14 @@ class HeadGradients {
       };
       int key = 0;
 #pragma unroll 1
-      for (; key + 48 <= p_.key.rows; key += 32, from = from + 64, copied = copied + 64, to += 32)
+      for (; key + 48 <= end; key += 32, from = from + 64, copied = copied + 64, to += 32)
 #pragma unroll
         for (int group = 0; group < 2; group++) take(keys.template next<true>(), group);
 #pragma unroll 1
-      for (; key < p_.key.rows; key += 16, from = from + 32, copied = copied + 32, to += 16) take(keys.next(), 0);
+      for (; key < end; key += 16, from = from + 32, copied = copied + 32, to += 16) take(keys.next(), 0);
     } else if constexpr (kResident) {
 #pragma unroll 1
-      for (int key = 0; key < p_.key.rows; key += 16) {
+      for (int key = 0; key < end; key += 16) {
         const Shared<char> stage = keys.next(), tile = grads + key * int(sizeof(Element));
         float scores[2][4];
         for_each_pair([&](int right, int lower, int row, int column) {
@@ -633,18 +659,17 @@ class HeadGradients {
     } else {
       // Scores are summed in the same order as where the LSE is from.
       const OwnRows<kQueryStride, kDirect> own(p_.query, place_.sample, head_, place_.first_row);
-      std::conditional_t<kDirect, DirectRows<kKeyStride>, NoRows> direct(stages_, p_.key, place_.sample, head_, 0,
-                                                                         p_.key.rows, 0);
+      std::conditional_t<kDirect, DirectRows<kKeyStride>, NoRows> direct(stages_, p_.key, place_.sample, head_, 0, end,
+                                                                         0);
 #pragma unroll 1
-      for (int key = 0; key < p_.key.rows; key += 16) {
+      for (int key = 0; key < end; key += 16) {
         const Shared<char> stage = keys.next();
         float products[1][2][4];
         if constexpr (kDirect)
           own.multiply(products, direct.next());
         else
           own.multiply(products, stage);
-        exponentiate(products[0]);
-        mask(products[0], key);
+        exponentiate<true>(products, key);
         for_each_pair([&](int right, int lower, int row, int column) {
           float (&score)[4] = products[0][right];
           if (row >= place_.rows) return;
@@ -665,6 +690,7 @@ class HeadGradients {
         }
       }
     }
+    if (kMasked && !finite(grad_query)) multiply_strictly(grad_query, grad_scores);
     Element* all = head_rows(p_.grad_query, place_.sample, head_) + lane() % 4 * 2;
     for_each_row<1>([&](int, int lower, int row) {
       if (row >= place_.rows) return;
@@ -676,17 +702,54 @@ class HeadGradients {
     });
   }
 
+  // The gradient of the query once more, from those of the scores: what is hidden in a key does not reach it, where it
+  // is not finite. Where it is seen, those of the scores are not.
+  REATTN_DEVICE void multiply_strictly(float (&grad_query)[kDims / 8][4], const Element* grad_scores) const {
+#pragma unroll
+    for (int i = 0; i < kDims / 2; i++) grad_query[i / 4][i % 4] = 0;
+    const Shared<char> tile = at(kGrads + head_ * kHeadStride);
+    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+    sync_warp();  // what other lanes have written is there
+    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, place_.range.end, 0);
+#pragma unroll 1
+    for (int key = 0; key < place_.range.end; key += 16) {
+      const Shared<char> stage = keys.next();
+      make_finite<kDims>(stage);
+      float scores[2][4] = {};
+      for_each_pair([&](int right, int lower, int row, int column) {
+        if (row >= place_.rows) return;
+        const float2 pair = read_pair(grad_scores + (int64_t(row) * place_.keys + key + column));
+        scores[right][2 * lower] = pair.x, scores[right][2 * lower + 1] = pair.y;
+      });
+      if constexpr (kFloat) {
+        store_tile(as<float>(tile), kRowStride, scores);
+        sync_warp();
+        multiply(grad_query, tile, stage);
+      } else {
+        multiply(grad_query, Packed<Narrow>(scores), stage + offset);
+      }
+    }
+  }
+  // As of an Output: one row says it.
+  static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {
+    float zeros = 0;
+#pragma unroll
+    for (int i = 0; i < kDims / 4; i++) zeros = fmaf(sums[i / 2][i % 2], 0.0f, zeros);
+    return all(zeros == 0);
+  }
+
  private:
   // Visits the products of own rows with rows of another tensor, 16 at a time: function(whether some of them may lie
-  // outside, key in the tile, products).
+  // outside or be hidden, key in the tile, products).
   template <int kStride, class Own, class Function>
   REATTN_DEVICE void for_each_product(const Own& own, const Tensor& tensor, int first_key, Function function) const {
-    const int keys = smaller(kKeys, tensor.rows - first_key);
+    const int keys = smaller(kKeys, (kMasked ? place_.range.end : tensor.rows) - first_key);
     using Rows = std::conditional_t<kDirect, DirectRows<kStride>, Stream<kDims, kStride>>;
     Rows rows(stages_, tensor, place_.sample, head_, first_key, first_key + keys, 0);
+    const int in_pairs = smaller(keys, place_.range.unhidden(first_key, keys) + 16);
     int key = 0;
 #pragma unroll 1
-    for (; key + 48 <= keys; key += 32)
+    for (; key + 48 <= in_pairs; key += 32)
 #pragma unroll
       for (int group = 0; group < 2; group++) {
         float products[1][2][4];
@@ -700,15 +763,18 @@ class HeadGradients {
       function(std::integral_constant<bool, true>(), key, products);
     }
   }
-  REATTN_DEVICE void exponentiate(float (&scores)[2][4]) const {
+  // Ragged: some of the keys may lie outside the sequence, or be hidden.
+  template <bool kRagged>
+  REATTN_DEVICE void exponentiate(float (&scores)[1][2][4], int first_key) const {
+    if constexpr (kAdded || (kMasked && kRagged)) hide(scores, p_, mask_, place_.first_row, first_key);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float& score = scores[i / 4][i % 4];
-      score = fast_exp2(rounded_product(score, p_.scale_log2) - lse_[i / 2 % 2]);  // as in the forward pass
+      float& score = scores[0][i / 4][i % 4];
+      score = fast_exp2(rounded_product(score, score_factor(p_)) - lse_[i / 2 % 2]);  // as in the forward pass
     }
+    if constexpr (kRagged) clear_outside(scores[0], first_key);
   }
-  // Of keys outside the sequence.
-  REATTN_DEVICE void mask(float (&probs)[2][4], int first_key) const {
+  REATTN_DEVICE void clear_outside(float (&probs)[2][4], int first_key) const {
     if (first_key + 16 <= p_.key.rows) return;
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -779,6 +845,7 @@ class HeadGradients {
   const Params& p_;
   const Place& place_;
   Shared<char> stages_;
+  HeadMask mask_;
   int head_, lane_place_;  // place: of a lane's row in a tile of a head's maps
   float lse_[2];
 };
@@ -843,15 +910,15 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
   Sums sums;
   float beta[kTurns] = {}, mass[kTurns][2] = {}, delta[kTurns][2] = {};
 #pragma unroll 1
-  for (int first_key = 0; first_key < (kResident ? 1 : p.key.rows); first_key += kKeys) {
-    const int keys = smaller(kKeys, p.key.rows - first_key);
+  for (int first_key = 0; first_key < (kResident ? 1 : place.range.end); first_key += kKeys) {
+    const int keys = smaller(kKeys, place.range.end - first_key);
     for_each_head([&](int turn, const HeadGradients& head, Element*) {
       head.fill_maps(first_key);
       beta[turn] += head.fill_gradients(first_key);
     });
     sync_block();
-    RowGradients gradients(p, scratch);
-    gradients.run(sums, place, warp, keys, mixed + first_key);
+    RowGradients gradients(p, place, first_key, scratch);
+    gradients.run(sums, warp, keys, mixed + first_key);
     sync_block();
     for_each_head([&](int turn, const HeadGradients& head, Element* to) {
       head.add_delta(delta[turn], mass[turn], keys);

@@ -10,8 +10,9 @@ constexpr int kWarpStages = kDirect && kResident ? 0 : 2 * kStageBytes;
 constexpr int kSums = round_up(kStages + kWarps * kWarpStages, 128);  // of softmax, by row and head
 constexpr int kReferences = kSums + kRows * kPaddedHeads * 4;         // by row and head, where they are read again
 constexpr int kFolded = round_up(kReferences + (kResident ? 0 : kRows * kPaddedHeads * 4), 128);
-constexpr int kMoments = kFolded + kFoldedBytes;  // (2, warps, padded heads)
-constexpr int kBytes = kMoments + (kStatistics ? 2 * kWarps * kPaddedHeads * 4 : 0);
+constexpr int kMoments = kFolded + kFoldedBytes;  // (2, warps, padded heads); with a mask 3, its positions the last
+constexpr int kNumbers = kMasked ? 3 : 2;
+constexpr int kBytes = kMoments + (kStatistics ? kNumbers * kWarps * kPaddedHeads * 4 : 0);
 static_assert(kBytes == REATTN_SHARED_BYTES, "the plan knows how much shared memory a block takes");
 
 constexpr bool kLessStored = kStatistics && kSmallRange;
@@ -21,9 +22,17 @@ REATTN_DEVICE Shared<float> of_row(int offset, int row, int head) {
 }
 
 // Sums over the mixed maps of a warp and over their squares, of heads 8 block + lane % 4 * 2 and the next; on tensor
-// cores of what lies on the diagonal of products, in the first.
+// cores of what lies on the diagonal of products, in the first. With a mask, the number of positions that are seen:
+// where heads do not differ, in the first for all of them.
 struct MixedSums {
-  float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {};
+  float sums[kHeadBlocks][2] = {}, squares[kHeadBlocks][2] = {}, positions[kHeadBlocks][2] = {};
+
+  REATTN_DEVICE void count(const Visible& visible) {
+    if constexpr (kMaskByHead)
+      for_each_element([&](int block, int i, int, int) { positions[block][i % 2] += visible(block, i); });
+    else
+      positions[0][0] += float(visible.count());
+  }
 
   // Of all warps, added up in order; all threads have to come here.
   REATTN_DEVICE void store(const Params& p, int warp) {
@@ -51,13 +60,31 @@ struct MixedSums {
         reattn::store(moments + ((kWarps + warp) * kPaddedHeads + 8 * block + lane() / 4), squares[block][0]);
       }
     }
+    if constexpr (kMasked) store_positions(moments + (2 * kWarps + warp) * kPaddedHeads);
     sync_block();
     if (block_y() > 0) return;  // blocks for other columns of an output have the same
-    for (int i = thread(); i < 2 * kHeads; i += threads()) {
+    for (int i = thread(); i < kNumbers * kHeads; i += threads()) {
       float sum = 0;
       for (int from = 0; from < kWarps; from++)
         sum += load<float>(moments + ((i / kHeads * kWarps + from) * kPaddedHeads + i % kHeads));
       write(p.vectors + (i * p.blocks + block_x()), sum);
+    }
+  }
+
+ private:
+  REATTN_DEVICE void store_positions(Shared<float> to) {
+    if constexpr (!kMaskByHead) {
+      if (lane() < kPaddedHeads) reattn::store(to + lane(), positions[0][0]);
+    } else {
+#pragma unroll
+      for (int block = 0; block < kHeadBlocks; block++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float& number = positions[block][i];
+#pragma unroll
+          for (int mask = 4; mask < kWarp; mask *= 2) number += shuffle_xor(number, mask);
+          if (lane() < 4) reattn::store(to + (8 * block + lane() * 2 + i), number);
+        }
     }
   }
 };
@@ -66,7 +93,8 @@ struct MixedSums {
 class RowMixing {
  public:
   REATTN_DEVICE RowMixing(const Params& p, MixedSums& moments)
-      : moments_(moments),
+      : p_(p),
+        moments_(moments),
         folded_(kFolded),
         squares_and_eps_([&] {
           const float unit = folded_.vector_apart(kUnit, 0);
@@ -88,20 +116,23 @@ class RowMixing {
   }
 
   // The maps of the warp's rows, in place; those outside the sequence become zero where they would not be finite or are
-  // summed.
-  REATTN_DEVICE void mix(int warp, int rows, int keys) {
+  // summed, those that are hidden always.
+  REATTN_DEVICE void mix(const Block& block, int first_key, int warp, int rows, int keys) {
     Heads<> first(at(0), warp);
 #pragma unroll 1
     for (int row = warp; row < rows; row += kWarps, first.descend(kWarps)) {
       if constexpr (!kFloat) weigh(row);
       Heads<> heads = first;
       float sums[kHeadSteps][4] = {}, squares[kHeadBlocks][4] = {};
-      const int in_pairs = keys / 32 * 32;
+      // Nothing is hidden of those in pairs.
+      const int in_pairs = block.range.unhidden(first_key, keys) / 32 * 32;
+      if constexpr (kStatistics && kMasked) moments_.positions[0][0] += float(in_pairs);
 #pragma unroll kAtOnce
-      for (int key = 0; key < in_pairs; key += 32) mix_some<2, false>(heads, row, key, keys, sums, squares);
+      for (int key = 0; key < in_pairs; key += 32)
+        mix_some<2, false>(block, first_key, heads, row, key, keys, sums, squares);
 #pragma unroll 1
       for (int key = in_pairs; key < keys; key += 16)
-        mix_some<1, kLayer || kStatistics>(heads, row, key, keys, sums, squares);
+        mix_some<1, kLayer || kStatistics>(block, first_key, heads, row, key, keys, sums, squares);
       // Row by row: long sums of products on tensor cores lose digits.
       if constexpr (kStatistics && !kFloat)
 #pragma unroll
@@ -118,8 +149,8 @@ class RowMixing {
 
   // The maps of kGroups times 16 keys.
   template <int kGroups, bool kRagged>
-  REATTN_DEVICE void mix_some(Heads<>& heads, int row, int key, int keys, float (&sums)[kHeadSteps][4],
-                              float (&squares)[kHeadBlocks][4]) {
+  REATTN_DEVICE void mix_some(const Block& owned, int first_key, Heads<>& heads, int row, int key, int keys,
+                              float (&sums)[kHeadSteps][4], float (&squares)[kHeadBlocks][4]) {
     HeadsTile mixed[kGroups];
     multiply(mixed, heads, row, key);
 #pragma unroll
@@ -134,10 +165,17 @@ class RowMixing {
         });
       }
       if constexpr (kLessStored) for_each_element([&](int block, int i, int, int) { tile[block][i] *= stored_; });
-      if constexpr (kRagged)
+      if constexpr (kMasked && kGroups == 1) {
+        const Visible visible(p_, owned, owned.first_row + row, first_key + key);
+        if constexpr (kStatistics) moments_.count(visible);
+        for_each_element([&](int block, int i, int, int) {
+          if (!visible(block, i)) tile[block][i] = 0;
+        });
+      } else if constexpr (kRagged) {
         for_each_element([&](int block, int i, int, int lower) {
           if (key + 16 * group + 8 * lower + lane() / 4 >= keys) tile[block][i] = 0;
         });
+      }
     }
     if constexpr (kFloat) {
       sync_warp();
@@ -268,6 +306,7 @@ class RowMixing {
     }
   }
 
+  const Params& p_;
   MixedSums& moments_;
   Folded folded_;
   NeighbourSums squares_and_eps_;
@@ -278,33 +317,69 @@ class RowMixing {
   HeadsTile shift_, first_;
 };
 
+// What values are multiplied by: maps as they are, and then what is not finite of the values may count as zero; or
+// ones.
+enum class Weights { kMaps, kStrict, kOnes };
+
 // The output of one head: its mixed maps times the values.
 struct Output {
   float sums[kTiles][kOutDims / 8][4] = {};
 
-  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, int sample, int head, int first_key,
-                         int first_dim) {
+  // Of the keys from the first on, up to `end` behind it.
+  template <Weights kWeights = Weights::kMaps>
+  REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
+                         int first_key, int end, int first_dim) {
     using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
-    Values values(stages, p.value, sample, head, first_key, first_key + kKeys, first_dim);
-    const int end = smaller(kKeys, p.key.rows - first_key);
+    Values values(stages, p.value, block.sample, head, first_key, first_key + end, first_dim);
     // In pairs those that have 16 more behind them.
     const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
     Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    take<false>(values, offset, maps, from, 0);
+    take<false, kWeights>(values, offset, maps, from, 0);
     from = from + 32;
 #pragma unroll 1
     for (int key = 16; key < in_pairs; key += 32, from = from + 64)
 #pragma unroll
-      for (int i = 0; i < 2; i++) take<true>(values, offset, maps, from + 32 * i, key + 16 * i);
+      for (int i = 0; i < 2; i++) take<true, kWeights>(values, offset, maps, from + 32 * i, key + 16 * i);
 #pragma unroll 1
-    for (int key = in_pairs; key < end; key += 16, from = from + 32) take<false>(values, offset, maps, from, key);
+    for (int key = in_pairs; key < end; key += 16, from = from + 32)
+      take<false, kWeights>(values, offset, maps, from, key);
   }
 
-  REATTN_DEVICE void store(const Params& p, int sample, int head, int first_row, int first_dim) {
+  // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
+  // finite become NaN where they are seen.
+  REATTN_DEVICE void add_strictly(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
+                                  int first_key, int keys, int first_dim) {
+    const HeadMask mask = block.mask(p, head);
+    sync_warp();  // all lanes have read the maps
+    const Element* value = head_rows(p.value, block.sample, head) + first_key * p.value.row_stride;
+    for (int key = first_key; key < first_key + keys; key++, value += p.value.row_stride) {
+      bool finite = true;
+      for (int dim = lane(); dim < kHeadDim; dim += kWarp)
+        finite = finite && absolute(number_at(value + dim)) < kInfinity;
+      if (all(finite) || lane() >= kRows || !mask.sees(block.first_row + lane(), key)) continue;
+      const Shared<char> row = maps + lane() * kRowStride;
+      if constexpr (kFloat)
+        reattn::store(as<float>(row) + (key - first_key), __int_as_float(0x7fffffff));
+      else
+        reattn::store(as<uint16_t>(row) + (key - first_key), uint16_t(0x7fff));
+    }
+    sync_warp();
+    add<Weights::kStrict>(p, stages, maps, block, head, first_key, keys, first_dim);
+  }
+  // Whether the values of all keys were. Those of one that are not leave a mark in every row: one is asked.
+  REATTN_DEVICE bool finite() const {
+    float zeros = 0;
+#pragma unroll
+    for (int i = 0; i < kOutDims / 4; i++) zeros = fmaf(sums[0][i / 2][i % 2], 0.0f, zeros);
+    return all(zeros == 0);
+  }
+
+  REATTN_DEVICE void store(const Params& p, const Block& block, int head, int first_dim) {
+    const int first_row = block.first_row;
     const float slope = kLayer || kStatistics ? 1.0f : 1.0f / Folded(kFolded).vector(kUnit, head);
     const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
-    Element* to = head_rows(p.out, sample, head) + dim;
+    Element* to = head_rows(p.out, block.sample, head) + dim;
     for_each_row<kTiles>([&](int tile, int lower, int row) {
       if (first_row + row >= p.out.rows) return;
       Element* to_row = to + (first_row + row) * row_stride<kOutStride>(p.out);
@@ -334,6 +409,22 @@ struct Output {
     });
   }
 
+  // Into value_sum.
+  REATTN_DEVICE void store_sums(const Params& p, const Block& block, int head, int first_dim) {
+    for_each_row<kTiles>([&](int tile, int lower, int row) {
+      if (block.first_row + row >= p.out.rows) return;
+      float* to = p.value_sum + row_index(p, block.sample, head, block.first_row + row) * kHeadDim;
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int dim =
+              first_dim + (kDirect ? (lane() % 4 * 2 + i) * (kOutDims / 8) + column : 8 * column + lane() % 4 * 2 + i);
+          if (dim < kHeadDim) write(to + dim, sums[tile][column][2 * lower + i]);
+        }
+    });
+  }
+
  private:
   static REATTN_DEVICE uint32_t pair(const float (&values)[kOutDims / 8][2], int i) {
     const int column = 2 * i % (kOutDims / 8), right = 2 * i / (kOutDims / 8);
@@ -341,30 +432,37 @@ struct Output {
   }
 
   // 16 keys.
-  template <bool kWhole, class Values>
+  template <bool kWhole, Weights kWeights, class Values>
   REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
+    constexpr bool kStrict = kWeights == Weights::kStrict, kOnes = kWeights == Weights::kOnes;
+    constexpr int kOwnTiles = kOnes ? 1 : kTiles;  // of ones, all rows have the same
     if constexpr (kFloat) {
       const Shared<char> stage = values.template next<kWhole>();
+      if constexpr (kStrict) make_finite<kOutDims>(stage);
       for (int step = 0; step < 16; step++) {
-        float map[kTiles][2];
-        for_each_row<kTiles>([&](int tile, int lower, int row) {
-          map[tile][lower] = load<float>(as<float>(maps + row * kRowStride) + (key + step));
+        float map[kOwnTiles][2];
+        for_each_row<kOwnTiles>([&](int tile, int lower, int row) {
+          map[tile][lower] = kOnes ? 1.0f : load<float>(as<float>(maps + row * kRowStride) + (key + step));
         });
 #pragma unroll
         for (int column = 0; column < kOutDims / 8; column++) {
           const float2 value = load<float2>(as<float>(stage + step * kStageStride) + (8 * column + lane() % 4 * 2));
-          for_each_row<kTiles>([&](int tile, int lower, int) {
+          for_each_row<kOwnTiles>([&](int tile, int lower, int) {
             sums[tile][column][2 * lower] = fmaf(map[tile][lower], value.x, sums[tile][column][2 * lower]);
             sums[tile][column][2 * lower + 1] = fmaf(map[tile][lower], value.y, sums[tile][column][2 * lower + 1]);
           });
         }
       }
     } else {
-      uint32_t mixed[kTiles][4], operands[kOutDims / 8][2];
+      uint32_t mixed[kOwnTiles][4], operands[kOutDims / 8][2];
       if constexpr (kDirect) {
         values.template next<kWhole>(operands);
+        if constexpr (kStrict)
+#pragma unroll
+          for (int i = 0; i < kOutDims / 4; i++) operands[i / 2][i % 2] = finite_or_zero(operands[i / 2][i % 2]);
       } else {
         const Shared<char> stage = values.template next<kWhole>();
+        if constexpr (kStrict) make_finite<kOutDims>(stage);
 #pragma unroll
         for (int column = 0; column < kOutDims / 8; column += 2) {
           uint32_t four[4];
@@ -374,18 +472,74 @@ struct Output {
         }
       }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; tile++) load_matrices(mixed[tile], from + 16 * tile * kRowStride);
+      for (int tile = 0; tile < kOwnTiles; tile++)
+        if constexpr (kOnes)
+          for (uint32_t& part : mixed[tile]) part = pack<Narrow>(1, 1);
+        else
+          load_matrices(mixed[tile], from + 16 * tile * kRowStride);
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column += 2) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-          for (int tile = 0; tile < kTiles; tile++)
+          for (int tile = 0; tile < kOwnTiles; tile++)
             multiply_add<Narrow>(sums[tile][column + half], mixed[tile], operands[column + half]);
       }
     }
   }
 };
+
+// Whether all warps of the block say so; where maps are, and all threads have to come here.
+REATTN_DEVICE bool in_all_warps(int warp, bool yes) {
+  const Shared<uint32_t> votes = as<uint32_t>(at(0));
+  sync_block();
+  if (lane() == 0) store(votes + warp, uint32_t(yes));
+  sync_block();
+  for (int i = 0; i < kWarps; i++) yes = yes && load<uint32_t>(votes + i);
+  sync_block();
+  return yes;
+}
+
+// The sum of the values that a row sees, for finish: products with maps of ones, in a head's tile.
+REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
+                       int first_dim) {
+  const HeadMask mask = block.mask(p, head);
+  const int end = block.range.end, unhidden = block.range.unhidden(0, end);
+  const int in_all = unhidden < end ? unhidden / 16 * 16 : end;  // keys that all rows see
+  Output seen;
+  const auto sweep = [&](bool strict) {
+    if (in_all > 0) seen.add<Weights::kOnes>(p, stages, maps, block, head, 0, in_all, first_dim);
+    for (int i = 0; i < kOutDims / 2; i++) seen.sums[kTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
+    for (int first_key = in_all; first_key < end; first_key += kKeys) {
+      const int keys = smaller(kKeys, end - first_key);
+      sync_warp();
+      for (int key = 0; key < keys; key += 16) {
+        float ones[kTiles][2][4];
+        for (int i = 0; i < kTiles * 8; i++) ones[i / 8][i / 4 % 2][i % 4] = 1;
+        mask.for_each<kTiles>(block.first_row, first_key + key, [&](int tile, int right, int i, float added) {
+          if (added == -kInfinity) ones[tile][right][i] = 0;
+        });
+        for (int tile = 0; tile < kTiles; tile++)
+          if constexpr (kFloat)
+            store_tile(as<float>(maps + 16 * tile * kRowStride) + key, kRowStride, ones[tile]);
+          else
+            store_matrices(maps + ((16 * tile + lane_row()) * kRowStride + (lane_column() + key) * 2),
+                           Packed<Narrow>(ones[tile]).part);
+      }
+      sync_warp();
+      if (strict)
+        seen.add_strictly(p, stages, maps, block, head, first_key, keys, first_dim);
+      else
+        seen.add(p, stages, maps, block, head, first_key, keys, first_dim);
+    }
+  };
+  sweep(false);
+  if (!seen.finite()) {
+    seen = Output();
+    sweep(true);
+  }
+  seen.store_sums(p, block, head, first_dim);
+}
 
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
 // comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
@@ -393,6 +547,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   const int warp = reattn::warp(), blocks = (p.query.rows + kRows - 1) / kRows;
   const int sample = unsigned(block_x()) / unsigned(blocks), first_row = (block_x() - sample * blocks) * kRows;
   const int first_dim = block_y() * kOutDims;
+  const Block block(p, sample, first_row, kRows);
   const Shared<char> stages = at(kStages + warp * kWarpStages);
   const auto for_each_head = [&](auto function) {
 #pragma unroll
@@ -405,7 +560,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
   for_each_head([&](int, int head, Shared<char> maps) {
-    Softmax softmax(p, stages, sample, head, first_row);
+    Softmax softmax(p, stages, block, head);
     softmax.sweep<kResident>(maps);
     const Shared<float> sums = of_row(kSums, lane() / 4, head);
     float* lse = p.lse + row_index(p, sample, head, first_row + lane() / 4);
@@ -413,42 +568,67 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     if (lane() % 4 == 0)
       for_each_row<kTiles>([&](int tile, int lower, int row) {
         const int further = 16 * tile + 8 * lower;
-        store(sums + further * kPaddedHeads, softmax.sum_[tile][lower]);
+        // Maps of a row that sees nothing are zero, divided by whatever else.
+        const float sum = softmax.sum_[tile][lower];
+        store(sums + further * kPaddedHeads, kMasked && sum == 0 ? 1.0f : sum);
         if constexpr (!kResident) store(of_row(kReferences, row, head), softmax.reference_[tile][lower]);
         if (first_row + row < rows_with_lse) write(lse + further, softmax.lse(tile, lower));
       });
   });
 
-  const int rows = smaller(kRows, p.query.rows - first_row);
+  const int rows = smaller(kRows, p.query.rows - first_row), end = block.range.end;
   sync_block();
   MixedSums moments;
   if constexpr (kResident) {
-    RowMixing(p, moments).mix(warp, rows, p.key.rows);
+    RowMixing(p, moments).mix(block, 0, warp, rows, end);
     sync_block();
     for_each_head([&](int, int head, Shared<char> maps) {
       Output out;
-      out.add(p, stages, maps, sample, head, 0, first_dim);
-      out.store(p, sample, head, first_row, first_dim);
+      out.add(p, stages, maps, block, head, 0, end, first_dim);
+      if (kMasked && !out.finite()) {
+        out = Output();
+        out.add_strictly(p, stages, maps, block, head, 0, end, first_dim);
+      }
+      out.store(p, block, head, first_dim);
     });
   } else {
     Output out[kTurns];
-    for (int first_key = 0; first_key < p.key.rows; first_key += kKeys) {
-      for_each_head([&](int, int head, Shared<char> maps) {
-        Softmax softmax(p, stages, sample, head, first_row);
-        for_each_row<kTiles>([&](int tile, int lower, int row) {
-          softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
+    const auto sweep = [&](bool strict) {
+      for (int first_key = 0; first_key < end; first_key += kKeys) {
+        const int keys = smaller(kKeys, end - first_key);
+        for_each_head([&](int, int head, Shared<char> maps) {
+          Softmax softmax(p, stages, block, head);
+          for_each_row<kTiles>([&](int tile, int lower, int row) {
+            softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
+          });
+          softmax.fill(maps, first_key);
         });
-        softmax.fill(maps, first_key);
-      });
-      sync_block();
-      RowMixing(p, moments).mix(warp, rows, smaller(kKeys, p.key.rows - first_key));
-      sync_block();
-      for_each_head([&](int turn, int head, Shared<char> maps) {
-        out[turn].add(p, stages, maps, sample, head, first_key, first_dim);
-      });
+        sync_block();
+        RowMixing(p, moments).mix(block, first_key, warp, rows, keys);
+        sync_block();
+        for_each_head([&](int turn, int head, Shared<char> maps) {
+          if (kMasked && strict)
+            out[turn].add_strictly(p, stages, maps, block, head, first_key, keys, first_dim);
+          else
+            out[turn].add(p, stages, maps, block, head, first_key, keys, first_dim);
+        });
+      }
+    };
+    sweep(false);
+    if constexpr (kMasked) {
+      bool finite = true;
+      for_each_head([&](int turn, int, Shared<char>) { finite = finite && out[turn].finite(); });
+      if (!in_all_warps(warp, finite)) {
+        for (Output& again : out) again = Output();
+        moments = MixedSums();
+        sweep(true);
+        sync_block();  // as the vote leaves it
+      }
     }
-    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, sample, head, first_row, first_dim); });
+    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, block, head, first_dim); });
   }
+  if constexpr (kStatistics && kSeenByRow)
+    for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
   if constexpr (kStatistics) moments.store(p, warp);
 }
 

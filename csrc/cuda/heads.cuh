@@ -86,6 +86,30 @@ REATTN_DEVICE void for_each_element(Function function) {
     for (int i = 0; i < 4; i++) function(block, i, 8 * block + lane() % 4 * 2 + i % 2, i / 2);
 }
 
+// Which heads see which of 16 keys of a row; a lane knows it of its elements.
+class Visible {
+ public:
+  REATTN_DEVICE Visible(const Params& p, const Block& block, int row, int key) {
+    if constexpr (kMaskByHead)
+      for_each_element([&](int eight, int i, int head, int lower) {
+        const HeadMask mask = block.mask(p, smaller(head, kHeads - 1));
+        bits_ |= uint32_t(mask.sees(row, key + 8 * lower + lane() / 4)) << place(eight, i);
+      });
+    else if (block.range.is_whole(key))
+      bits_ = 0xffff >> greater(key + 16 - p.key.rows, 0);
+    else
+      bits_ = ballot(block.mask(p, 0).sees(row, key + lane() % 16)) & 0xffff;
+  }
+  REATTN_DEVICE bool operator()(int block, int i) const { return bits_ >> place(block, i) & 1; }
+  // Keys, where heads do not differ.
+  REATTN_DEVICE int count() const { return count_bits(bits_); }
+
+ private:
+  static REATTN_DEVICE int place(int block, int i) { return kMaskByHead ? block * 4 + i : i / 2 * 8 + lane() / 4; }
+
+  uint32_t bits_ = 0;
+};
+
 // A walk along a row's keys, 16 at a time, through the maps of all heads, which lie with heads as rows.
 // kSpare: across, the rows of heads that do not exist are the 16 ones that lie at `spare`.
 template <bool kSpare = false>

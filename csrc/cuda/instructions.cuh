@@ -240,7 +240,21 @@ __device__ __forceinline__ float fast_log2(float x) {
   return result;
 }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+// Of all lanes, which the compiler then knows to have the same.
+__device__ __forceinline__ int smallest(int number) {
+#if __CUDA_ARCH__ >= 800
+  return __shfl_sync(~0u, __reduce_min_sync(~0u, number), 0);
+#else
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) number = min(number, __shfl_xor_sync(~0u, number, mask));
+  return __shfl_sync(~0u, number, 0);
+#endif
+}
 __device__ __forceinline__ bool any(bool condition) { return __any_sync(~0u, condition); }
+__device__ __forceinline__ bool all(bool condition) { return __all_sync(~0u, condition); }
+// A bit for each lane, and how many of them are set.
+__device__ __forceinline__ uint32_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 // 2^exponent, within what float holds.

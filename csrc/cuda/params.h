@@ -14,14 +14,20 @@ struct Tensor {
   int rows;
 };
 
+// Broadcast to (batch, heads, rows, keys); strides in elements, 0 where all have the same.
+struct MaskTensor {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride, key_stride;
+};
+
 struct Params {
   Tensor query, key, value, out, grad, grad_query, grad_key, grad_value;
   Fold fold;
   const int64_t* seed;
   float* lse;        // (batch, heads, seqlen), to base 2
-  float* value_sum;  // (batch, heads, 1, head_dim)
-  // Partial sums of blocks. Forward, and before the backward pass: (2 heads, blocks) in vectors; backward: (blocks, 3,
-  // padded heads) and, in products, (blocks, padded heads, padded heads).
+  float* value_sum;  // (batch, heads, 1 or seqlen, head_dim)
+  // Partial sums of blocks. Forward, and before the backward pass: (2 heads, blocks) in vectors, forward with a mask
+  // (3 heads, blocks); backward: (blocks, 3, padded heads) and, in products, (blocks, padded heads, padded heads).
   float *vectors, *products;
   // Maps that the backward sweep leaves to the products: (samples of the launch, heads, rows of the launch, keys), keys
   // a multiple of 16, both normalised and as gradients of the scores. Where the rows of a sequence take several
@@ -36,15 +42,16 @@ struct Params {
   float centre;  // what is taken from the maps before they are rounded: nearly 1 / seqlen_k
   uint32_t drop_below;
   bool added_up;             // statistics holds sums already: of ranks, or of many blocks
-  double positions;          // queries times keys, of the batch
+  double positions;          // queries times keys, of the batch, where there is no mask
   double* final_statistics;  // where finish writes them
   int64_t rescaling_blocks;  // of finish, but for the one that writes the statistics
   int splits;  // blocks that share the rows of a sample and head, where sums are taken or outputs rescaled
+  MaskTensor mask;
 };
 static_assert(sizeof(Params) == REATTN_PARAMS_BYTES, "reattn/backends/cuda_plan.py has them otherwise");
 
 constexpr int kSumThreads = 256;                   // of a block that sums what others left
-constexpr int kSumBytes = 128 + 32 * kSumThreads;  // of shared memory, for it
+constexpr int kSumBytes = 256 + 32 * kSumThreads;  // of shared memory, for it
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int greater(int a, int b) { return a > b ? a : b; }

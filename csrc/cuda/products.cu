@@ -1,6 +1,6 @@
 // The gradients of key and value: products over rows of the maps that the backward sweep left. A block owns some keys
 // of one sample and head and streams the rows past them: of the maps, and of what these are multiplied by.
-#include "shape.cuh"
+#include "mask.cuh"
 
 namespace reattn {
 
@@ -35,14 +35,18 @@ class Copies {
     columns_ = columns - int(lane) * kVector;
   }
 
-  // The next rows, of which there are that many.
-  REATTN_DEVICE void fetch(Shared<char> stage, int rows) {
+  // Leaves out the first rows, a multiple of kRows.
+  REATTN_DEVICE void skip(int rows) { from_ += rows / kRows * step_; }
+  // The next rows, of which there are that many. columns_of(row in the stage, the thread's columns of a row): how many
+  // of them are to be read.
+  template <class Columns>
+  REATTN_DEVICE void fetch(Shared<char> stage, int rows, Columns columns_of) {
     const Shared<char> to = stage + to_;
-    const int columns = row_ < rows ? columns_ : 0;
+    const int columns = row_ < rows ? columns_of(row_, columns_) : 0;
 #pragma unroll
     for (int i = 0; i < kPieces; i += kLanes)
       if (kPieces % kLanes == 0 || thread() % kLanes < kPieces - i)
-        copy_async(to + 16 * i, from_ + 16 * i, kWhole ? row_ < rows : i * kVector < columns);
+        copy_async(to + 16 * i, from_ + 16 * i, kWhole ? columns > 0 : i * kVector < columns);
     from_ += step_;
   }
 
@@ -134,6 +138,9 @@ constexpr int kTallBlocks = 3;
 constexpr int kTallBlocks = 2;
 #endif
 
+// Where rows differ in what they see, some may see nothing.
+constexpr bool kBlindRows = kMasked && (kCausal || kMaskByRow || kMaskByHead);
+
 // A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
 // samples of the launch times heads. A launch has rows.
 __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
@@ -146,17 +153,29 @@ __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
 
   const Tensor& other = of_key ? p.query : p.grad;
   const Element* maps = static_cast<const Element*>(of_key ? p.grad_scores : p.mixed);
+  // Of 16 rows, maps were left of the keys that some of them see.
+  const int end = smaller(round_up(KeyRange(p, sample, p.query.rows, 0).end, 16), keys);
   Copies<kMapBytes, false> map_copies(0, maps + (int64_t(block_y()) * p.rows_of_launch * keys + first_key), keys,
-                                      keys - first_key);
+                                      end - first_key);
   Copies<kOtherBytes, kDepth % kOutDims == 0> other_copies(
       kRows * kMapStride, head_rows(other, sample, head) + (p.first_row * other.row_stride + first_dim),
       other.row_stride, kDepth - first_dim);
   const Shared<char> memory{uint32_t(kept(shared_memory().address))};
-  int left = rows;
+  const int hidden = kMasked && first_key >= end ? rows : kCausal ? first_key - p.first_row : 0;  // first rows
+  const int skipped = greater(smaller(hidden, rows), 0) / kRows * kRows;
+  if constexpr (kMasked) map_copies.skip(skipped), other_copies.skip(skipped);
+  const float* lse = p.lse + (int64_t(sample) * kHeads + head) * p.query.rows;
+  int left = rows - skipped;
   const auto fetch = [&](int stage) {
     if (left > 0) {
-      map_copies.fetch(memory + stage, left);
-      other_copies.fetch(memory + stage, left);
+      const int first_row = p.first_row + rows - left;
+      map_copies.fetch(memory + stage, left, [&](int row, int columns) {
+        return kCausal ? smaller(columns, columns - end + (first_row + row) / 16 * 16 + 16) : columns;
+      });
+      // The query of a row that sees nothing may be anything.
+      other_copies.fetch(memory + stage, left, [&](int row, int columns) {
+        return kBlindRows && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
+      });
     }
     close_copies();
     left -= kRows;
@@ -165,19 +184,23 @@ __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
   for (int i = 0; i < kStages - 1; i++) fetch(i * kStageBytes);
   Sums sums;
   const int own_key = first_key + warp() * kTiles * 16, own_keys = p.key.rows - own_key;
-  int stage = 0, released = (kStages - 1) * kStageBytes;
+  int stage = 0, released = (kStages - 1) * kStageBytes, end_row = p.first_row + skipped;
   const auto step = [&] {
     copies_arrived<kStages - 2>();
     sync_block();
     fetch(released);
-    if (own_keys > 16 * (kTiles - 1))
+    end_row += kRows;
+    if (kCausal && end_row <= own_key) {
+      // Rows that see none of the warp's keys.
+    } else if (own_keys > 16 * (kTiles - 1)) {
       sums.add<true>(memory + stage, own_keys);
-    else if (own_keys > 0)
+    } else if (own_keys > 0) {
       sums.add<false>(memory + stage, own_keys);
+    }
     released = stage;
     stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   };
-  if constexpr (!kFloat) step();  // with sums that are known to be zero
+  if constexpr (!kFloat && !kMasked) step();  // with sums that are known to be zero
 #pragma unroll 1
   while (left > -(kStages - 1) * kRows) step();
 

@@ -1,13 +1,9 @@
-// The only place where a product of query and key becomes a probability: scale, maximum, exponential, dropout.
+// The only place where a product of query and key becomes a probability: scale, mask, maximum, exponential, dropout.
 #pragma once
-
-#include <limits>
 
 #include "tiles.cuh"
 
 namespace reattn {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Philox4x32-10 (Salmon et al., 2011), four numbers for four keys: which are kept depends on their position alone.
 class Dropout {
@@ -61,29 +57,36 @@ class Dropout {
 // 16-bit elements there are: of numbers that are at most a few times seqlen_k it holds most digits.
 class Softmax {
  public:
-  REATTN_DEVICE Softmax(const Params& p, Shared<char> stages, int sample, int head, int first_row)
-      : p_(p), own_(p.query, sample, head, first_row), stages_(stages), sample_(sample), head_(head), row_(first_row) {}
+  REATTN_DEVICE Softmax(const Params& p, Shared<char> stages, const Block& block, int head)
+      : p_(p),
+        block_(block),
+        own_(p.query, block.sample, head, block.first_row),
+        stages_(stages),
+        sample_(block.sample),
+        head_(head),
+        row_(block.first_row) {}
 
   // Finds reference and sum of all keys. kFill: the maps, after dropout, are left in a head's tile of all keys.
   template <bool kFill>
   REATTN_DEVICE void sweep(Shared<char> maps) {
-    exponentiate<kFill, true>(maps, 0, p_.key.rows, true);
+    const int end = block_.range.end;
+    exponentiate<kFill, true>(maps, 0, end, true);
     bool beyond = false;
     for_each_row<kTiles>([&](int tile, int lower, int) {
       // No more than zero where products of the first keys overflow to -inf.
       beyond = beyond || sum_[tile][lower] > 64.0f * float(p_.key.rows) || sum_[tile][lower] < 0.5f;
     });
-    if (p_.key.rows <= 16 || !any(beyond)) return;
+    if (end <= 16 || !any(beyond)) return;
     find_reference();
-    exponentiate<kFill, true>(maps, 0, p_.key.rows, false);
+    exponentiate<kFill, true>(maps, 0, end, false);
   }
 
   // The maps of some keys, once reference and sum are known.
   REATTN_DEVICE void fill(Shared<char> maps, int first_key) {
-    exponentiate<true, false>(maps, first_key, smaller(p_.key.rows, first_key + kKeys), false);
+    exponentiate<true, false>(maps, first_key, smaller(block_.range.end, first_key + kKeys), false);
   }
 
-  // Log-sum-exp, to base 2.
+  // Log-sum-exp, to base 2; -infinity where no key is seen.
   REATTN_DEVICE float lse(int tile, int lower) const {
     return reference_[tile][lower] + (kFloat ? log2(sum_[tile][lower]) : fast_log2(sum_[tile][lower]));
   }
@@ -97,9 +100,10 @@ class Softmax {
   // The largest score of all keys.
   REATTN_DEVICE void find_reference() {
     for_each_row<kTiles>([&](int tile, int lower, int) { reference_[tile][lower] = -kInfinity; });
-    Keys keys(stages_, p_.key, sample_, head_, 0, p_.key.rows, 0);
+    const int end = block_.range.end;
+    Keys keys(stages_, p_.key, sample_, head_, 0, end, 0);
 #pragma unroll 1
-    for (int key = 0; key < p_.key.rows; key += 16) {
+    for (int key = 0; key < end; key += 16) {
       Scores scores;
       own_.multiply(scores, keys.next());
       mask(scores, key);
@@ -116,7 +120,7 @@ class Softmax {
   }
   REATTN_DEVICE void close_reference() {
     for_each_row<kTiles>([&](int tile, int lower, int) {
-      const float largest = quad_largest(reference_[tile][lower]) * p_.scale_log2;
+      const float largest = quad_largest(reference_[tile][lower]) * score_factor(p_);
       reference_[tile][lower] = largest == -kInfinity ? 0.0f : largest;  // else -inf - -inf
     });
   }
@@ -138,7 +142,7 @@ class Softmax {
         for (int i = 0; i < 8; i++) {
           float& score = scores[tile][i / 4][i % 4];
           // Rounded on its own: the largest of scores in the millions shall be exactly the reference.
-          score = fast_exp2(rounded_product(score, p_.scale_log2) - reference_[tile][i / 2 % 2]);
+          score = fast_exp2(rounded_product(score, score_factor(p_)) - reference_[tile][i / 2 % 2]);
           if constexpr (kSum && kFloat) sums[tile][i / 2 % 2 * 2] += score;
         }
         // A product with a column of ones adds up the rows, of what is held.
@@ -172,14 +176,15 @@ class Softmax {
       take(scores, key);
       key += 16;
     }
-    // In pairs those that have 16 more behind them.
-    const int in_pairs = key + greater(last_key - 16 - key, 0) / 32 * 32;
+    // In pairs those that have 16 more behind them, and of which nothing is hidden.
+    const int in_pairs = key + block_.range.unhidden(key, greater(last_key - 16 - key, 0)) / 32 * 32;
 #pragma unroll 1
     for (; key < in_pairs; key += 32)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         Scores scores;
         own_.multiply(scores, keys.template next<true>());
+        if constexpr (kAdded) mask(scores, key + 16 * i);
         take(scores, key + 16 * i);
       }
 #pragma unroll 1
@@ -195,8 +200,9 @@ class Softmax {
       });
   }
 
-  // Keys outside the sequence have no score.
+  // Keys outside the sequence have no score, nor those that are hidden.
   REATTN_DEVICE void mask(float (&scores)[kTiles][2][4], int first_key) const {
+    if constexpr (kMasked) hide(scores, p_, block_.mask(p_, head_), row_, first_key);
     if (first_key + 16 <= p_.key.rows) return;
 #pragma unroll
     for (int i = 0; i < kTiles * 8; i++)
@@ -205,6 +211,7 @@ class Softmax {
   }
 
   const Params& p_;
+  const Block& block_;
   OwnRows<kQueryStride, kDirect> own_;
   Shared<char> stages_;
   int sample_, head_, row_;

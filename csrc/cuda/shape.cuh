@@ -29,6 +29,13 @@ REATTN_DEVICE T* head_rows(const Tensor& tensor, int sample, int head) {
   return static_cast<T*>(tensor.data) + (sample * tensor.batch_stride + head * tensor.head_stride);
 }
 
+REATTN_DEVICE float number_at(const Element* from) {
+  if constexpr (kFloat)
+    return read<float>(from);
+  else
+    return unpack<Narrow>(read<uint16_t>(from)).x;
+}
+
 // What weights are multiplied by, whose largest is given: a power of two, 2^10 over the size of that. Float16 then
 // holds them divided by a row's sum, and what they make of maps up to 1. The size's exponent counts up to `most`.
 REATTN_DEVICE float unit_of(float largest, int most) {

@@ -1,7 +1,7 @@
 // What stands before and after the sweeps: sums over the batch, in a fixed order, and what is made of them.
 #include <cstring>
 
-#include "shape.cuh"
+#include "mask.cuh"
 
 namespace reattn {
 
@@ -10,7 +10,7 @@ namespace reattn {
 constexpr int kWidth = kHeadDim % kVector == 0 ? kVector : kHeadDim % 2 == 0 ? 2 : 1;
 constexpr int kLanes = kHeadDim / kWidth;          // threads to a row
 constexpr int kRowsAtOnce = kSumThreads / kLanes;  // of a block
-constexpr int kColumnSums = 128;                   // bytes of shared memory before them
+constexpr int kColumnSums = 256;                   // bytes of shared memory before them
 static_assert(kColumnSums + kSumThreads * kWidth * 4 <= kSumBytes, "a thread's columns have room");
 
 constexpr int kPieceSize = kWidth * int(sizeof(Element));  // in bytes
@@ -66,8 +66,10 @@ struct Part {
   REATTN_DEVICE T* first(const Tensor& tensor) const {
     return head_rows<T>(tensor, sample, head) + column;
   }
-  REATTN_DEVICE float* value_sum(const Params& p) const {
-    return p.value_sum + ((int64_t(sample) * kHeads + head) * kHeadDim + column);
+  // Of a row, or of all.
+  REATTN_DEVICE float* value_sum(const Params& p, int rows, int row) const {
+    const int64_t before = int64_t(sample) * kHeads + head;
+    return p.value_sum + ((kSeenByRow ? before * rows + row : before) * kHeadDim + column);
   }
 };
 
@@ -85,40 +87,53 @@ REATTN_DEVICE double load_double(Shared<float2> from) {
 }
 REATTN_DEVICE Shared<float2> scratch() { return as<float2>(shared_memory()); }
 
-struct Two {
-  double first, second;
+struct Three {
+  double first, second, third;  // the third with a mask alone
 };
+constexpr int kNumbers = kMasked ? 3 : 2;
 
 // The sums over all threads of a block, for each of them.
-REATTN_DEVICE Two block_sum(Two two) {
+REATTN_DEVICE Three block_sum(Three three) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    two.first += shuffle_xor(two.first, mask);
-    two.second += shuffle_xor(two.second, mask);
+    three.first += shuffle_xor(three.first, mask);
+    three.second += shuffle_xor(three.second, mask);
+    if constexpr (kMasked) three.third += shuffle_xor(three.third, mask);
   }
-  const Shared<float2> own = scratch() + 2 * warp();
+  const Shared<float2> own = scratch() + kNumbers * warp();
   sync_block();  // what was there before has been read
   if (lane() == 0) {
-    store_double(own, two.first);
-    store_double(own + 1, two.second);
+    store_double(own, three.first);
+    store_double(own + 1, three.second);
+    if constexpr (kMasked) store_double(own + 2, three.third);
   }
   sync_block();
-  two = {0, 0};
+  three = {0, 0, 0};
   for (int i = 0; i < kSumThreads / kWarp; i++) {
-    two.first += load_double(scratch() + 2 * i);
-    two.second += load_double(scratch() + 2 * i + 1);
+    three.first += load_double(scratch() + kNumbers * i);
+    three.second += load_double(scratch() + kNumbers * i + 1);
+    if constexpr (kMasked) three.third += load_double(scratch() + kNumbers * i + 2);
   }
-  return two;
+  return three;
 }
 
-// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks).
-REATTN_DEVICE Two sums_of(const Params& p, int head) {
+// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks); or of three.
+template <bool kThree = false>
+REATTN_DEVICE Three sums_of(const Params& p, int head) {
   const float *first = p.vectors + head * p.blocks, *second = first + kHeads * p.blocks;
-  Two two{0, 0};
+  Three three{0, 0, 0};
 #pragma unroll 4
-  for (int64_t block = thread(); block < p.blocks; block += kSumThreads)
-    two.first += double(read<float>(first + block)), two.second += double(read<float>(second + block));
-  return block_sum(two);
+  for (int64_t block = thread(); block < p.blocks; block += kSumThreads) {
+    three.first += double(read<float>(first + block)), three.second += double(read<float>(second + block));
+    if constexpr (kThree) three.third += double(read<float>(second + kHeads * p.blocks + block));
+  }
+  return block_sum(three);
+}
+// Over the mixed maps; the third is the number of positions.
+REATTN_DEVICE Three forward_sums_of(const Params& p, int head) {
+  Three sums = sums_of<kMasked>(p, head);
+  if constexpr (!kMasked) sums.third = p.positions;
+  return sums;
 }
 
 // The fold with the unit that the forward kernel multiplied the weights to a head by: see heads.cuh.
@@ -136,12 +151,12 @@ REATTN_DEVICE Fold in_units(const Params& p, int head) {
 // Statistics of one head: from what the forward blocks left, or from sums over ranks.
 REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
   const double* statistics = p.fold.p.statistics;
-  positions = p.positions;
   if (p.added_up) {
     positions = read<double>(statistics + 2 * kHeads + head);
     return Moments(read<double>(statistics + head), read<double>(statistics + kHeads + head), positions, p.fold.p.eps);
   }
-  const Two sums = sums_of(p, head);
+  const Three sums = forward_sums_of(p, head);
+  positions = sums.third;
   const RawSums raw(in_units(p, head).p, head, sums.first, sums.second, positions);
   return Moments(raw.sum, raw.squares, positions, p.fold.p.eps);
 }
@@ -151,19 +166,52 @@ REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
 __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Params p) {
   const int head = block_x();
   if (p.fold.backward) {
-    const Two sums = sums_of(p, head);
+    const Three sums = sums_of(p, head);
     if (thread() > 0) return;
     write(p.fold.p.grad_sums + head, sums.first);
     write(p.fold.p.grad_sums + kHeads + head, sums.second);
     return;
   }
   const Fold fold = in_units(p, head);
-  const Two sums = sums_of(p, head);
+  const Three sums = forward_sums_of(p, head);
   if (thread() > 0) return;
-  const RawSums raw(fold.p, head, sums.first, sums.second, p.positions);
+  const RawSums raw(fold.p, head, sums.first, sums.second, sums.third);
   write(p.fold.p.statistics + head, raw.sum);
   write(p.fold.p.statistics + kHeads + head, raw.squares);
-  write(p.fold.p.statistics + 2 * kHeads + head, p.positions);
+  write(p.fold.p.statistics + 2 * kHeads + head, sums.third);
+}
+
+// The sums of the columns of the values that are not hidden from any row, or from all.
+REATTN_DEVICE void sum_values(const Params& p, const Part& part, float (&sum)[kWidth]) {
+  const Shared<float> sums = as<float>(at(kColumnSums));
+  if (!part.idle()) {
+    const Element* values = part.first<Element>(p.value);
+    [[maybe_unused]] const HeadMask mask(p, part.sample, part.head);
+#pragma unroll 4
+    for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
+      const Columns value(values + row * p.value.row_stride);
+      const bool seen = !kHasMask || mask.added<true>(0, row) != -kInfinity;
+#pragma unroll
+      for (int i = 0; i < kWidth; i++)
+        if (seen) sum[i] += value.column[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
+  }
+  sync_block();
+  // A thread for each column, then each thread its own.
+  float total = 0;
+  if (thread() < kHeadDim)
+    for (int row = 0; row < kRowsAtOnce; row++) total += load<float>(sums + (row * kHeadDim + thread()));
+  sync_block();
+  if (thread() < kHeadDim) {
+    store(sums + thread(), total);
+    if (part.first_row == 0) write(part.value_sum(p, 1, 0) - part.column + thread(), total);
+  }
+  sync_block();
+  if (part.idle()) return;
+#pragma unroll
+  for (int i = 0; i < kWidth; i++) sum[i] = load<float>(sums + (part.column + i));
 }
 
 // out = slope out + level times the sum of the values; the block after all others writes the statistics.
@@ -188,39 +236,20 @@ __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Pa
   const double inverse = moments.inverse_deviation, offset = moments.mean - mixed_centre(p.fold.p, part.head);
   const float slope = fold.slope(part.head, inverse), level = fold.level(part.head, inverse, offset);
 
-  const Shared<float> sums = as<float>(at(kColumnSums));
   float sum[kWidth] = {};
-  if (!part.idle()) {
-    const Element* values = part.first<Element>(p.value);
-#pragma unroll 4
-    for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
-      const Columns value(values + row * p.value.row_stride);
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) sum[i] += value.column[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
-  }
-  sync_block();
-  // A thread for each column, then each thread its own.
-  float total = 0;
-  if (thread() < kHeadDim)
-    for (int row = 0; row < kRowsAtOnce; row++) total += load<float>(sums + (row * kHeadDim + thread()));
-  sync_block();
-  if (thread() < kHeadDim) {
-    store(sums + thread(), total);
-    if (part.first_row == 0) write(part.value_sum(p) - part.column + thread(), total);
-  }
-  sync_block();
+  if constexpr (!kSeenByRow) sum_values(p, part, sum);
   if (part.idle()) return;
 #pragma unroll
-  for (int i = 0; i < kWidth; i++) sum[i] = load<float>(sums + (part.column + i)) * level;
+  for (int i = 0; i < kWidth; i++) sum[i] *= level;
   Element* out = part.first<Element>(p.out);
 #pragma unroll 4
   for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
     Columns columns(out + row * p.out.row_stride);
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) columns.column[i] = fmaf(slope, columns.column[i], sum[i]);
+    for (int i = 0; i < kWidth; i++) {
+      if constexpr (kSeenByRow) sum[i] = level * read<float>(part.value_sum(p, p.out.rows, row) + i);
+      columns.column[i] = fmaf(slope, columns.column[i], sum[i]);
+    }
     columns.write_to(out + row * p.out.row_stride);
   }
 }
@@ -233,18 +262,19 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__
     const Element *grads = part.first<Element>(p.grad), *outs = part.first<Element>(p.out);
     float values[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p) + i);
+    for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p, p.grad.rows, part.first_row) + i);
 #pragma unroll 4
     for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
       const Columns grad(grads + row * p.grad.row_stride), out(outs + row * p.out.row_stride);
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
+        if constexpr (kSeenByRow) values[i] = read<float>(part.value_sum(p, p.grad.rows, row) + i);
         of_out = fmaf(grad.column[i], out.column[i], of_out);
         of_values = fmaf(grad.column[i], values[i], of_values);
       }
     }
   }
-  const Two sums = block_sum({double(of_out), double(of_values)});
+  const Three sums = block_sum({double(of_out), double(of_values), 0});
   if (thread() > 0) return;
   const int64_t block = int64_t(part.sample) * p.splits + block_x() % p.splits;
   write(p.vectors + (part.head * p.blocks + block), float(sums.first));

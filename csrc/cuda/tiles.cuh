@@ -5,7 +5,7 @@
 // all heads at 16 positions: then positions are the rows of what it holds, and heads the columns.
 #pragma once
 
-#include "shape.cuh"
+#include "mask.cuh"
 
 namespace reattn {
 
@@ -270,6 +270,17 @@ class DirectColumns {
   int left_;
   uint32_t coming_[4][kColumns / 2];
 };
+
+// Makes zero of what is not finite of the columns in a stage.
+template <int kColumns>
+REATTN_DEVICE void make_finite(Shared<char> stage) {
+  constexpr int kWords = kColumns * int(sizeof(Element)) / 4;  // of a row
+  for (int i = lane(); i < 16 * kWords; i += kWarp) {
+    const Shared<uint32_t> word = as<uint32_t>(stage + i / kWords * kStageStride) + i % kWords;
+    store(word, finite_or_zero(load<uint32_t>(word)));
+  }
+  sync_warp();
+}
 
 // Where there are registers for it, and head_dim is in one piece.
 constexpr bool kDirect = !kFloat && kDims <= 64 && kWarps <= 12;

@@ -66,11 +66,6 @@ def beyond_limits(problem: Problem) -> list[str]:
     return reasons
 
 
-def no_masks(problem: Problem) -> list[str]:
-    """The reason of a backend without masks."""
-    return ["does not take attn_mask or is_causal"] * problem.masked
-
-
 def mixes_beyond(problem: Problem) -> list[str]:
     """Every reason of a backend that mixes after the softmax alone, into as many heads as there were."""
     reasons = []

@@ -15,7 +15,7 @@ from reattn.backends.common import address, as_float32, on_its_device
 from reattn.backends.contract import Gradients, Inputs, Maps, Outputs
 from reattn.backends.cuda_compile import Constants, Kernel
 from reattn.backends.cuda_driver import Loaded
-from reattn.backends.cuda_plan import BackwardCut, Params, Plan, ProductPlan, Size
+from reattn.backends.cuda_plan import BackwardCut, MaskTensor, Params, Plan, ProductPlan, Size
 from reattn.problem import Problem
 
 # Set where the emulator executes launches, on CPU tensors: tests do without a GPU.
@@ -37,8 +37,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.no_masks(problem)
-    reasons += common.mixes_beyond(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
@@ -75,7 +74,7 @@ def _describe(device: int) -> tuple[int, int]:
 def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     """A reason where some kernel's least tile does not fit the card's shared memory."""
     shared_bytes, multiprocessors = _describe(device)
-    size = Size(itemsize, heads, head_dim, 1, 1 << 20, 1 << 20, True, True)
+    size = Size(itemsize, heads, head_dim, 1, 1 << 20, 1 << 20, True, True, True)
     if all(cuda_plan.make_plan(kernel, size, shared_bytes, multiprocessors) for kernel in ("forward", "backward")):
         return []
     return [
@@ -94,12 +93,13 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         return outputs._replace(statistics=finish(problem, inputs, outputs)) if finishes else outputs
     given, inputs = inputs, _readable(problem, inputs)
     query = inputs.query
-    work = _forward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, inputs[:3])))
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    work = _forward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, inputs[:3])), mask)
     vectors, final = None, outputs.statistics
     params = _params(work.params, problem, inputs, outputs)
     params.out.data = outputs.out.data_ptr()
     if problem.batch_statistics:
-        vectors = query.new_empty(2 * problem.heads, params.blocks, dtype=torch.float32)
+        vectors = query.new_empty((2 + (mask is not _NO_MASK)) * problem.heads, params.blocks, dtype=torch.float32)
         params.vectors = vectors.data_ptr()
         if finishes and params.added_up:
             final = torch.empty_like(final)
@@ -117,7 +117,8 @@ def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     given, inputs = inputs, _readable(problem, inputs)
     final = torch.empty_like(unfinished.statistics)
     strides = tuple(map(Tensor.stride, (*inputs[:3], unfinished.out)))
-    work = _finish_work(problem, inputs.query.shape, inputs.key.shape, strides)
+    mask = _mask_of(problem, inputs.attn_mask, unfinished.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    work = _finish_work(problem, inputs.query.shape, inputs.key.shape, strides, mask)
     params = _params(work.params, problem, inputs, unfinished)
     params.out.data, params.final_statistics = unfinished.out.data_ptr(), final.data_ptr()
     _launch(work.launches, inputs.query, params, (*inputs, *unfinished, final))
@@ -131,7 +132,8 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     if not grad.numel():
         return grad.new_zeros(2, problem.heads, dtype=torch.float64)
     grad, out, value_sum = _aligned(grad), _aligned(outputs.out), outputs.value_sum
-    work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()))
+    mask = _mask_of(problem, None, value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()), mask)
     params = Params.from_buffer_copy(work.params)
     sums = grad.new_empty(2, problem.heads, dtype=torch.float64)
     vectors = grad.new_empty(2 * problem.heads, params.blocks, dtype=torch.float32)
@@ -161,7 +163,8 @@ def backward(
     if problem.batch_statistics and sums is None:
         out = _aligned(outputs.out)
         strided.append(out)
-    work = _backward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, strided)))
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    work = _backward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, strided)), mask)
     params = _params(work.params, problem, inputs, outputs)
     params.grad.data = grad.data_ptr()
     params.grad_query.data, params.grad_key.data, params.grad_value.data = map(Tensor.data_ptr, gradients[:3])
@@ -176,6 +179,9 @@ def backward(
     maps, numbers = query.new_empty(2 * work.cut.maps), query.new_empty(work.numbers, dtype=torch.float32)
     params.mixed, params.vectors = mixed, vectors = maps.data_ptr(), numbers.data_ptr()
     params.grad_scores = mixed + work.cut.maps * problem.dtype.itemsize
+    if problem.mask_gradient:
+        grad_scores = maps[work.cut.maps :]
+        gradients.attn_mask.zero_()
     matrices, key_sum, value_sum, grad_sums = work.offsets
     params.products, params.grad_key_sum = vectors + matrices, vectors + key_sum
     params.grad_value_sum = vectors + value_sum
@@ -193,13 +199,65 @@ def backward(
     for part, which, sweep, products in work.parts:
         params.first_sample, _, params.first_row, params.rows_of_launch = part
         params.row_blocks_of_launch, params.first_rows, params.last_rows = which
+        if problem.mask_gradient:
+            grad_scores.zero_()  # where all is hidden from a block, nothing is written
         cuda_driver.launch(*sweep, stream, params, tensors)
         cuda_driver.launch(*products, stream, params, tensors)
+        if problem.mask_gradient:
+            _add_grad_mask(gradients.attn_mask, grad_scores, part, inputs.key.shape[2], problem.heads)
     cuda_driver.launch(*work.unfold, stream, params, tensors)
     _, sign = _positive(problem.scale)
     if sign != 1:
         gradients.query.mul_(sign)
     return common.as_inputs(gradients, given)
+
+
+def _add_grad_mask(grad_mask: Tensor, grad_scores: Tensor, part: common.Part, seqlen_k: int, heads: int) -> None:
+    """Adds the gradients of the scores that a launch has left to those of what they were broadcast from."""
+    keys = cuda_plan.round_up(seqlen_k, 16)
+    shape = (part.samples, heads, part.rows, keys)
+    scores = grad_scores[: math.prod(shape)].view(shape)[..., :seqlen_k]
+    target = grad_mask
+    for dim, (first, size) in {0: (part.first_sample, part.samples), 2: (part.first_row, part.rows)}.items():
+        if grad_mask.shape[dim] > 1:
+            target = target.narrow(dim, first, size)
+    over = [dim for dim in range(4) if grad_mask.shape[dim] == 1]
+    target.add_(scores.sum(over, keepdim=True, dtype=torch.float32) if over else scores)
+
+
+class Mask(NamedTuple):
+    """How keys are hidden, as kernels are compiled and launched for it. ``kind``: 1 of a boolean mask, 2 of one that is
+    added; ``strides`` are 0 where it is broadcast; ``seen_by_row``: of the values that are seen there is a sum for each
+    query."""
+
+    kind: int = 0
+    is_causal: bool = False
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    seen_by_row: bool = False
+
+    @property
+    def constants(self) -> Constants:
+        """As csrc/cuda takes them; none where nothing is hidden."""
+        if self == _NO_MASK:
+            return ()
+        _, by_head, by_row, by_key = self.strides
+        flags = (by_head != 0, by_row != 0, by_key == 1, self.is_causal, self.seen_by_row)
+        values = map(int, (self.kind, *flags))
+        return tuple(zip(_MASK_MACROS, values, strict=True))
+
+
+_MASK_MACROS = tuple(
+    f"REATTN_{name}" for name in ("MASK", "MASK_BY_HEAD", "MASK_BY_ROW", "MASK_KEY_STRIDE", "CAUSAL", "SEEN_BY_ROW")
+)
+_NO_MASK = Mask()
+
+
+def _mask_of(problem: Problem, attn_mask: Tensor | None, value_sum: Tensor) -> Mask:
+    by_row = value_sum.ndim == 4 and value_sum.shape[2] > 1
+    if attn_mask is None:
+        return Mask(0, problem.is_causal, seen_by_row=by_row)
+    strides = (stride if size > 1 else 0 for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    return Mask(1 if problem.mask == "bool" else 2, problem.is_causal, tuple(strides), by_row)
 
 
 # A kernel, its grid, and the threads and bytes of shared memory of a block.
@@ -232,12 +290,12 @@ class BackwardWork(NamedTuple):
 
 
 @cuda_driver.remembered
-def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Work:
+def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask) -> Work:
     batch, heads, seqlen, _ = shape
     size, device = _size(problem, shape, key_shape), _index(problem.device)
     out_row = heads * problem.head_dim
     out_stride = (seqlen * out_row, problem.head_dim, out_row, 1)
-    params = _template(problem, shape, key_shape, strides)
+    params = _template(problem, shape, key_shape, strides, mask)
     params.out = _strided(out_stride, seqlen)
     plan = _plan("forward", size, *_describe(device))
     params.blocks = batch * -(-seqlen // plan.rows)
@@ -248,7 +306,7 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
         names += ["add_up"] * adds_up + ["finish"] * (not problem.synchronised)
         params.added_up = adds_up
         _set_splits(params, shape, device)
-    specs = _specs(tuple(names), problem, plan, _row_strides(*strides, out_stride))
+    specs = _specs(tuple(names), problem, mask, plan, _row_strides(*strides, out_stride))
     sweep, *sums = cuda_driver.kernels(specs, device)
     blocks = {"add_up": heads, "finish": params.rescaling_blocks + 1}
     grid = (params.blocks, -(-problem.head_dim // cuda_plan.OUT_DIMS))
@@ -260,29 +318,31 @@ _MANY_BLOCKS = 2048
 
 
 @cuda_driver.remembered
-def _finish_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Work:
+def _finish_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask) -> Work:
     device = _index(problem.device)
-    params = _template(problem, shape, key_shape, strides[:3])
+    params = _template(problem, shape, key_shape, strides[:3], mask)
     params.out, params.added_up = _strided(strides[3], shape[2]), True
     _set_splits(params, shape, device)
-    (kernel,) = cuda_driver.kernels(_specs(("finish",), problem), device)
+    (kernel,) = cuda_driver.kernels(_specs(("finish",), problem, mask), device)
     return Work(params, (_sum_launch(kernel, params.rescaling_blocks + 1),))
 
 
 @cuda_driver.remembered
-def _grad_sums_work(problem: Problem, shape: torch.Size, strides: Strides) -> Work:
+def _grad_sums_work(problem: Problem, shape: torch.Size, strides: Strides, mask: Mask) -> Work:
     batch, heads, seqlen, _ = shape
     device = _index(problem.device)
     splits = common.splits(shape, _describe(device)[1])
     params = Params(blocks=batch * splits, splits=splits)
     params.grad, params.out = (_strided(stride, seqlen) for stride in strides)
     params.fold.backward = True
-    by_block, add_up = cuda_driver.kernels(_specs(("grad_sums", "add_up"), problem), device)
+    by_block, add_up = cuda_driver.kernels(_specs(("grad_sums", "add_up"), problem, mask), device)
     return Work(params, (_sum_launch(by_block, batch * heads * splits), _sum_launch(add_up, heads)))
 
 
 @cuda_driver.remembered
-def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> BackwardWork:
+def _backward_work(
+    problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask
+) -> BackwardWork:
     """``strides``: of query, key, value, grad and the gradients; and of the output, for sums of this batch."""
     batch, heads, seqlen, _ = shape
     size, device = _size(problem, shape, key_shape), _index(problem.device)
@@ -290,16 +350,16 @@ def _backward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, s
     plan, cut = _plan("backward", size, shared_bytes, multiprocessors), _cut(size, multiprocessors)
     # All at once, should they not be compiled yet.
     names = ("backward", "products", "unfold", *(("grad_sums", "add_up") if problem.batch_statistics else ()))
-    specs = _specs(names, problem, plan, _row_strides(*strides[:4]), cut.products)
+    specs = _specs(names, problem, mask, plan, _row_strides(*strides[:4]), cut.products)
     sweep, products, unfold, *_ = cuda_driver.kernels(specs, device)
-    params = _template(problem, shape, key_shape, strides[:3])
+    params = _template(problem, shape, key_shape, strides[:3], mask)
     params.fold.backward, params.grad = True, _strided(strides[3], seqlen)
     rows = (seqlen, key_shape[2], key_shape[2])
     params.grad_query, params.grad_key, params.grad_value = map(_strided, strides[4:7], rows)
     sums: tuple[Launch, ...] = ()
     sum_blocks = 0
     if strides[7:]:
-        of_sums, sums = _grad_sums_work(problem, shape, (strides[3], strides[7]))
+        of_sums, sums = _grad_sums_work(problem, shape, (strides[3], strides[7]), mask)
         params.out, params.splits, sum_blocks = of_sums.out, of_sums.splits, of_sums.blocks
     params.blocks = blocks = batch * -(-seqlen // plan.rows)
     product_block = 32 * cuda_plan.PRODUCT_WARPS, cut.products.shared_bytes
@@ -381,7 +441,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _size(problem: Problem, shape: torch.Size, key_shape: torch.Size) -> Size:
     batch, heads, seqlen, _ = shape
     sizes = (problem.dtype.itemsize, heads, problem.head_dim, batch, seqlen, key_shape[2])
-    return Size(*sizes, problem.batch_statistics, problem.dropout_p > 0)
+    return Size(*sizes, problem.batch_statistics, problem.dropout_p > 0, problem.masked)
 
 
 @functools.lru_cache(4096)
@@ -399,12 +459,14 @@ def _cut(size: Size, multiprocessors: int) -> BackwardCut:
 def _specs(
     names: tuple[str, ...],
     problem: Problem,
+    mask: Mask,
     plan: Plan | None = None,
     row_strides: tuple[int, ...] = (),
     products: ProductPlan | None = None,
 ) -> tuple[Kernel, ...]:
     flags = (common.NORMS.index(problem.norm), problem.batch_statistics, problem.dropout_p > 0)
-    return _kernels_of(names, problem.dtype, problem.heads, problem.head_dim, flags, plan, row_strides, products)
+    shape = problem.dtype, problem.heads, problem.head_dim
+    return _kernels_of(names, *shape, flags, mask.constants, plan, row_strides, products)
 
 
 @functools.lru_cache(4096)
@@ -414,6 +476,7 @@ def _kernels_of(
     heads: int,
     head_dim: int,
     flags: tuple[int, bool, bool],
+    mask: Constants,
     plan: Plan | None,
     row_strides: tuple[int, ...],
     products: ProductPlan | None,
@@ -423,6 +486,7 @@ def _kernels_of(
         ("REATTN_ELEMENT", _ELEMENTS[dtype]),
         ("REATTN_HEADS", heads),
         ("REATTN_HEAD_DIM", head_dim),
+        *mask,
     )
     of_norm = zip(("REATTN_NORM", "REATTN_TRAINING", "REATTN_DROPOUT"), map(int, flags), strict=True)
     # A stride that grows with the batch would be another kernel each time.
@@ -459,7 +523,7 @@ def _readable(problem: Problem, inputs: Inputs) -> Inputs:
     return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask)  # type: ignore[arg-type]
 
 
-def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides) -> Params:
+def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask) -> Params:
     """What both directions need, but for addresses; ``strides``: of query, key and value."""
     batch, heads, seqlen, _ = shape
     seqlen_k = key_shape[2]
@@ -472,6 +536,7 @@ def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, stride
         drop_below=int(problem.dropout_p * 4294967295.0),
         positions=float(batch * seqlen * seqlen_k),
         splits=1,
+        mask=MaskTensor(None, *mask.strides),
     )
     # What is taken from the maps before they are rounded: as the maps' dtype holds it, so that of a P that is zero
     # exactly zero is left when it is added again.
@@ -499,6 +564,8 @@ def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs
     params = Params.from_buffer_copy(template)
     params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
     params.lse, params.seed = outputs.lse.data_ptr(), address(seed)
+    if attn_mask is not None:
+        params.mask.data = attn_mask.data_ptr()
     parameters = params.fold.p
     parameters.theta, parameters.bias = theta.data_ptr(), address(bias)
     parameters.norm_weight, parameters.norm_bias = address(norm_weight), address(norm_bias)

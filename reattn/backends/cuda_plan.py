@@ -20,6 +20,15 @@ class Tensor(Structure):
     ]
 
 
+class MaskTensor(Structure):
+    """Broadcast to (batch, heads, rows, keys); strides in elements, 0 where all have the same."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("batch_stride", "head_stride", "row_stride", "key_stride")),
+    ]
+
+
 class Parameters(Structure):
     """See csrc/fold.h. ``norm``: its place in :data:`reattn.backends.common.NORMS`."""
 
@@ -59,6 +68,7 @@ class Params(Structure):
         ("final_statistics", c_void_p),
         ("rescaling_blocks", c_int64),
         ("splits", c_int),
+        ("mask", MaskTensor),
     ]
 
 
@@ -67,7 +77,7 @@ class Params(Structure):
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 SUM_THREADS = 256
-SUM_BYTES = 128 + 32 * SUM_THREADS
+SUM_BYTES = 256 + 32 * SUM_THREADS
 
 # Columns of an output that a block of the forward pass computes; more head_dim means more blocks.
 OUT_DIMS = 64
@@ -100,7 +110,7 @@ def padded_heads(heads: int) -> int:
 
 
 class Size(NamedTuple):
-    """What a plan depends on; ``statistics``: of the batch."""
+    """What a plan depends on; ``statistics``: of the batch; ``masked``: keys may be hidden."""
 
     element_bytes: int
     heads: int
@@ -110,6 +120,7 @@ class Size(NamedTuple):
     seqlen_k: int
     statistics: bool
     dropout: bool = False
+    masked: bool = False
 
 
 def _shared_bytes(kernel: str, size: Size, rows: int, keys: int, warps: int) -> int:
@@ -127,7 +138,7 @@ def _shared_bytes(kernel: str, size: Size, rows: int, keys: int, warps: int) -> 
     if resident and element_bytes == 2 and head_dim <= 64 and warps <= MOST_WARPS:
         stages = 0
     sums = round_up(round_up(maps + warps * stages, 128) + by_row + (not resident) * by_row, 128)
-    return sums + folded + size.statistics * 2 * warps * padded * 4
+    return sums + folded + size.statistics * (2 + size.masked) * warps * padded * 4
 
 
 def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) -> Plan | None:
