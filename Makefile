@@ -67,7 +67,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-bench: extension ## measure operator, module, models and growth on this machine: out/bench, six minutes on two cores
+bench: extension ## measure operator, masks, module, models and growth on this machine: out/bench, seven minutes on two cores
 	@mkdir -p out/bench
 	$(PY) -m pytest benchmarks/ --benchmark-only -q --benchmark-json=out/bench/benchmarks.json
 	$(PY) -m benchmarks.report --out out/bench out/bench/benchmarks.json

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,9 +20,16 @@ if TYPE_CHECKING:
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-OURS = ("triton", "cuda", "cpu")
+OURS = ("triton", "cuda", "cpu", "reference")
 # What computes something else on purpose: the floor that no mixing can beat.
 FLOORS = ("sdpa", "plain ViT")
+# Ends the name of one of ours that leaves out the mask: what a mask costs.
+UNMASKED = " unmasked"
+
+
+def is_peer(name: str) -> bool:
+    """Whether a contender computes the same as ours do and is not of this package."""
+    return name.removesuffix(UNMASKED) not in (*OURS, *FLOORS)
 
 
 class Playback:
@@ -97,7 +103,7 @@ class Comparison:
 
     def facts_of_problem(self, name: str, problem: Problem, backward: bool, device: torch.device) -> dict[str, Any]:
         """The same for one call of the operator: also what it takes at least, and how it stands to its peers."""
-        rivals = {other: ms for other, ms in self.ms.items() if other not in (*OURS, *FLOORS)}
+        rivals = {other: ms for other, ms in self.ms.items() if is_peer(other)}
         best = min(rivals, key=rivals.__getitem__, default=None)
         reached = ceilings(device)
         dtype = str(problem.dtype).removeprefix("torch.")
@@ -114,6 +120,7 @@ class Comparison:
             "bound": "compute" if flops / rates[0] > traffic / rates[1] else "memory",
             "share_of_roofline": problem.floor_ms(backward, *rates) / self.ms[name],
             "ratio_to_sdpa": self.ratio(name, "sdpa"),
+            "ratio_to_unmasked": self.ratio(name, name + UNMASKED),
             "best_peer": best,
             "ratio_to_best_peer": self.ratio(name, best),
         }
@@ -138,9 +145,19 @@ class Comparison:
         PLAYBACK.play(benchmark, self.turns[name])
 
 
-@functools.lru_cache(maxsize=1)
+# Two: of a problem, and of the same without its mask.
+@functools.lru_cache(maxsize=2)
 def make_oracle(problem: Problem, device: torch.device) -> Oracle:
-    return Oracle(problem, device, distinct=math.gcd(problem.batch, 4))
+    return Oracle(problem, device, measure.distinct_samples(problem))
+
+
+def make_contender(name: str, norm: str) -> peers.Peer:
+    """Ours, with or without a mask, or one of :func:`benchmarks.peers.by_name`."""
+    backend = name.removesuffix(UNMASKED)
+    if backend not in OURS:
+        return peers.by_name(name, norm)
+    ours = measure.operator(norm, backend)
+    return ours if name == backend else peers.without_mask(ours)
 
 
 def validated(
@@ -149,12 +166,12 @@ def validated(
     """The contenders whose results are right, and by name what is the matter with the others."""
     right, faults = {}, {}
     with memory_limit(device):
-        oracle = make_oracle(problem, device)
         for name in names:
-            ours = name in OURS
-            contender = measure.operator(problem.norm, name) if ours else peers.by_name(name, problem.norm)
+            contender = make_contender(name, problem.norm)
             if name not in FLOORS:
-                _, status = measure.attempt(functools.partial(oracle.check, name, contender, ours, backward))
+                oracle = make_oracle(replace(problem, mask=None) if name.endswith(UNMASKED) else problem, device)
+                check = functools.partial(oracle.check, name, contender, not is_peer(name), backward)
+                _, status = measure.attempt(check)
                 if status != "ok":
                     faults[name] = status
                     continue
@@ -179,4 +196,5 @@ def compare_operator(
 
 def label(problem: Problem, direction: str) -> str:
     shape = "x".join(map(str, problem.shape))
-    return f"{shape}-{problem.norm}-{str(problem.dtype).removeprefix('torch.')}-{direction}"
+    mask = "" if problem.mask is None else f"{problem.mask}-"
+    return f"{shape}-{problem.norm}-{mask}{str(problem.dtype).removeprefix('torch.')}-{direction}"

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import reattn
 from benchmarks.peers import EAGER, EPS, MOMENTUM, Parameters, Peer
+from reattn.reference import visible_keys
 
 Call = Callable[[], object]
 Result = TypeVar("Result")
@@ -30,7 +31,7 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Problem:
-    """What is measured; ``norm`` is a key of :data:`benchmarks.peers.EAGER`."""
+    """What is measured; ``norm`` is a key of :data:`benchmarks.peers.EAGER`, ``mask`` one of :data:`MASKS` or None."""
 
     batch: int
     heads: int
@@ -38,6 +39,7 @@ class Problem:
     head_dim: int
     norm: str
     dtype: torch.dtype
+    mask: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -47,7 +49,7 @@ class Problem:
     def flops(self, backward: bool) -> int:
         """Multiplications and additions of the two products and of the mixing; a backward pass is twice its forward.
 
-        What is computed again because no map is kept does not count.
+        What is computed again because no map is kept does not count; what a mask hides does.
         """
         maps = self.batch * self.heads * self.seqlen**2
         return (4 * self.head_dim + 2 * self.heads) * maps * (3 if backward else 1)
@@ -93,8 +95,40 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0, distinct:
     return Inputs(query, key, value, rows[:, :, 3].contiguous().transpose(1, 2))
 
 
+def distinct_samples(problem: Problem) -> int:
+    """How many samples, repeated, a large batch is checked with."""
+    return math.gcd(problem.batch, 4)
+
+
+def _padding(problem: Problem, uniform: Callable[..., Tensor]) -> Tensor:
+    """60 to 100 % of the keys of a sample, as many in those that repeat."""
+    lengths = torch.linspace(0.6, 1, distinct_samples(problem)).mul(problem.seqlen).long()
+    lengths = lengths.repeat(problem.batch // len(lengths))[:, None, None, None]
+    return (torch.arange(problem.seqlen) < lengths).to(uniform(0).device)
+
+
+def _by_row(problem: Problem, uniform: Callable[..., Tensor]) -> Tensor:
+    """Every query sees another 70 % of the keys, itself among them."""
+    mask = uniform(problem.seqlen, problem.seqlen) < 0.4
+    return mask.logical_or_(torch.eye(problem.seqlen, dtype=torch.bool, device=mask.device))
+
+
+def _bias(problem: Problem, uniform: Callable[..., Tensor]) -> Tensor:
+    return uniform(problem.heads, problem.seqlen, problem.seqlen).to(problem.dtype)
+
+
+# By name what makes ``attn_mask``, of a problem and of what draws from [-1, 1); "causal" has none.
+MASKS: dict[str, Callable[[Problem, Callable[..., Tensor]], Tensor] | None] = {
+    "padding": _padding,
+    "by row": _by_row,
+    "bias": _bias,
+    "causal": None,
+}
+
+
 def make_parameters(problem: Problem, device: torch.device, seed: int = 0) -> Parameters:
-    """Random parameters in float32, near those of a model in training; running statistics near those of its maps."""
+    """Random parameters in float32, near those of a model in training; running statistics near those of its maps.
+    Beside them the mask."""
     generator = torch.Generator(device).manual_seed(seed)
     heads = problem.heads
 
@@ -102,6 +136,10 @@ def make_parameters(problem: Problem, device: torch.device, seed: int = 0) -> Pa
         return torch.rand(shape, generator=generator, device=device) * 2 - 1
 
     theta = uniform(heads, heads) * heads**-0.5
+    if problem.mask is not None:
+        make_mask, bare = MASKS[problem.mask], make_parameters(replace(problem, mask=None), device, seed)
+        mask = None if make_mask is None else make_mask(problem, uniform)
+        return bare._replace(attn_mask=mask, is_causal=problem.mask == "causal")
     if problem.norm == "layer":
         return Parameters(theta, None, 1 + 0.1 * uniform(heads), 0.1 * uniform(heads))
     # Maps are about 1/seqlen: a bias as large as theta would leave eager 16-bit maps, and so the yardstick, few digits.
@@ -131,6 +169,8 @@ def operator(norm: str, backend: str) -> Peer:
             training=not norm.endswith("-eval"),
             momentum=MOMENTUM,
             eps=EPS,
+            attn_mask=parameters.attn_mask,
+            is_causal=parameters.is_causal,
             backend=backend,
         )
 
@@ -169,6 +209,7 @@ class Oracle:
     """
 
     def __init__(self, problem: Problem, device: torch.device, distinct: int) -> None:
+        """``distinct``: at most :func:`distinct_samples` of a problem with padding."""
         self.problem = problem
         self.inputs = make_inputs(problem, device, distinct=distinct)
         self.parameters = make_parameters(problem, device)
@@ -181,14 +222,16 @@ class Oracle:
             self.inputs = self.inputs._replace(grad=grad)
         query, key, value, grad = (tensor[:distinct] for tensor in self.inputs)
         part = Inputs(query[:, :, self.rows], key, value, grad[:, :, self.rows])
+        parameters, mask = self.parameters, self.parameters.attn_mask
+        if mask is not None and mask.ndim == 4:
+            parameters = parameters._replace(attn_mask=mask[:distinct])
         reference, eager = operator(problem.norm, "reference"), EAGER[problem.norm]
         exact_inputs = Inputs(*(tensor.double() for tensor in part))
-        exact_parameters = Parameters(*(None if p is None else p.double() for p in self.parameters))
-        exact = results(reference, exact_inputs, exact_parameters)
+        exact = results(reference, exact_inputs, parameters.double())
         if problem.norm == "batch":
             # A shift before batch norm has no effect: what gradient it gets is rounding.
             del exact["bias gradient"]
-        found = [results(form, part, self.parameters) for form in (reference, eager)]
+        found = [results(form, part, parameters) for form in (reference, eager)]
         errors = [{name: _errors(result[name], exact[name]) for name in exact} for result in found]
         self.reference_errors = errors[0]
         self.eager_errors = {name: tuple(map(max, *(result[name] for result in errors))) for name in exact}
@@ -240,7 +283,11 @@ class Oracle:
         """Updated by an unbiased variance over the whole batch instead of ``distinct`` samples."""
         assert self.parameters.running_var is not None
         kept = (1 - MOMENTUM) * self.parameters.running_var.double()
-        part, whole = (batch * self.problem.seqlen**2 for batch in (distinct, self.problem.batch))
+        query, key, *_ = self.inputs
+        visible = visible_keys(self.parameters.attn_mask, self.parameters.is_causal, query, key)
+        # Alike for all heads.
+        share = 1.0 if visible is None else float(visible[:distinct].double().mean())
+        part, whole = (share * batch * self.problem.seqlen**2 for batch in (distinct, self.problem.batch))
         return kept + (updated - kept) * ((part - 1) / part) * (whole / (whole - 1))
 
 
@@ -250,11 +297,11 @@ def results(peer: Peer, inputs: Inputs, parameters: Parameters, backward: bool =
     leaves = {**differentiated, **{name: tensor.clone() for name, tensor in fixed.items()}}
     named = {}
     with torch.set_grad_enabled(backward):
-        output = peer(*_arguments(leaves))
+        output = peer(*_arguments(leaves, parameters))
     if backward:
         grads = torch.autograd.grad(output, list(differentiated.values()), inputs.grad)
         named = {f"{name} gradient": grad for name, grad in zip(differentiated, grads, strict=True)}
-    return {"output": output.detach(), **named, **{name: leaves[name] for name in fixed}}
+    return {"output": output.detach(), **named, **{name: leaves[name] for name in fixed if name != "attn_mask"}}
 
 
 def _errors(tensor: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -268,16 +315,19 @@ def _errors(tensor: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def _leaves(inputs: Inputs, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is differentiated, as leaves of its own, and what is not (the running statistics), by name."""
-    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value, **parameters._asdict()}
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    fixed = {name: present.pop(name) for name in ("running_mean", "running_var") if name in present}
-    return {name: tensor.detach().requires_grad_() for name, tensor in present.items()}, fixed
+    """What is differentiated, as leaves of its own, and what is not (running statistics, boolean masks), by name."""
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value, **parameters.tensors()}
+    fixed = {
+        name: tensor for name, tensor in tensors.items() if name.startswith("running") or not tensor.is_floating_point()
+    }
+    return {name: each.detach().requires_grad_() for name, each in tensors.items() if name not in fixed}, fixed
 
 
-def _arguments(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Parameters]:
-    query, key, value = (leaves[name] for name in ("query", "key", "value"))
-    return query, key, value, Parameters(**{name: leaves.get(name) for name in Parameters._fields})
+def _arguments(leaves: dict[str, Tensor], parameters: Parameters) -> tuple[Tensor, Tensor, Tensor, Parameters]:
+    """What a peer takes: these tensors in place of the given ones."""
+    leaves = dict(leaves)
+    query, key, value = (leaves.pop(name) for name in ("query", "key", "value"))
+    return query, key, value, parameters._replace(**leaves)
 
 
 def make_call(peer: Peer, inputs: Inputs, parameters: Parameters, backward: bool) -> Call:
@@ -290,7 +340,7 @@ def make_call(peer: Peer, inputs: Inputs, parameters: Parameters, backward: bool
 
         return forward
     differentiated, fixed = _leaves(inputs, parameters)
-    arguments, wanted = _arguments({**differentiated, **fixed}), list(differentiated.values())
+    arguments, wanted = _arguments({**differentiated, **fixed}, parameters), list(differentiated.values())
 
     def forward_and_backward() -> object:
         # Plain attention has no use for the parameters.

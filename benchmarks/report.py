@@ -50,6 +50,11 @@ HOW_TO_READ = """\
   1 ours is faster. `torch.compile` is among the peers at one shape only, unless `--every-peer` was given.
 - The speed of a shared machine varies from one comparison to the next: compare ratios, not times, FLOP/s or shares of
   the roofline, of different rows.
+- Masks: "padding" hides up to 40 % of the keys of a sample, "by row" another 30 % from every query, "bias" is added to
+  the scores, by head, and differentiated, "causal" hides what comes after a query. SDPA has the same mask, and so has
+  the eager form, the peer of "speed-up"; "over no mask" is the time over that of the same call without one.
+- Norm "talking-heads" is CaiT's attention: the scores are mixed too, and there is no norm. Where its backend is
+  "reference", it runs in plain PyTorch, as no fused backend mixes before the softmax.
 - "roofline" is the least time that the arithmetic or the traffic takes, whichever bounds it, over the time taken, at
   the rates of a large matrix product and a large copy on the same machine. What is computed again does not count.
 - Peak memory is what a call holds beyond its inputs, its results included.
@@ -133,7 +138,9 @@ def _entry(benchmark: Mapping[str, Any]) -> Entry:
     if facts["kind"] == "model":
         problem = "{model}, batch {batch}, {dtype}".format(**facts)
     else:
-        problem = "{} {norm} {dtype}".format(_shape(facts), **facts)
+        # Results from before there were masks say nothing of one.
+        words = _shape(facts), facts["norm"], facts.get("mask"), facts["dtype"]
+        problem = " ".join(word for word in words if word)
     return Entry(
         facts["kind"],
         problem,
@@ -251,7 +258,8 @@ def render(sections: Iterable[Section], pictures: str | None = None) -> list[str
         machine = section.runs[0].machine
         lines += [f"## {', '.join(machine[name] for name in ('device', 'instruction_set') if name in machine)}", ""]
         lines += [*(f"- {provenance(run)}" for run in section.runs), ""]
-        lines += operator_tables(section.entries) + model_table(section.entries) + scaling_tables(section.entries)
+        lines += operator_tables(section.entries) + mask_tables(section.entries)
+        lines += model_table(section.entries) + scaling_tables(section.entries)
         if pictures is not None:
             for name in plots(section):
                 lines += [f"![{name}]({pictures}{section.name}-{name}.png)", ""]
@@ -283,9 +291,29 @@ def _operator_row(entry: Entry) -> list[str]:
         _inverse(facts["ratio_to_best_peer"]),
         _cell(facts["tflops"], lambda rate: scaled(1e12 * rate, "FLOP/s")),
         _cell(facts["share_of_roofline"], lambda share: f"{share:.0%} ({facts['bound']})"),
-        _cell(facts["peak_bytes"], memory),
-        _fault(facts["faults"].get("eager")) or _cell(facts["all_peak_bytes"].get("eager"), memory),
+        *_peak_memory(facts),
     ]
+
+
+def _peak_memory(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a contender, and of the eager form."""
+    eager = _fault(facts["faults"].get("eager")) or _cell(facts["all_peak_bytes"].get("eager"), memory)
+    return _cell(facts["peak_bytes"], memory), eager
+
+
+def mask_tables(entries: Iterable[Entry]) -> list[str]:
+    """Ours with a mask, against plain attention and against the same without it: a table for each direction."""
+    tables: dict[str, list[list[str]]] = {}
+    for entry in entries:
+        if entry.kind == "masks" and entry.ours:
+            facts = entry.facts
+            row = [_shape(facts), facts["norm"], facts["mask"], entry.contender, significant(facts["ms"])]
+            row += [_cell(facts["ratio_to_sdpa"]), _cell(facts["ratio_to_unmasked"])]
+            row += [_inverse(facts["ratio_to_best_peer"]), *_peak_memory(facts)]
+            tables.setdefault(f"### Masks, {facts['dtype']}, {entry.direction}", []).append(row)
+    columns = ["shape", "norm", "mask", "backend", "ms", "over SDPA", "over no mask", "speed-up"]
+    columns += ["peak memory", "eager's"]
+    return [line for title, rows in tables.items() for line in (title, "", *table(columns, rows))]
 
 
 def _fault(reason: str | None) -> str:

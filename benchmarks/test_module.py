@@ -1,8 +1,11 @@
-"""``pytest benchmarks/ --benchmark-only``: the module with its projections, the second form, as vit-pytorch has it.
+"""``pytest benchmarks/ --benchmark-only``: the module with its projections, in two forms.
 
-``ReAttention`` on the fused backends against itself in eager PyTorch (the reference backend), against vit-pytorch's own
-attention with the same weights, where that is installed, and against plain attention of the same size. On CUDA under
-autocast to bfloat16, and against the eager one compiled.
+The second form: ``ReAttention`` on the fused backends against itself in eager PyTorch (the reference backend), against
+vit-pytorch's own attention with the same weights, where that is installed, and against plain attention of the same
+size. On CUDA under autocast to bfloat16, and against the eager one compiled.
+
+CaiT's talking heads: ``ReAttention`` on the backend that "auto" chooses for it against the same in PyTorch as timm has
+it, eager and compiled.
 """
 
 from __future__ import annotations
@@ -12,19 +15,25 @@ import functools
 import importlib.util
 import itertools
 import pathlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure
+from benchmarks import measure, peers
 from benchmarks.compare import CUDA, DEVICE, FLOORS, OURS, Comparison, label, played_back
 from benchmarks.machine import memory_limit
 from benchmarks.measure import Call, Problem, WrongResult
 from reattn import ReAttention
+from reattn.backends import choose
 from reattn.models.deepvit import SelfAttention
+from reattn.problem import Problem as OperatorProblem
 
 DIRECTIONS = ("forward", "forward+backward")
+
+# In the place of a norm: none, and the scores are mixed as well.
+TALKING_HEADS = "talking-heads"
 
 pytestmark = played_back
 
@@ -38,7 +47,9 @@ class ModuleProblem(Problem):
 
     def flops(self, backward: bool) -> int:
         projections = 8 * self.batch * self.seqlen * self._dim**2
-        return super().flops(backward) + projections * (3 if backward else 1)
+        maps = self.batch * self.heads * self.seqlen**2
+        mixing_before = 2 * self.heads * maps if self.norm == TALKING_HEADS else 0
+        return super().flops(backward) + (projections + mixing_before) * (3 if backward else 1)
 
     def traffic(self, backward: bool) -> int:
         """Input, output and weights once; a backward pass reads the first and last again, and writes two gradients."""
@@ -46,7 +57,12 @@ class ModuleProblem(Problem):
         return self.dtype.itemsize * ((5 * rows + 3 * weights) if backward else (2 * rows + weights))
 
 
-PROBLEM = ModuleProblem(128 if CUDA else 8, 12, 197, 32, "layer", torch.bfloat16 if CUDA else torch.float32)
+BATCH, DTYPE = (128, torch.bfloat16) if CUDA else (8, torch.float32)
+# Of DeepViT, and of cait_s24.
+PROBLEMS = (
+    ModuleProblem(BATCH, 12, 197, 32, "layer", DTYPE),
+    ModuleProblem(BATCH, 8, 196, 48, TALKING_HEADS, DTYPE),
+)
 QUICK = ModuleProblem(2, 4, 50, 8, "layer", torch.float32)
 
 
@@ -62,17 +78,33 @@ def vit_pytorch_attention() -> type[nn.Module]:
     return module.Attention
 
 
-def build(name: str, problem: Problem, reference: ReAttention) -> nn.Module:
+def make_eager(problem: Problem, device: torch.device | None = None) -> tuple[ReAttention, nn.Module]:
+    """Ours on the reference backend, and the same in PyTorch: itself, or CaiT's with its weights."""
+    dim, options = problem.heads * problem.head_dim, {"backend": "reference", "device": device}
+    if problem.norm != TALKING_HEADS:
+        module = ReAttention(dim, problem.heads, norm=problem.norm, pre_norm=True, theta_init="normal", **options)
+        return module, module
+    eager = peers.TalkingHeads(dim, problem.heads).to(device)
+    module = ReAttention(dim, problem.heads, qkv_bias=True, norm=None, pre_mix=True, **options)
+    module.load_state_dict(eager.state_dict())
+    return module, eager
+
+
+def build(name: str, problem: Problem, reference: ReAttention, eager: nn.Module) -> nn.Module:
     """A contender with the weights of ``reference``, which takes vit-pytorch's; plain attention has its own."""
     dim = problem.heads * problem.head_dim
     if name == "sdpa":
-        return nn.Sequential(nn.LayerNorm(dim), SelfAttention(dim, problem.heads))
+        plain = SelfAttention(dim, problem.heads)
+        return plain if problem.norm == TALKING_HEADS else nn.Sequential(nn.LayerNorm(dim), plain)
     if name == "vit-pytorch":
         module = vit_pytorch_attention()(dim, problem.heads, problem.head_dim)
         reference.load_state_dict(module.state_dict())
         return module
-    module = copy.deepcopy(reference)
-    module.backend = name if name in OURS else "reference"
+    if name in OURS:
+        module = copy.deepcopy(reference)
+        module.backend = name
+        return module
+    module = copy.deepcopy(eager)
     return torch.compile(module, dynamic=False) if name == "compiled" else module
 
 
@@ -127,14 +159,12 @@ def compare(
 ) -> Comparison:
     torch.manual_seed(0)
     dim = problem.heads * problem.head_dim
-    reference = ReAttention(
-        dim, problem.heads, norm=problem.norm, pre_norm=True, theta_init="normal", backend="reference", device=device
-    )
+    reference, eager = make_eager(problem, device)
     x, grad = (torch.randn(problem.batch, problem.seqlen, dim, device=device) for _ in range(2))
     calls, faults = {}, {}
     # The one whose weights the others get comes first.
     order = sorted(names, key=lambda name: name != "vit-pytorch")
-    built = {name: measure.attempt(functools.partial(build, name, problem, reference)) for name in order}
+    built = {name: measure.attempt(functools.partial(build, name, problem, reference, eager)) for name in order}
     oracle = Oracle(reference, x, grad, problem.dtype)
     for name, (module, status) in built.items():
         if module is not None and name not in FLOORS:
@@ -147,15 +177,24 @@ def compare(
     return Comparison(calls, faults, device, *((0.0, 1) if quick else (2.0, 3)))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    ours = measure.fused_backends(DEVICE)
+def contenders(problem: Problem) -> tuple[str, ...]:
+    if problem.norm == TALKING_HEADS:
+        sizes = problem.heads, problem.head_dim
+        ours = choose("auto", OperatorProblem(DEVICE, problem.dtype, *sizes, pre_mixed=True), problem.norm)
+        return ours, "eager", "compiled", "sdpa"
     peer = ("vit-pytorch",) if importlib.util.find_spec("vit_pytorch") else ()
-    names = (*ours, "eager", *(("compiled",) if CUDA else ()), *peer, "sdpa")
-    problem = QUICK if metafunc.config.getoption("--quick") else PROBLEM
-    cases = [
-        pytest.param(problem, direction, names, name, id=f"{label(problem, direction)}-{name}")
-        for direction, name in itertools.product(DIRECTIONS, names)
-    ]
+    return (*measure.fused_backends(DEVICE), "eager", *(("compiled",) if CUDA else ()), *peer, "sdpa")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = (QUICK, replace(QUICK, norm=TALKING_HEADS))
+    problems = quick if metafunc.config.getoption("--quick") else PROBLEMS
+    cases = []
+    for problem, direction in itertools.product(problems, DIRECTIONS):
+        names = contenders(problem)
+        cases += [
+            pytest.param(problem, direction, names, name, id=f"{label(problem, direction)}-{name}") for name in names
+        ]
     metafunc.parametrize(("problem", "direction", "names", "contender"), cases)
 
 

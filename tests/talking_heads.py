@@ -6,32 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def over_heads(layer, maps):
-    """A linear layer over the heads of ``(batch, heads, i, j)``."""
-    return layer(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+from benchmarks.peers import TalkingHeads
 
 
-class CaitAttention(nn.Module):
-    """As in CaiT: linear layers with bias on scores and maps, and the maps' dropout after both."""
+class CaitAttention(TalkingHeads):
+    """As in CaiT; keeps its maps."""
 
     def __init__(self, dim=24, num_heads=3, drop=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.attn_drop = nn.Dropout(drop)
-        self.proj_l = nn.Linear(num_heads, num_heads)
-        self.proj_w = nn.Linear(num_heads, num_heads)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
+        super().__init__(dim, num_heads, drop)
 
-    def forward(self, x):
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        self.softmax_maps = over_heads(self.proj_l, query * self.scale @ key.mT).softmax(-1)
-        self.mixed_maps = over_heads(self.proj_w, self.softmax_maps)
-        out = (self.attn_drop(self.mixed_maps) @ value).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(out))
+    def maps(self, query, key):
+        self.softmax_maps, self.mixed_maps = super().maps(query, key)
+        return self.softmax_maps, self.mixed_maps
 
 
 class ClassAttn(nn.Module):

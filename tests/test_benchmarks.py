@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import compare, machine, measure, peers, test_model, test_module, test_scaling, tune
 from benchmarks.measure import Oracle, Problem
-from reattn import ReAttention
 from reattn.kernels import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,17 +19,14 @@ CPU = torch.device("cpu")
 ALL = tuple(peers.EAGER)
 
 
-def problem(norm, batch=3, dtype=torch.float64):
-    return Problem(batch, 4, 7, 5, norm, dtype)
+def problem(norm, batch=3, dtype=torch.float64, mask=None):
+    return Problem(batch, 4, 7, 5, norm, dtype, mask)
 
 
-def in_float64(norm, batch=3):
+def in_float64(norm, batch=3, mask=None):
     """Inputs and parameters of a problem, in float64."""
-    parameters = measure.make_parameters(problem(norm, batch), CPU)
-    return (
-        measure.make_inputs(problem(norm, batch), CPU),
-        peers.Parameters(*(None if p is None else p.double() for p in parameters)),
-    )
+    case = problem(norm, batch, mask=mask)
+    return measure.make_inputs(case, CPU), measure.make_parameters(case, CPU).double()
 
 
 @pytest.mark.parametrize("form", ["eager", "one-sample-at-a-time", "compiled"])
@@ -47,6 +43,56 @@ def test_peers_equal_the_reference(norm, form):
         torch.testing.assert_close(
             found[name], exact[name], rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("mask", measure.MASKS)
+@pytest.mark.parametrize("norm", ALL)
+def test_masked_peers_equal_the_reference(norm, mask):
+    inputs, parameters = in_float64(norm, batch=4, mask=mask)
+    exact = measure.results(measure.operator(norm, "reference"), inputs, parameters)
+    found = measure.results(peers.EAGER[norm], inputs, parameters)
+    assert ("attn_mask gradient" in found) == (mask == "bias")
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+    # It is the mask that makes the difference, and the contender without it leaves it out.
+    bare = measure.results(measure.operator(norm, "reference"), *in_float64(norm, batch=4))
+    assert not torch.allclose(bare["output"], exact["output"])
+    without = peers.without_mask(measure.operator(norm, "reference"))
+    assert torch.equal(measure.results(without, inputs, parameters, backward=False)["output"], bare["output"])
+
+
+@pytest.mark.parametrize("mask", measure.MASKS)
+def test_masks_of_a_batch_of_repeated_samples(mask):
+    """They repeat as well; ours and peers are held to the same statistics, a contender without the mask is refused."""
+    case = Problem(8, 4, 17, 8, "batch", torch.float32, mask)
+    oracle = Oracle(case, CPU, distinct=measure.distinct_samples(case))
+    ours = measure.operator("batch", "reference")
+    assert oracle.check("ours", ours, ours=True).keys() == oracle.exact.keys()
+    oracle.check("eager", peers.EAGER["batch"])
+    with pytest.raises(measure.WrongResult, match="^mine: the error of the output is"):
+        oracle.check("mine", peers.without_mask(ours), ours=True, backward=False)
+
+
+@pytest.mark.parametrize("mask", measure.MASKS)
+def test_sdpa_has_the_same_mask(mask):
+    inputs, parameters = in_float64("none", batch=4, mask=mask)
+    unmixed = parameters._replace(theta=torch.eye(4, dtype=torch.float64), bias=None)
+    torch.testing.assert_close(peers.sdpa(*inputs[:3], parameters), peers.without_norm(*inputs[:3], unmixed))
+
+
+def test_padding_is_of_60_to_100_percent():
+    case = Problem(8, 4, 50, 8, "none", torch.float32, "padding")
+    mask = measure.make_parameters(case, CPU).attn_mask
+    assert mask.shape == (8, 1, 1, 50) and mask.sum((1, 2, 3)).tolist() == 2 * [30, 36, 43, 50]
+
+
+def test_talking_heads_are_those_of_the_module():
+    """Also where they are mixed before the softmax: held to float64 as the others are."""
+    case = test_module.replace(test_module.QUICK, norm=test_module.TALKING_HEADS)
+    reference, eager = test_module.make_eager(case)
+    oracle = test_module.Oracle(reference, torch.randn(2, 50, 32), torch.randn(2, 50, 32), case.dtype)
+    for name in ("reference", "eager"):
+        oracle.check(name, test_module.build(name, case, reference, eager))
+    assert case.flops(False) == test_module.QUICK.flops(False) + 2 * 4 * 2 * 4 * 50**2
 
 
 @pytest.mark.parametrize("norm", ALL)
@@ -89,10 +135,10 @@ def test_a_batch_of_repeated_samples_is_held_to_those_samples(norm, dtype):
 def test_wrong_modules_and_models_are_refused():
     torch.manual_seed(0)
     case = test_module.QUICK
-    reference = ReAttention(32, 4, norm="layer", pre_norm=True, theta_init="normal", backend="reference")
+    reference, eager = test_module.make_eager(case)
     x, grad = torch.randn(2, 50, 32), torch.randn(2, 50, 32)
     oracle = test_module.Oracle(reference, x, grad, case.dtype)
-    module = test_module.build("eager", case, reference)
+    module = test_module.build("eager", case, reference, eager)
     oracle.check("eager", module)
     module.theta.data = module.theta.data.mT.contiguous()
     with pytest.raises(measure.WrongResult, match="^eager: the error of the output is"):
@@ -297,14 +343,14 @@ def test_results_of_a_quick_run(quick_run):
     assert told.keys() >= {"device", "reattn", "torch", "triton", "commit", "modified", "date", "threads"}
     assert min(told["ceilings"]["flops_per_s"].values()) > 0 and told["ceilings"]["bytes_per_s"] > 0
     entries = quick_run["benchmarks"]
-    assert {entry["extra_info"]["kind"] for entry in entries} == {"operator", "module", "model", "scaling"}
+    assert {entry["extra_info"]["kind"] for entry in entries} == {"operator", "masks", "module", "model", "scaling"}
     for entry in entries:
         facts = entry["extra_info"]
         assert facts["faults"] == {}
         # What pytest-benchmark tabulates is what was measured in turns.
         assert entry["stats"]["median"] == pytest.approx(1e-3 * facts["ms"])
         assert facts["all_ms"][facts["contender"]] == facts["ms"] and facts["peak_bytes"] >= 0
-        assert facts["ours"] == (facts["contender"] == "cpu")
+        assert facts["ours"] == (facts["contender"] in compare.OURS)
         if facts["kind"] == "model":
             assert facts["images_per_s"] == pytest.approx(1e3 * facts["batch"] / facts["ms"])
             continue
@@ -315,9 +361,15 @@ def test_results_of_a_quick_run(quick_run):
         )
         # The ceilings were measured once, before.
         assert facts["share_of_roofline"] == pytest.approx(1e3 * floor / facts["ms"])
-        peers_ms = [ms for name, ms in facts["all_ms"].items() if name not in ("cpu", "sdpa", "reference")]
+        others = ("cpu", "cpu unmasked", "sdpa", "reference")
+        peers_ms = [ms for name, ms in facts["all_ms"].items() if name not in others]
         if peers_ms:
             assert facts["ratio_to_best_peer"] == pytest.approx(facts["ms"] / min(peers_ms))
+    masks = [entry["extra_info"] for entry in entries if entry["extra_info"]["kind"] == "masks"]
+    assert {facts["mask"] for facts in masks} == set(measure.MASKS)
+    for facts in masks:
+        if facts["ours"]:
+            assert facts["ratio_to_unmasked"] == pytest.approx(facts["ms"] / facts["all_ms"]["cpu unmasked"])
     operator = [entry["extra_info"] for entry in entries if entry["extra_info"]["kind"] == "operator"]
     assert {(facts["norm"], facts["direction"]) for facts in operator} == {
         (norm, direction) for norm in ALL for direction in ("forward", "forward+backward")

@@ -59,7 +59,7 @@ def largest(monkeypatch):
 
 def make_large_problem(mode, device, **options):
     sizes = {"heads": 3, "head_dim": 16, "seqlen": SEQLEN, "seqlen_k": SEQLEN_K, "batch": 1}
-    return make_problem(mode, **sizes, layout="contiguous", device=device, **options)
+    return make_problem(mode, **(sizes | options), layout="contiguous", device=device)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,35 @@ def test_largest_tensor(mode, dropout_p, backend, device, largest):
             re_attention(**problem.tensors, **problem.options, backend=backend)
     longest = problem["key" if backend == "cpu" else "query"]
     assert largest.bytes == longest.nbytes < SEQLEN * SEQLEN_K
+
+
+def large_mask(kind, batch, device):
+    """What a call is given: a row of keys for all queries, expanded; nothing; or an element for every position of the
+    heads' maps, whose gradient is wanted."""
+    if kind == "causal":
+        return {"is_causal": True}
+    if kind == "padding":
+        return {"attn_mask": (torch.arange(SEQLEN_K, device=device) < 200).expand(batch, 3, SEQLEN, SEQLEN_K)}
+    return {"attn_mask": torch.linspace(-1, 1, SEQLEN_K, device=device).repeat(3, SEQLEN, 1).requires_grad_()}
+
+
+@pytest.mark.parametrize("kind", ["padding", "causal", "bias"])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_masks_allocate_no_map(mode, kind, backend, device, largest):
+    """Forward and backward, all that they allocate: beyond a call without a mask not a byte for every element of one
+    head's map, but for the gradient of the mask itself."""
+    batch = 2 if backend == "cpu" else 1  # emulated kernels take long
+
+    def allocated(**mask):
+        largest.__init__()
+        problem = make_large_problem(mode, device, batch=batch).with_options(**mask)
+        with largest:
+            compute(problem, backend)
+        return largest.total
+
+    mask = large_mask(kind, batch, device)
+    given = 2 * mask["attn_mask"].nbytes if kind == "bias" else 0  # itself is seen, and its gradient
+    assert allocated(**mask) - given - allocated() < batch * SEQLEN * SEQLEN_K
 
 
 def workspace_bound(size, multiprocessors, rows=16):

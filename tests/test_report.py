@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report
 
-OURS = ("triton", "cuda", "cpu")
+OURS = ("triton", "cuda", "cpu", "reference")
 CPU = {
     "reattn": "0.1.0",
     "python": "3.11.7",
@@ -48,7 +48,7 @@ def comparison(kind, times, direction="forward", faults=None, memory=None, round
             **problem,
         }
     memory = {name: (memory or {}).get(name) for name in times}
-    peers = {name: ms for name, ms in times.items() if name not in (*OURS, "sdpa", "plain ViT", "reference")}
+    peers = {name: ms for name, ms in times.items() if name not in (*OURS, "cpu unmasked", "sdpa", "plain ViT")}
     best = min(peers, key=peers.get, default=None)
     benchmarks = []
     for name, ms in times.items():
@@ -63,6 +63,7 @@ def comparison(kind, times, direction="forward", faults=None, memory=None, round
             facts |= {
                 **{"flops": 4e9, "traffic_bytes": 1e8, "tflops": 4e9 / ms / 1e9, "share_of_roofline": 40 / ms},
                 **{"bound": "compute", "ratio_to_sdpa": ms / times["sdpa"] if "sdpa" in times else None},
+                "ratio_to_unmasked": ms / times[f"{name} unmasked"] if f"{name} unmasked" in times else None,
                 **{"best_peer": best, "ratio_to_best_peer": ms / peers[best] if best else None},
             }
         stats = {"median": 1e-3 * ms, "iqr": 1e-3 * ms * iqr, "rounds": rounds}
@@ -138,6 +139,31 @@ def test_the_operator_has_a_row_for_each_of_our_backends(printed):
     compute = ["80% (compute)", "50% (compute)"]
     assert triton == [*shape, "triton", "50", "1.25", "compiled", "2", "80 GFLOP/s", compute[0], "119 MB", "1.7 GB"]
     assert cuda == [*shape, "cuda", "80", "2", "compiled", "1.25", "50 GFLOP/s", compute[1], "-", "1.7 GB"]
+
+
+def test_masks_are_held_to_no_mask_and_to_plain_attention(printed):
+    times = {"cpu": 60, "cpu unmasked": 50, "eager": 150, "sdpa": 40}
+    text = printed(
+        comparison("masks", times, memory={"cpu": 8e6, "eager": 100e6}, mask="padding"),
+        comparison("masks", times | {"cpu": 30}, "forward+backward", mask="causal", norm="layer"),
+    )
+    assert [line for line in text.splitlines() if line.startswith("###")] == [
+        "### Masks, float32, forward",
+        "### Masks, float32, forward+backward",
+    ]
+    columns, _, padding, _, _, causal = rows(text)
+    assert columns == [
+        *("shape", "norm", "mask", "backend", "ms", "over SDPA", "over no mask", "speed-up"),
+        *("peak memory", "eager's"),
+    ]
+    assert padding == ["8x12x197x64", "batch", "padding", "cpu", "60", "1.5", "1.2", "2.5", "8 MB", "100 MB"]
+    assert causal == ["8x12x197x64", "layer", "causal", "cpu", "30", "0.75", "0.6", "5"]
+
+
+def test_a_module_on_the_reference_says_so(printed):
+    times = {"reference": 50, "eager": 75, "compiled": 60, "sdpa": 25}
+    _, _, row = rows(printed(comparison("module", times, norm="talking-heads")))
+    assert row[:7] == ["8x12x197x64", "talking-heads", "reference", "50", "2", "compiled", "1.2"]
 
 
 def test_columns_without_a_value_are_left_out(printed):
@@ -298,6 +324,15 @@ def test_times_are_compared_where_a_run_has_no_yardstick(compare):
 def test_noise(compare, ms, rounds, iqr, expected):
     old, new = (comparison("operator", {"cpu": each}, rounds=rounds, iqr=iqr) for each in (50, ms))
     assert compare(old, new)[0] == expected
+
+
+def test_masks_are_problems_of_their_own(compare):
+    old, new = (
+        [each for mask, ms in times.items() for each in comparison("masks", {"cpu": ms}, mask=mask)]
+        for times in ({"padding": 50, "causal": 30}, {"padding": 50, "causal": 60})
+    )
+    status, changes, _ = compare(old, new)
+    assert status == 1 and [row[0] for row in changes] == ["masks 8x12x197x64 batch causal float32 forward"]
 
 
 def test_benchmarks_match_by_problem_and_direction(compare):

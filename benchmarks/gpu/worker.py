@@ -314,7 +314,7 @@ def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[
 
     training = not problem.norm.endswith("-eval")
     norm = None if problem.norm == "none" else problem.norm.removesuffix("-eval")
-    given = Inputs(*inputs[:3], *(None if p is None else p.clone() for p in parameters))
+    given = Inputs(*inputs[:3], **{name: each.clone() for name, each in parameters.tensors().items()})
     options = {"norm": norm, "training": training and norm == "batch", "synchronised": False, "dropout_p": 0.0}
     call = Problem.of(
         inputs.query, **options, scale=problem.head_dim**-0.5, output_scale=1.0, eps=EPS, momentum=MOMENTUM
