@@ -102,6 +102,53 @@ def test_autocast(mode, backend, device):
         torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
 
 
+def given_masks(kind, device):
+    """What the module takes beside seven tokens of two samples."""
+    if kind == "causal":
+        return {"is_causal": True}
+    if kind == "padding":
+        return {"attn_mask": (torch.tensor([[4], [7]]) > torch.arange(7))[:, None, None].to(device)}
+    bias = torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(1))
+    return {"attn_mask": bias.to(device).requires_grad_()}
+
+
+masks = pytest.mark.parametrize("kind", ["padding", "bias", "causal"])
+
+
+@backends
+@masks
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_masks(mode, kind, backend, device):
+    module, twin = (make_module(mode, backend, device) for _ in range(2))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    results = []
+    for function, owner in ((module, module), (compiled, twin)):
+        given = given_masks(kind, device)
+        results.append(step(lambda x, f=function, g=given: f(x, **g), owner, tokens(device)))
+        if kind == "bias":
+            results[-1]["bias"] = given["attn_mask"].grad
+    assert_same(*reversed(results))
+    assert not torch.allclose(results[0]["output"], module(tokens(device)))
+
+
+@backends
+@masks
+def test_masks_under_autocast(kind, backend, device):
+    """Compiled as in eager mode; a float32 bias keeps its dtype in its gradient."""
+    module = make_module("layer", backend, device)
+    results = []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        given = given_masks(kind, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            results.append(step(lambda x, f=function, g=given: f(x, **g), module, tokens(device)))
+        if kind == "bias":
+            results[-1]["bias"] = given["attn_mask"].grad
+            assert results[-1]["bias"].dtype == torch.float32
+    assert results[0]["output"].dtype == torch.bfloat16
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=0.02, atol=0.02 * tensor.abs().max().item())
+
+
 @pytest.mark.slow
 def test_inductor(backend, device, monkeypatch):
     # setuptools, which inductor imports, refuses to load where something has loaded the standard distutils before.
@@ -141,5 +188,25 @@ def test_export(mode, backend, device):
     for size in (2, 5):
         x = tokens(device, size)
         torch.testing.assert_close(program.module()(x), module(x))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("reattn.forward.default") == (backend != "reference")
+
+
+@backends
+@masks
+def test_export_with_masks(kind, backend, device):
+    """The mask is an input, with the batch of the tokens where it has one; causal is part of the program."""
+    module = make_module("layer", backend, device).eval()
+    given, batch = given_masks(kind, device), torch.export.Dim("batch", max=64)
+    if "attn_mask" in given:
+        given["attn_mask"] = given["attn_mask"].detach()
+    shapes = {"x": {0: batch}, "attn_mask": {0: batch} if kind == "padding" else {}, "is_causal": None}
+    shapes = {name: shape for name, shape in shapes.items() if name == "x" or name in given}
+    program = torch.export.export(module, (tokens(device),), given, dynamic_shapes=shapes)
+    for size in (2, 4):
+        x = tokens(device, size)
+        if kind == "padding":
+            given["attn_mask"] = given["attn_mask"][:2].flip(0).repeat(size // 2, 1, 1, 1)
+        torch.testing.assert_close(program.module()(x, **given), module(x, **given))
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("reattn.forward.default") == (backend != "reference")

@@ -78,6 +78,30 @@ def test_opcheck_with_strided_inputs(mode, backend, device):
     )
 
 
+@pytest.mark.parametrize("kind", ["padding", "bias", "causal"])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_opcheck_with_masks(mode, kind, backend, device):
+    """One whose gradient is wanted among them."""
+    draw = torch.Generator().manual_seed(0)
+    mask = {
+        "padding": torch.tensor([[3], [6]]) > torch.arange(6),
+        "bias": torch.randn(3, 5, 6, generator=draw),
+        "causal": None,
+    }[kind]
+    options = {"is_causal": kind == "causal", "mask_gradient": kind == "bias"}
+    options["mask"] = {"padding": "bool", "bias": "float"}.get(kind)
+    made, inputs, options = make_call(mode, backend, device, **options)
+    if mask is not None:
+        mask = mask[:, None, None] if kind == "padding" else mask[None]
+        inputs = inputs._replace(attn_mask=mask.to(device))
+    torch.library.opcheck(torch.ops.reattn.forward.default, inputs, options, test_utils=OPCHECKS)
+    outputs = torch.ops.reattn.forward(*inputs, **options)
+    arguments = (made.grad, None, *inputs, *outputs)
+    torch.library.opcheck(torch.ops.reattn.backward.default, arguments, options, test_utils=OPCHECKS)
+    found = torch.ops.reattn.backward(*arguments, **options)[-1]
+    assert found.shape == (mask.shape if kind == "bias" else (0,))
+
+
 def test_synchronised_steps_are_the_whole(backend, device):
     """With one rank: forward and finish, grad_sums and backward, against one op a direction."""
     made, inputs, options = make_call("batch-training", backend, device)
@@ -336,6 +360,31 @@ def test_func_transforms(mode, backend, device):
         lambda b: torch.func.vmap(loss, (None, 0, 0, 0, None))(problem["theta"], *samples, b),
     ):
         torch.testing.assert_close(transform(backend), transform("reference"), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_vmap_over_a_mask(mode, backend, device):
+    """Every sample its own, boolean or a bias and its gradient; and one for all of them."""
+    problem = make_problem(mode, seqlen=5, batch=3, device=device)
+    draw = torch.Generator().manual_seed(0)
+    tensors = without_running(problem, mode)
+
+    def loss(mask, query, key, value, backend):
+        maps = {"query": query[None], "key": key[None], "value": value[None]}
+        return re_attention(**(tensors | maps), **problem.options, attn_mask=mask, backend=backend).square().sum()
+
+    samples = problem["query"], problem["key"], problem["value"]
+    bias = torch.randn(3, 3, 5, 5, generator=draw).to(device)
+    for function, mask, dim in (
+        (loss, bias > -1, 0),
+        (loss, bias[0], None),
+        (torch.func.grad(loss), bias, 0),
+        (torch.func.grad(loss, argnums=(0, 1)), bias[0, 0], None),
+    ):
+        found, expected = (
+            torch.func.vmap(function, (dim, 0, 0, 0, None))(mask, *samples, which) for which in (backend, "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_running_statistics_are_not_updated_inside_vmap(backend, device):
