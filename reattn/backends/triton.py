@@ -475,8 +475,8 @@ def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tens
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
     reach = max(reach, *(max(extents) * tensor.shape[2] for tensor in tensors))
     if attn_mask is not None:
-        extents = (*extents, max(rows, mask_kernels.SPAN_KEYS.value))
-        reach = max(reach, sum(e * s for e, s in zip(extents, attn_mask.stride()[1:], strict=True)))
+        of_mask = (*extents, max(rows, mask_kernels.SPAN_KEYS.value))
+        reach = max(reach, sum(e * s for e, s in zip(of_mask, attn_mask.stride()[1:], strict=True)))
     return configs.shape(
         heads,
         problem.head_dim,
