@@ -83,7 +83,7 @@ def test_bytes_of_forward(backend, sweeps):
 
 
 def test_instructions_of_a_kernel_counted_by_hand():
-    """What stands in a loop of the Triton kernel runs for each whole tile of keys, of 32 in the first sweep, of 16 in the
+    """What stands in a loop of the Triton kernel runs for each whole tile of keys, 32 in the first sweep and 16 in the
     other; all else, such as the loop behind each for the last keys, once, in 8 warps."""
     need_compiler("triton")
     case = compile_report.Case(90, "bfloat16", 12, 32, "layer")
