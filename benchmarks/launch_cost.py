@@ -76,7 +76,7 @@ def step(norm: str) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], 
     return (
         lambda: cuda.forward(problem, inputs),
         lambda: cuda.backward(problem, grad, inputs, outputs, None),
-        lambda: (common.empty_outputs(problem, inputs.query), common.empty_gradients(inputs, None)),
+        lambda: (common.empty_outputs(problem, inputs.query, None), common.empty_gradients(problem, inputs, None)),
     )
 
 

@@ -143,7 +143,7 @@ struct Moments {
     mean = sum / count;
     variance = squares / count - mean * mean;
     if (variance < 0) variance = 0;
-    inverse_deviation = 1.0 / std::sqrt(variance + double(eps));
+    inverse_deviation = positions > 0 ? 1.0 / std::sqrt(variance + double(eps)) : 0.0;
   }
 };
 

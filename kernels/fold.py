@@ -121,11 +121,10 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
     normed = mix_heads(centred, weights, SHAPE) + shift
     unit, inverse_rms = normed, normed
     if SHAPE.NORM == "layer":
-        mean_square = mean_over_heads(normed * normed, weights.dtype, SHAPE) + norm.eps
+        # Without eps: where there is no key, or a hidden one, there may be nothing to divide.
+        smallest: tl.constexpr = 2e-38
+        mean_square = tl.maximum(mean_over_heads(normed * normed, weights.dtype, SHAPE) + norm.eps, smallest)
         inverse_rms = tl.rsqrt(mean_square)
-        if SHAPE.MASK_HEADS:
-            # Where a key is hidden from all heads there may be nothing to divide.
-            inverse_rms = tl.where(mean_square == 0, 0.0, inverse_rms)
         unit = normed * inverse_rms
     if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
         normed = unit * gamma + beta

@@ -115,6 +115,10 @@ def find_visible_positions(
     return visible
 
 
+# Keys at a time while the span is looked for.
+SPAN_KEYS = tl.constexpr(256)
+
+
 @triton.jit
 def find_span(mask, batch, row_start, k, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
     """How many of the first keys a block of rows may see as without a mask, and behind how many it sees none."""
@@ -122,10 +126,10 @@ def find_span(mask, batch, row_start, k, BLOCK_M: tl.constexpr, SHAPE: tl.conste
     if SHAPE.CAUSAL:
         clear, keys = tl.minimum(row_start + 1, k.seqlen), tl.minimum(row_start + BLOCK_M, k.seqlen)
     if SHAPE.BY_KEY and not SHAPE.MASK_HEADS:
-        own = tl.arange(0, 256)
-        first = tl.full((256,), k.seqlen, dtype=tl.int32)
-        end = tl.full((256,), 0, dtype=tl.int32)
-        for start in range(0, k.seqlen, 256):
+        own = tl.arange(0, SPAN_KEYS)
+        first = tl.full((SPAN_KEYS,), k.seqlen, dtype=tl.int32)
+        end = tl.full((SPAN_KEYS,), 0, dtype=tl.int32)
+        for start in range(0, k.seqlen, SPAN_KEYS):
             given = load_masked(mask, batch, 0, 0, 0, 0, start, own, own < k.seqlen - start, SHAPE)
             hidden = hides(given, mask, SHAPE)
             first = tl.minimum(first, tl.where(hidden, start + own, k.seqlen))

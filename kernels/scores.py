@@ -30,8 +30,8 @@ def score_tile(
             scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), 0.0))
         else:
             scores = rounded_product(dots, scale_log2)
-        if not SHAPE.BY_KEY:
-            # Of keys that some see: NaN is not hidden by what is added.
+        if not SHAPE.BY_KEY or SHAPE.CAUSAL or SHAPE.MASK_HEADS:
+            # What is NaN, in a key that some see or in a query that sees none, is not hidden by what is added.
             scores = tl.where(hidden, float("-inf"), scores)
     if SHAPE.CAUSAL and not WHOLE:
         rows = row_start + tl.arange(0, BLOCK_M)

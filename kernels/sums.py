@@ -47,7 +47,8 @@ def moments(
     mean = total / count
     variance = squares / count - mean * mean
     variance = tl.where(variance < 0, 0.0, variance)
-    return mean, variance, 1.0 / tl.sqrt(variance + tl.cast(norm.eps, tl.float64)), positions
+    inverse = tl.where(positions > 0, 1.0 / tl.sqrt(variance + tl.cast(norm.eps, tl.float64)), 0.0)
+    return mean, variance, inverse, positions
 
 
 @triton.jit
@@ -122,11 +123,11 @@ def finish_kernel(
                 old_mean = tl.load(norm.running_mean + head).to(tl.float64)
                 old_var = tl.load(norm.running_var + head).to(tl.float64)
                 tl.debug_barrier()
-                # A batch of no positions leaves them as they are.
-                share = tl.where(counted > 0, share, 0.0)
+                # A head without positions leaves them as they are.
+                of_batch = tl.where(counted > 0, share, 0.0)
                 unbiased = tl.where(counted > 1, variance * (counted / (counted - 1.0)), old_var)
-                new_mean = old_mean + share * (mean + bias - old_mean)
-                new_var = old_var + share * (unbiased - old_var)
+                new_mean = old_mean + of_batch * (mean + bias - old_mean)
+                new_var = old_var + of_batch * (unbiased - old_var)
                 tl.store(norm.running_mean + head, new_mean.to(tl.float32))
                 tl.store(norm.running_var + head, new_var.to(tl.float32))
     else:

@@ -381,27 +381,27 @@ WAYS_TO_SPOIL = {
     "forward_kernel": {
         "a block left out": "a block left out",
         "one row of the output": lambda q, k, v, out, *_: out.ptr[0, 0, 3].mul_(1.1),
-        "one LSE": lambda q, k, v, out, norm, lse, *_: lse[0, 2, 5].add_(0.02),
+        "one LSE": lambda q, k, v, out, norm, mask, lse, *_: lse[0, 2, 5].add_(0.02),
         "infinite": lambda q, k, v, out, *_: out.ptr[0, 0, 3, 0].fill_(float("inf")),
         "too many registers": triton.triton.runtime.errors.OutOfResources(300, 255, "registers"),
         "not compiled": RuntimeError("PassManager::run failed"),
     },
     "grad_maps_kernel": {
         "a block left out": "a block left out",
-        "delta": lambda q, k, v, grad, norm, lse, delta, *_: delta[0, 0, 0].add_(1),
-        "a normalised map": lambda *args: args[8][0, 1, 3].mul_(1.1),
-        "a map's gradient": lambda *args: args[9][0, 1, 3].mul_(1.1),
-        "a partial sum": lambda *args: args[10][..., 0].add_(5),
-        "the products": lambda *args: args[13].mul_(1.1),
+        "delta": lambda q, k, v, grad, norm, mask, lse, delta, *_: delta[0, 0, 0].add_(1),
+        "a normalised map": lambda *args: args[9][0, 1, 3].mul_(1.1),
+        "a map's gradient": lambda *args: args[10][0, 1, 3].mul_(1.1),
+        "a partial sum": lambda *args: args[11][..., 0].add_(5),
+        "the products": lambda *args: args[14].mul_(1.1),
     },
     "grad_query_kernel": {
         "a block left out": "a block left out",
         "the query's gradient": lambda q, k, grad_q, *_: grad_q.ptr[0, 0, 3].mul_(1.1),
-        "the scores' gradient": lambda *args: args[6][0, 1, 3].mul_(1.1),
+        "the scores' gradient": lambda *args: args[7][0, 1, 3].mul_(1.1),
     },
     "grad_key_kernel": {
         "a block left out": "a block left out",
-        "the value's gradient": lambda q, grad, grad_k, grad_v, *_: grad_v.ptr.mul_(1.05),
+        "the value's gradient": lambda q, grad, mask, grad_k, grad_v, *_: grad_v.ptr.mul_(1.05),
     },
 }
 

@@ -245,6 +245,56 @@ def test_queries_that_see_nothing(mode, backend):
             assert not result.any(), name
 
 
+@by_backend(
+    ("kind", "mode"),
+    list(itertools.product(["left-padding", "blind-head"], MODES)),
+    [("left-padding", "layer"), ("blind-head", "batch-training")],
+    BACKENDS,
+)
+def test_nan_in_queries_that_see_nothing(kind, mode, backend):
+    """The first queries behind padding on the left, with a causal mask; those of one head."""
+    device = device_of(backend)
+    mask = torch.ones(2, 3, 1, 17, dtype=torch.bool, device=device)
+    query = make_problem(mode, device=device)["query"].clone()
+    if kind == "left-padding":
+        mask[0, :, :, :4] = False
+        mask = mask[:, :1]
+        query[0, :, 1] = float("nan")
+    else:
+        mask[0, 1] = False
+        query[0, 1] = float("nan")
+    problem = make_problem(mode, device=device).with_tensors(attn_mask=mask)
+    problem = problem.with_options(is_causal=kind == "left-padding")
+    found, clean = compute(problem.with_tensors(query=query), backend), compute(problem, backend)
+    assert_same(found, clean)
+
+
+def test_a_head_that_sees_nothing_keeps_its_statistics(backend, device):
+    """And the others take theirs."""
+    mask = torch.tensor([False, True, True], device=device)[None, :, None, None]
+    problem = make_problem("batch-training", device=device, momentum=0.5).with_tensors(attn_mask=mask)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(found[name][0], problem[name][0])
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert not found["output"][:, 0].any()
+
+
+def test_one_query(backend, device):
+    """Causal, it sees the first key alone."""
+    assert_parity(masked_problem("causal", "batch-training", seqlen=1, seqlen_k=9, batch=3, device=device), backend)
+
+
+def test_layer_norm_without_eps(backend, device):
+    """What is hidden has nothing to be divided by."""
+    problem = masked_problem("padding", heads=4, device=device, eps=0.0)
+    problem = problem.with_tensors(bias=None, theta=torch.eye(4, device=device))
+    found = compute(problem, backend)
+    assert all(result.isfinite().all() for result in found.values())
+    expected = compute(problem.to(torch.float64), "reference")["output"]
+    torch.testing.assert_close(found["output"].double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @by_backend(["mode"], [[mode] for mode in MODES], [["layer"]])
 def test_masks_in_any_layout(mode, backend, device):
     """Expanded, transposed, sliced: the same results, but for how their instructions are contracted."""

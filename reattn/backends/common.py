@@ -63,12 +63,6 @@ def beyond_limits(problem: Problem) -> list[str]:
         reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
     if problem.head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
-    return reasons
-
-
-def mixes_beyond(problem: Problem) -> list[str]:
-    """Every reason of a backend that mixes after the softmax alone, into as many heads as there were."""
-    reasons = []
     if problem.pre_mixed:
         reasons.append("does not mix before the softmax (pre_theta)")
     if problem.heads_out not in (None, problem.heads):

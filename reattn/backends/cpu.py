@@ -44,7 +44,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
 def instruction_set() -> str:

@@ -37,7 +37,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem)
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
@@ -253,7 +253,7 @@ _NO_MASK = Mask()
 
 
 def _mask_of(problem: Problem, attn_mask: Tensor | None, value_sum: Tensor) -> Mask:
-    by_row = value_sum.ndim == 4 and value_sum.shape[2] > 1
+    by_row = problem.batch_statistics and (problem.is_causal or value_sum.shape[2] > 1)
     if attn_mask is None:
         return Mask(0, problem.is_causal, seen_by_row=by_row)
     strides = (stride if size > 1 else 0 for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))

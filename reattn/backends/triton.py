@@ -24,6 +24,7 @@ try:
     from reattn.kernels import backward as backward_kernels
     from reattn.kernels import configs
     from reattn.kernels import forward as forward_kernels
+    from reattn.kernels import masks as mask_kernels
     from reattn.kernels import scores as scores_kernels
     from reattn.kernels import sums as sums_kernels
     from reattn.kernels.tiles import Mask, Norm, View
@@ -61,7 +62,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_beyond(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
 @on_its_device
@@ -95,7 +96,11 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         return sums
 
     def left(sums: Tensor | None) -> dict[str, Tensor]:
-        return {} if sums is None else {"sums": sums.sum(1, dtype=torch.float64)}
+        if sums is None:
+            return {}
+        # Counts would hide what is wrong with the others.
+        totals = sums.sum(1, dtype=torch.float64)
+        return {"sums": totals[: 2 * heads], "counts": totals[2 * heads :]}
 
     written = {"out": outputs.out, "lse": outputs.lse}
     tensors = query, key, value, outputs.out
@@ -139,7 +144,7 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
     running = (as_float32(inputs.running_mean), as_float32(inputs.running_var))
     norm = _norm(problem, inputs, outputs, running=running)
     batch, heads, seqlen, head_dim = outputs.out.shape
-    splits, by_row = _splits(outputs.out), outputs.value_sum.shape[2] > 1
+    splits, by_row = _splits(outputs.out), common.hides_by_row(problem, inputs.attn_mask)
     if by_row:
         _sum_values(problem, inputs, outputs)
     _run(
@@ -470,7 +475,8 @@ def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tens
     reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
     reach = max(reach, *(max(extents) * tensor.shape[2] for tensor in tensors))
     if attn_mask is not None:
-        reach = max(reach, sum(e * s for e, s in zip((*extents, rows), attn_mask.stride()[1:], strict=True)))
+        extents = (*extents, max(rows, mask_kernels.SPAN_KEYS.value))
+        reach = max(reach, sum(e * s for e, s in zip(extents, attn_mask.stride()[1:], strict=True)))
     return configs.shape(
         heads,
         problem.head_dim,
