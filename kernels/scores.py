@@ -25,7 +25,8 @@ def score_tile(
         given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE)
         hidden = hides(given, mask, SHAPE)
         if SHAPE.MASK == "float":
-            scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), given.to(tl.float32) * LOG2E))
+            added = tl.maximum(given.to(tl.float32) * LOG2E, FARTHEST)  # what is visible stays so
+            scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), added))
         elif SHAPE.BY_KEY:
             scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), 0.0))
         else:
@@ -40,6 +41,7 @@ def score_tile(
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FARTHEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .fold import column_factor, mixed_centre, output_factors
+from .masks import hides
 from .tiles import is_finite, which_block
 
 
@@ -179,12 +180,7 @@ def visible_of_head(mask, batch, head, rows, keys, inside, SHAPE: tl.constexpr):
     """Which keys a head's mask does not hide, of those inside."""
     base = mask.ptr + tl.cast(batch, tl.int64) * mask.batch_stride + tl.cast(head, tl.int64) * mask.head_stride
     pointers = base + (tl.cast(rows, tl.int64) * mask.row_stride + tl.cast(keys, tl.int64) * mask.key_stride)
-    given = tl.load(pointers, mask=inside, other=0)
-    if SHAPE.MASK == "bool":
-        visible = given != 0
-    else:
-        visible = ~(given.to(tl.float32) <= mask.lowest)
-    return visible & inside
+    return ~hides(tl.load(pointers, mask=inside, other=0), mask, SHAPE) & inside
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reattn import checks, ops, reference
 from reattn.backends import choose
-from reattn.backends.contract import Inputs
+from reattn.backends.contract import Inputs, lowest
 from reattn.problem import Problem
 
 
@@ -186,13 +186,20 @@ def re_attention(
 
 
 def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask, its dimensions of size 1 where it was expanded; one that is added in the given dtype."""
+    """The mask, its dimensions of size 1 where it was expanded; one that is added in the given dtype, and what hides in
+    its own still hides."""
     mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
-    if not mask.requires_grad:
+    # An exported program takes other masks, too.
+    if not mask.requires_grad and not torch.compiler.is_exporting():
         for dim in range(4):
             if mask.shape[dim] > 1 and mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)
-    return mask if mask.dtype == torch.bool else mask.to(dtype)
+    if mask.dtype == torch.bool or mask.dtype == dtype:
+        return mask
+    cast = mask.to(dtype)
+    if lowest(mask.dtype) > lowest(dtype):
+        cast = cast.masked_fill(mask.detach() <= lowest(mask.dtype), float("-inf"))
+    return cast
 
 
 def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -149,8 +149,8 @@ class ReAttention(nn.Module):
                 reset()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks are computed by the reference backend
-        only."""
+        """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks as in
+        :func:`reattn.re_attention`."""
         x = self.pre_norm(x)
         query: Tensor
         key: Tensor | None = None

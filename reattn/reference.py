@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from reattn.backends.contract import lowest
+
 
 def re_attention(
     query: Tensor, key: Tensor, value: Tensor, theta: Tensor | None = None, bias: Tensor | None = None, **options: Any
@@ -123,7 +125,7 @@ def visible_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: 
         visible = visible.expand(-1, -1, query.shape[2], -1).tril()
     if attn_mask is not None:
         is_boolean = attn_mask.dtype == torch.bool
-        visible = visible & (attn_mask if is_boolean else ~(attn_mask.detach() <= torch.finfo(attn_mask.dtype).min))
+        visible = visible & (attn_mask if is_boolean else ~(attn_mask.detach() <= lowest(attn_mask.dtype)))
     return visible
 
 

@@ -212,17 +212,20 @@ def test_nothing_of_hidden_keys_arrives(kind, mode, backend):
     seen_by = visible[-1].any(0).sum(0)
     index = int(seen_by.argmin())
     assert seen_by[index] < 17
-    broken = {name: problem[name].clone() for name in ("key", "value")}
+    # Of a key that some see, batch statistics take it everywhere, as they should.
+    everywhere = mode == "batch-training" and bool(seen_by[index])
+    broken = {name: problem[name].clone() for name in (["value"] if everywhere else ["key", "value"])}
     for tensor in broken.values():
         tensor[-1, :, index] = float("nan")
     found = compute(problem.with_tensors(**broken), backend)
     blind = ~visible[-1, :, :, index].any(0)
-    if mode == "batch-training" and seen_by[index]:
-        return  # batch statistics take it everywhere, as they should
     assert torch.equal(found["output"][-1, :, blind], clean["output"][-1, :, blind])
     assert torch.equal(found["output"][0], clean["output"][0])
-    assert torch.equal(found["query gradient"][-1, :, blind], clean["query gradient"][-1, :, blind])
-    assert found["output"][-1, :, ~blind].isnan().all()
+    if not everywhere:
+        assert torch.equal(found["query gradient"][-1, :, blind], clean["query gradient"][-1, :, blind])
+    # A value reaches the head that sees it, a key all of them.
+    reached = found["output"][-1, :, ~blind].isnan()
+    assert reached.any(-1).any(0).all() if everywhere else reached.all()
 
 
 @by_backend(["mode"], [[mode] for mode in MODES], [["batch-training"], ["layer"]], BACKENDS)
@@ -247,12 +250,12 @@ def test_queries_that_see_nothing(mode, backend):
 
 @by_backend(
     ("kind", "mode"),
-    list(itertools.product(["left-padding", "blind-head"], MODES)),
-    [("left-padding", "layer"), ("blind-head", "batch-training")],
+    list(itertools.product(["left-padding", "blind-head", "blind-sample"], MODES)),
+    [("left-padding", "layer"), ("blind-head", "batch-training"), ("blind-sample", "none")],
     BACKENDS,
 )
 def test_nan_in_queries_that_see_nothing(kind, mode, backend):
-    """The first queries behind padding on the left, with a causal mask; those of one head."""
+    """The first queries behind padding on the left, with a causal mask; those of one head; all of a sample."""
     device = device_of(backend)
     mask = torch.ones(2, 3, 1, 17, dtype=torch.bool, device=device)
     query = make_problem(mode, device=device)["query"].clone()
@@ -260,9 +263,13 @@ def test_nan_in_queries_that_see_nothing(kind, mode, backend):
         mask[0, :, :, :4] = False
         mask = mask[:, :1]
         query[0, :, 1] = float("nan")
-    else:
+    elif kind == "blind-head":
         mask[0, 1] = False
         query[0, 1] = float("nan")
+    else:
+        mask[0] = False
+        mask = mask[:, :1]
+        query[0] = float("nan")
     problem = make_problem(mode, device=device).with_tensors(attn_mask=mask)
     problem = problem.with_options(is_causal=kind == "left-padding")
     found, clean = compute(problem.with_tensors(query=query), backend), compute(problem, backend)
@@ -358,6 +365,20 @@ def test_float_masks_are_cast(backend, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = re_attention(*maps, problem["theta"], attn_mask=problem["attn_mask"].float(), backend=backend)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("given", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS.values()], ids=["float64", *FLOATS])
+def test_what_hides_in_a_dtype_hides_in_every_other(dtype, given):
+    """The lowest number of a mask's own dtype, beside queries of another."""
+    problem = make_problem("layer", dtype=dtype)
+    visible = torch.rand(17, 17, generator=torch.Generator().manual_seed(0)) < 0.7
+    added = torch.zeros(17, 17, dtype=given).masked_fill(~visible, torch.finfo(given).min)
+    results = []
+    for mask in (added, visible):
+        arguments = {name: tensor.clone() for name, tensor in problem.tensors.items()}
+        results.append(re_attention(**arguments, **problem.options, attn_mask=mask, backend="reference"))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(

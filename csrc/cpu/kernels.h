@@ -22,7 +22,7 @@ struct MaskTensor {
   bool causal;
   Tensor tensor;
   int64_t sizes[4];
-  float* grad;  // contiguous; null where it is not wanted
+  float* grad;  // contiguous, zeros at first; null where it is not wanted
 
   constexpr bool any() const { return kind != MaskKind::kNone || causal; }
 };

@@ -1,4 +1,4 @@
-// The only place where a product of query and key becomes a probability: scale, maximum, exponential, dropout.
+// The only place where a product of query and key becomes a probability: scale, mask, maximum, exponential, dropout.
 #pragma once
 
 #include "rows.h"

@@ -138,9 +138,6 @@ constexpr int kTallBlocks = 3;
 constexpr int kTallBlocks = 2;
 #endif
 
-// Where rows differ in what they see, some may see nothing.
-constexpr bool kBlindRows = kMasked && (kCausal || kMaskByRow || kMaskByHead);
-
 // A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
 // samples of the launch times heads. A launch has rows.
 __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
@@ -174,7 +171,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
       });
       // The query of a row that sees nothing may be anything.
       other_copies.fetch(memory + stage, left, [&](int row, int columns) {
-        return kBlindRows && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
+        return kMasked && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
       });
     }
     close_copies();

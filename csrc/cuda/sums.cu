@@ -261,8 +261,9 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__
   if (!part.idle()) {
     const Element *grads = part.first<Element>(p.grad), *outs = part.first<Element>(p.out);
     float values[kWidth];
+    if constexpr (!kSeenByRow)
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p, p.grad.rows, part.first_row) + i);
+      for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p, p.grad.rows, part.first_row) + i);
 #pragma unroll 4
     for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
       const Columns grad(grads + row * p.grad.row_stride), out(outs + row * p.out.row_stride);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -174,6 +175,19 @@ class Part(NamedTuple):
     samples: int
     first_row: int
     rows: int
+
+
+def add_mask_gradient(grad_mask: Tensor, grad_scores: Tensor, part: Part, heads: int, seqlen_k: int) -> None:
+    """Adds to the gradient of a mask, over what it shares, those of the scores of a part, which lie in the workspace:
+    (samples, heads, rows, keys in whole sixteens). Before the first part it sets the gradient to zero."""
+    shape = (part.samples, heads, part.rows, -(-seqlen_k // 16) * 16)
+    scores = grad_scores.flatten()[: math.prod(shape)].view(shape)[..., :seqlen_k]
+    if part.first_sample == part.first_row == 0:
+        grad_mask.zero_()
+    for dim, first, size in ((0, part.first_sample, part.samples), (2, part.first_row, part.rows)):
+        grad_mask = grad_mask.narrow(dim, first, size) if grad_mask.shape[dim] > 1 else grad_mask
+    shared = [dim for dim in range(4) if grad_mask.shape[dim] == 1]
+    grad_mask += scores.sum(shared, keepdim=True, dtype=torch.float32) if shared else scores
 
 
 def cut_workspace(

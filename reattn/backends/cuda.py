@@ -93,7 +93,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         return outputs._replace(statistics=finish(problem, inputs, outputs)) if finishes else outputs
     given, inputs = inputs, _readable(problem, inputs)
     query = inputs.query
-    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum)
     work = _forward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, inputs[:3])), mask)
     vectors, final = None, outputs.statistics
     params = _params(work.params, problem, inputs, outputs)
@@ -117,7 +117,7 @@ def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     given, inputs = inputs, _readable(problem, inputs)
     final = torch.empty_like(unfinished.statistics)
     strides = tuple(map(Tensor.stride, (*inputs[:3], unfinished.out)))
-    mask = _mask_of(problem, inputs.attn_mask, unfinished.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    mask = _mask_of(problem, inputs.attn_mask, unfinished.value_sum)
     work = _finish_work(problem, inputs.query.shape, inputs.key.shape, strides, mask)
     params = _params(work.params, problem, inputs, unfinished)
     params.out.data, params.final_statistics = unfinished.out.data_ptr(), final.data_ptr()
@@ -132,7 +132,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     if not grad.numel():
         return grad.new_zeros(2, problem.heads, dtype=torch.float64)
     grad, out, value_sum = _aligned(grad), _aligned(outputs.out), outputs.value_sum
-    mask = _mask_of(problem, None, value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    mask = _mask_of(problem, None, value_sum)
     work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()), mask)
     params = Params.from_buffer_copy(work.params)
     sums = grad.new_empty(2, problem.heads, dtype=torch.float64)
@@ -163,7 +163,7 @@ def backward(
     if problem.batch_statistics and sums is None:
         out = _aligned(outputs.out)
         strided.append(out)
-    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum)
     work = _backward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, strided)), mask)
     params = _params(work.params, problem, inputs, outputs)
     params.grad.data = grad.data_ptr()
@@ -181,7 +181,6 @@ def backward(
     params.grad_scores = mixed + work.cut.maps * problem.dtype.itemsize
     if problem.mask_gradient:
         grad_scores = maps[work.cut.maps :]
-        gradients.attn_mask.zero_()
     matrices, key_sum, value_sum, grad_sums = work.offsets
     params.products, params.grad_key_sum = vectors + matrices, vectors + key_sum
     params.grad_value_sum = vectors + value_sum
@@ -204,25 +203,12 @@ def backward(
         cuda_driver.launch(*sweep, stream, params, tensors)
         cuda_driver.launch(*products, stream, params, tensors)
         if problem.mask_gradient:
-            _add_grad_mask(gradients.attn_mask, grad_scores, part, inputs.key.shape[2], problem.heads)
+            common.add_mask_gradient(gradients.attn_mask, grad_scores, part, problem.heads, inputs.key.shape[2])
     cuda_driver.launch(*work.unfold, stream, params, tensors)
     _, sign = _positive(problem.scale)
     if sign != 1:
         gradients.query.mul_(sign)
     return common.as_inputs(gradients, given)
-
-
-def _add_grad_mask(grad_mask: Tensor, grad_scores: Tensor, part: common.Part, seqlen_k: int, heads: int) -> None:
-    """Adds the gradients of the scores that a launch has left to those of what they were broadcast from."""
-    keys = cuda_plan.round_up(seqlen_k, 16)
-    shape = (part.samples, heads, part.rows, keys)
-    scores = grad_scores[: math.prod(shape)].view(shape)[..., :seqlen_k]
-    target = grad_mask
-    for dim, (first, size) in {0: (part.first_sample, part.samples), 2: (part.first_row, part.rows)}.items():
-        if grad_mask.shape[dim] > 1:
-            target = target.narrow(dim, first, size)
-    over = [dim for dim in range(4) if grad_mask.shape[dim] == 1]
-    target.add_(scores.sum(over, keepdim=True, dtype=torch.float32) if over else scores)
 
 
 class Mask(NamedTuple):
@@ -253,6 +239,8 @@ _NO_MASK = Mask()
 
 
 def _mask_of(problem: Problem, attn_mask: Tensor | None, value_sum: Tensor) -> Mask:
+    if not problem.masked:
+        return _NO_MASK
     by_row = problem.batch_statistics and (problem.is_causal or value_sum.shape[2] > 1)
     if attn_mask is None:
         return Mask(0, problem.is_causal, seen_by_row=by_row)

@@ -246,7 +246,7 @@ def backward(
         call.grad_query(part, *tiles[1])
         call.grad_key(part, *tiles[2])
         if problem.mask_gradient:
-            call.grad_mask(part)
+            common.add_mask_gradient(gradients.attn_mask, call.maps, part, problem.heads, key.shape[2])
     call.unfold(tiles[0][1], *partial_sums)
     return common.as_inputs(gradients, given)
 
@@ -304,18 +304,6 @@ class _BackwardCall:
         ends = {"FIRST": part.first_row == 0, "LAST": part.first_row + part.rows == self.seqlen}
         blocks = triton.cdiv(self.seqlen_k, tile.BLOCK_N)
         self._launch(backward_kernels.grad_key_kernel, part, blocks, tile, shape, *arguments, **ends)
-
-    def grad_mask(self, part: common.Part) -> None:
-        """Adds the gradients of these scores to that of the mask, over what it shares."""
-        shape = part.samples, self.heads, part.rows, self.keys
-        grad_scores = self.maps.flatten()[: math.prod(shape)].view(shape)[..., : self.seqlen_k]
-        into = self.gradients.attn_mask
-        if part.first_sample == part.first_row == 0:
-            into.zero_()
-        for dim, first, size in ((0, part.first_sample, part.samples), (2, part.first_row, part.rows)):
-            into = into.narrow(dim, first, size) if into.shape[dim] > 1 else into
-        shared = [dim for dim in range(4) if into.shape[dim] == 1]
-        into += grad_scores.sum(shared, keepdim=True, dtype=torch.float32) if shared else grad_scores
 
     def _launch(
         self, kernel: Any, part: common.Part, blocks: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
