@@ -48,7 +48,7 @@ def test_default_configurations_compile_without_faults(release: str, group: str)
     report = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(report.stdout)
     assert report.returncode == 0, report.stdout + report.stderr
-    kernels = [tuple(line.split()[6:8]) for line in report.stdout.splitlines() if line.startswith(" sm_")]
+    kernels = [tuple(line.split()[6:8]) for line in report.stdout.splitlines() if line.lstrip().startswith("sm_")]
     unmasked = Counter(kernel for mask, kernel in kernels if mask == "none")
     problems = len(archs) * 3 * len(norms) * len(dropout)
     for kernel in ("forward", "grad_maps", "grad_query", "grad_key", "unfold"):
