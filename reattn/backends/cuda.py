@@ -93,7 +93,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         return outputs._replace(statistics=finish(problem, inputs, outputs)) if finishes else outputs
     given, inputs = inputs, _readable(problem, inputs)
     query = inputs.query
-    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum)
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
     work = _forward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, inputs[:3])), mask)
     vectors, final = None, outputs.statistics
     params = _params(work.params, problem, inputs, outputs)
@@ -117,7 +117,7 @@ def finish(problem: Problem, inputs: Inputs, unfinished: Outputs) -> Tensor:
     given, inputs = inputs, _readable(problem, inputs)
     final = torch.empty_like(unfinished.statistics)
     strides = tuple(map(Tensor.stride, (*inputs[:3], unfinished.out)))
-    mask = _mask_of(problem, inputs.attn_mask, unfinished.value_sum)
+    mask = _mask_of(problem, inputs.attn_mask, unfinished.value_sum) if problem.mask or problem.is_causal else _NO_MASK
     work = _finish_work(problem, inputs.query.shape, inputs.key.shape, strides, mask)
     params = _params(work.params, problem, inputs, unfinished)
     params.out.data, params.final_statistics = unfinished.out.data_ptr(), final.data_ptr()
@@ -132,7 +132,7 @@ def grad_sums(problem: Problem, grad: Tensor, outputs: Outputs) -> Tensor:
     if not grad.numel():
         return grad.new_zeros(2, problem.heads, dtype=torch.float64)
     grad, out, value_sum = _aligned(grad), _aligned(outputs.out), outputs.value_sum
-    mask = _mask_of(problem, None, value_sum)
+    mask = _mask_of(problem, None, value_sum) if problem.mask or problem.is_causal else _NO_MASK
     work = _grad_sums_work(problem, grad.shape, (grad.stride(), out.stride()), mask)
     params = Params.from_buffer_copy(work.params)
     sums = grad.new_empty(2, problem.heads, dtype=torch.float64)
@@ -163,7 +163,7 @@ def backward(
     if problem.batch_statistics and sums is None:
         out = _aligned(outputs.out)
         strided.append(out)
-    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum)
+    mask = _mask_of(problem, inputs.attn_mask, outputs.value_sum) if problem.mask or problem.is_causal else _NO_MASK
     work = _backward_work(problem, query.shape, inputs.key.shape, tuple(map(Tensor.stride, strided)), mask)
     params = _params(work.params, problem, inputs, outputs)
     params.grad.data = grad.data_ptr()
@@ -239,8 +239,6 @@ _NO_MASK = Mask()
 
 
 def _mask_of(problem: Problem, attn_mask: Tensor | None, value_sum: Tensor) -> Mask:
-    if not problem.masked:
-        return _NO_MASK
     by_row = problem.batch_statistics and (problem.is_causal or value_sum.shape[2] > 1)
     if attn_mask is None:
         return Mask(0, problem.is_causal, seen_by_row=by_row)
