@@ -214,6 +214,23 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
+def assert_defined_by(problem: Problem, definition: Callable[[Problem], Tensor]) -> None:
+    """Fails unless the reference computes a float64 problem, and every gradient, as the definition spells it out."""
+    found = compute(problem, "reference")
+    leaves = {
+        name: tensor.detach().requires_grad_() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in problem.tensors.items()
+    }
+    expected = definition(problem.with_tensors(**leaves))
+    torch.testing.assert_close(found["output"], expected, rtol=1e-10, atol=1e-10)
+    expected.backward(problem.grad)
+    for name, result in found.items():
+        if name.endswith("gradient"):
+            right = leaves[name.removesuffix(" gradient")].grad
+            right = torch.zeros_like(result) if right is None else right
+            torch.testing.assert_close(result, right, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def sizes_of(tensor: Tensor) -> dict[float, float]:
     """The Frobenius norm and the largest element, by norm."""
     return {norm: torch.linalg.vector_norm(tensor.double(), norm).item() if tensor.numel() else 0.0 for norm in NORMS}

@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from fuzz import random_problem
-from parity import BACKENDS, FUSED, MODES, assert_parity, assert_same, compute, device_of, drawn_mask, make_problem
+from parity import (
+    BACKENDS,
+    FUSED,
+    MODES,
+    assert_defined_by,
+    assert_parity,
+    assert_same,
+    compute,
+    device_of,
+    drawn_mask,
+    make_problem,
+)
 from torch.nn import functional as F
 
 from reattn import re_attention
@@ -166,18 +177,7 @@ def definition(problem, scores=None):
 @modes
 def test_the_reference_is_the_definition(kind, mode):
     problem = masked_problem(kind, mode, seqlen_k=21, dtype=torch.float64, parameter_dtype=torch.float64)
-    found = compute(problem, "reference")
-    leaves = {
-        name: tensor.detach().requires_grad_() if tensor is not None and tensor.is_floating_point() else tensor
-        for name, tensor in problem.tensors.items()
-    }
-    expected = definition(problem.with_tensors(**leaves))
-    torch.testing.assert_close(found["output"], expected, rtol=1e-10, atol=1e-10)
-    expected.backward(problem.grad)
-    for name, result in found.items():
-        if name.endswith("gradient"):
-            right = leaves[name.removesuffix(" gradient")].grad
-            torch.testing.assert_close(result, right, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert_defined_by(problem, definition)
 
 
 def test_running_statistics_are_those_of_what_is_visible(backend, device):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import FUSED, MODES, STATISTICS, compute, device_of, make_problem
+from parity import FUSED, MODES, STATISTICS, assert_defined_by, compute, device_of, make_problem
 from test_masks import KINDS, definition
 from torch.autograd import gradcheck
 
@@ -80,19 +80,7 @@ CASES = [
 @pytest.mark.parametrize(("setting", "kind"), CASES)
 def test_the_reference_is_the_definition(setting, kind, mode):
     problem = mixing_problem(mode, kind, **SETTINGS[setting])
-    found = compute(problem, "reference")
-    leaves = {
-        name: tensor.detach().requires_grad_() if tensor is not None and tensor.is_floating_point() else tensor
-        for name, tensor in problem.tensors.items()
-    }
-    expected = spelled_out(problem.with_tensors(**leaves))
-    torch.testing.assert_close(found["output"], expected, rtol=1e-10, atol=1e-10)
-    expected.backward(problem.grad)
-    for name, result in found.items():
-        if name.endswith("gradient"):
-            right = leaves[name.removesuffix(" gradient")].grad
-            right = torch.zeros_like(result) if right is None else right
-            torch.testing.assert_close(result, right, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert_defined_by(problem, spelled_out)
 
 
 @modes
