@@ -210,3 +210,13 @@ def test_export_with_masks(kind, backend, device):
         torch.testing.assert_close(program.module()(x, **given), module(x, **given))
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("reattn.forward.default") == (backend != "reference")
+
+
+@backends
+def test_export_takes_other_masks_than_its_example(backend, device):
+    """One for all queries, expanded, is the example; another for each query is what the program is given then."""
+    module, x = make_module("layer", backend, device).eval(), tokens(device)
+    seqlen = x.shape[1]
+    mask = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device)
+    program = torch.export.export(module, (x,), {"attn_mask": mask[:1].expand(seqlen, seqlen)})
+    torch.testing.assert_close(program.module()(x, attn_mask=mask.tril()), module(x, is_causal=True))
