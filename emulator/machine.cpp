@@ -707,21 +707,24 @@ class Machine {
     each(lanes, [&](int lane) { set(i.to[0], lane, apply(get<uint32_t>(i.of[0], lane), get<uint32_t>(other, lane))); });
   }
 
+  template <class Word>
+  void extract(const Instruction& i, uint32_t lanes) {
+    constexpr uint32_t kBits = 8 * sizeof(Word);
+    each(lanes, [&](int lane) {
+      const uint32_t from = get<uint32_t>(i.of[1], lane) & 0xff, count = get<uint32_t>(i.of[2], lane) & 0xff;
+      const Word a = get<Word>(i.of[0], lane);
+      const Word sign = !is_signed(i.type) || count == 0 ? 0 : a >> std::min(from + count - 1, kBits - 1) & 1;
+      Word value = 0;
+      for (uint32_t bit = 0; bit < kBits; bit++)
+        value |= (bit < count && from + bit < kBits ? a >> (from + bit) & 1 : sign) << bit;
+      set(i.to[0], lane, value);
+    });
+  }
   void bit_fields(const Instruction& i, uint32_t lanes) {
     const auto of = [&](int n, int lane) { return get<uint32_t>(i.of[size_t(n)], lane); };
     switch (i.op) {
       case Op::bfe:
-        if (is_wide(i.type)) unknown(i);
-        return each(lanes, [&](int lane) {
-          const uint32_t from = of(1, lane) & 0xff, count = of(2, lane) & 0xff;
-          const bool is_signed_type = is_signed(i.type);
-          const uint32_t a = of(0, lane), last = std::min(from + count - 1, 31u);
-          const uint32_t sign = !is_signed_type || count == 0 ? 0 : a >> last & 1;
-          uint32_t value = 0;
-          for (uint32_t bit = 0; bit < 32; bit++)
-            value |= (bit < count && from + bit < 32 ? a >> (from + bit) & 1 : sign) << bit;
-          set(i.to[0], lane, value);
-        });
+        return is_wide(i.type) ? extract<uint64_t>(i, lanes) : extract<uint32_t>(i, lanes);
       case Op::bfi:
         if (is_wide(i.type)) unknown(i);
         return each(lanes, [&](int lane) {

@@ -101,6 +101,8 @@ def floats(snippet, *values, **options):
         ("shr.u32 %r9, %r1, %r2;", -8, 28, 0, 15),
         ("bfe.u32 %r9, %r1, 8, 4;", 0xABC, 0, 0, 0xA),
         ("bfe.s32 %r9, %r1, 8, 4;", 0xABC, 0, 0, -6),
+        ("mov.b64 %rd4, {%r1, %r2}; bfe.u64 %rd5, %rd4, 24, 16; cvt.u32.u64 %r9, %rd5;", 0x12000000, 0x34, 0, 0x3412),
+        ("mov.b64 %rd4, {%r1, %r2}; bfe.s64 %rd5, %rd4, 56, 8; cvt.u32.u64 %r9, %rd5;", 0, -2 << 24, 0, -2),
         ("bfi.b32 %r9, %r1, %r2, 4, 8;", 0xAB, 0xFFFF, 0, 0xFABF),
         ("prmt.b32 %r9, %r1, %r2, %r3;", 0x33221100, 0x77665544, 0x7610, 0x77661100),
         ("prmt.b32 %r9, %r1, %r2, %r3;", 0x80, 0, 0x8888, 0xFFFFFFFF),

@@ -140,6 +140,24 @@ def test_parity(kind, mode, sizes, dtype, backend, device):
     assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device), backend)
 
 
+def head_cases():
+    """Every head count in every dtype; kinds, modes and architectures in turn."""
+    for index, (heads, dtype) in enumerate(itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 17, 32), FLOATS)):
+        kind, mode = list(KINDS)[index % len(KINDS)], list(MODES)[(index + index // 10) % 4]
+        arch, head_dim = (90, 80)[index % 2], (32, 33, 64, 80)[(index + index // 3) % 4]
+        name = f"{heads}x{head_dim}-{dtype}-{kind}-{mode}-sm_{arch}"
+        yield pytest.param(heads, head_dim, FLOATS[dtype], kind, mode, arch, id=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", FUSED[:2])
+@pytest.mark.parametrize(("heads", "head_dim", "dtype", "kind", "mode", "arch"), list(head_cases()))
+def test_every_head_count(heads, head_dim, dtype, kind, mode, arch, backend, device, compiled_for):
+    compiled_for(arch)
+    sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 21, "seqlen_k": 26, "batch": 2}
+    assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device), backend)
+
+
 def definition(problem, scores=None):
     """What the operator is with a mask, in float64, term by term; of other scores than query and key give."""
     t, options = problem.tensors, problem.options
