@@ -309,7 +309,7 @@ def cuda_cases(archs: list[int], quick: bool, norms: Sequence[str], dropout: Seq
     """All of the default shapes, in 16 bits, and of others every fourth; ``quick``: every fourth of the defaults."""
     defaults = [(dtype, 12, head_dim) for dtype in ("bfloat16", "float16") for head_dim in (32, 33, 35, 64)]
     others = [case[1:4] for case in cases([90], False, ["none"], ["without"])]
-    others = [other for other in others if other not in defaults]
+    others = [other for other in dict.fromkeys(others) if other not in defaults]
     found = []
     for problems, every in ((defaults, 4 if quick else 1), ([] if quick else others, 4)):
         choices = itertools.product(archs, enumerate(problems), norms, dropout)
