@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from reattn.backends import FUSED
 from reattn.backends.common import empty_heads_last, empty_outputs
@@ -152,6 +153,36 @@ def _one_by_one(op: Any) -> Any:
 for _name in ("forward", "backward"):
     _op = getattr(torch.ops.reattn, _name).default
     torch.library.register_vmap(f"reattn::{_name}", _one_by_one(_op), lib=_library)
+
+
+def _count_flops() -> None:
+    """Tells torch's FlopCounterMode of the products in the definition, which are those of the reference: query and key,
+    mixing, maps and value; two for each in the backward pass. As for torch's own attention, masks save nothing.
+
+    What a fused backend computes again in its backward pass is not counted: it is no part of the definition.
+    """
+    try:
+        from torch.utils import flop_counter
+    except Exception:  # it imports Triton, and a broken one raises anything; nobody counts with it then
+        return
+
+    def forward(query: torch.Size, key: torch.Size, value: torch.Size, theta: torch.Size, *_: Any, **__: Any) -> int:
+        batch, heads, seqlen, head_dim = query
+        return 2 * batch * seqlen * key[2] * heads * (2 * head_dim + theta[1])
+
+    def backward(grad: torch.Size, grad_sums: torch.Size | None, *shapes: Any, **_: Any) -> int:
+        return 2 * forward(*shapes)
+
+    packets = torch.ops.reattn.forward, torch.ops.reattn.backward, torch.ops.reattn.backward_into
+    for packet, formula in zip(packets, (forward, backward, backward), strict=True):
+        flop_counter.register_flop_formula(packet)(formula)
+    # A counter knows what was registered when it was made: one that counts already, as reattn is imported, is told too.
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(counter := getattr(mode, "counter", None), flop_counter.FlopCounterMode):
+            counter.flop_registry |= {packet: flop_counter.flop_registry[packet] for packet in packets}
+
+
+_count_flops()
 
 
 def autocast_enabled(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from parity import FUSED, MODES, compute, device_of, make_problem
 from torch.autograd import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from reattn import ReAttention, ops, re_attention
 from reattn.backends import FUSED as BACKENDS
@@ -543,3 +544,34 @@ def test_momentum_out_of_range(momentum, device):
     problem = make_problem("batch-training", device=device, momentum=momentum)
     with pytest.raises(ValueError, match=f"momentum must be None or in \\[0, 1\\], got {momentum}"):
         re_attention(**problem.tensors, **problem.options)
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("qk_norm", "compiled"), [(False, False), (True, False), (False, True)], ids=["packed", "maps", "compiled"]
+)
+def test_flops_are_those_of_the_reference(qk_norm, compiled, backend, device):
+    """What FlopCounterMode counts of a forward pass, and of both: the products in the definition."""
+    counts = {}
+    for name in (backend, "reference"):
+        module = ReAttention(32, 4, qk_norm=qk_norm, backend=name, device=device)
+        x = torch.randn(2, 10, 32, device=device, requires_grad=True)
+        function = torch.compile(module, backend="aot_eager") if compiled else module
+        function(x).sum().backward()  # what the compiler itself does is not counted
+        forward = count_flops(lambda function=function, x=x: function(x))
+        counts[name] = forward, count_flops(lambda function=function, x=x: function(x).sum().backward())
+    projections, attention = 2 * 20 * 32 * (96 + 32), 2 * 2 * 10 * 10 * 4 * (8 + 4 + 8)
+    assert counts[backend] == counts["reference"] == (projections + attention, 3 * (projections + attention))
+
+
+def test_flops_are_those_without_a_mask(backend, device):
+    """As torch counts its own attention."""
+    module = ReAttention(32, 4, backend=backend, device=device)
+    x, mask = torch.randn(2, 10, 32, device=device), torch.rand(10, 10, device=device) > 0.5
+    expected = count_flops(lambda: module(x).sum().backward())
+    assert count_flops(lambda: module(x, mask, is_causal=True).sum().backward()) == expected
