@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reattn import layouts, reference
-from reattn.checks import NORMS
+from reattn.checks import NORMS, check_tokens
 from reattn.functional import re_attention
 
 
@@ -151,6 +151,7 @@ class ReAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks as in
         :func:`reattn.re_attention`."""
+        check_tokens(x, getattr(self.qkv, "in_features", None))
         x = self.pre_norm(x)
         query: Tensor
         key: Tensor | None = None
@@ -187,6 +188,7 @@ class ReAttention(nn.Module):
         For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
         the statistics are those of ``x``).
         """
+        check_tokens(x, getattr(self.qkv, "in_features", None))
         query, key, _ = self.project(self.pre_norm(x))
         norm = self._norm_arguments()
         if norm.get("training"):
