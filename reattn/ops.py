@@ -174,7 +174,8 @@ def _count_flops() -> None:
         return 2 * forward(*shapes)
 
     packets = torch.ops.reattn.forward, torch.ops.reattn.backward, torch.ops.reattn.backward_into
-    for packet, formula in zip(packets, (forward, backward, backward), strict=True):
+    formulas: tuple[Any, ...] = forward, backward, backward
+    for packet, formula in zip(packets, formulas, strict=True):
         flop_counter.register_flop_formula(packet)(formula)
     # A counter knows what was registered when it was made: one that counts already, as reattn is imported, is told too.
     for mode in _get_current_dispatch_mode_stack():
