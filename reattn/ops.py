@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from reattn.backends import FUSED
 from reattn.backends.common import empty_heads_last, empty_outputs
@@ -55,9 +55,28 @@ _library.define(
 )
 
 
+def recomputes() -> bool:
+    """Whether a backward pass runs. What it calls forward has run before: that is activation checkpointing, of
+    whichever kind, and would count a batch twice in the running statistics."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def throw_away(statistics: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Copies, to be updated in the place of the running statistics."""
+    with _disable_current_modes():  # selective checkpointing compares the operations of both passes
+        return [None if tensor is None else tensor.clone() for tensor in statistics]
+
+
+def _to_update(inputs: Inputs, options: dict[str, Any]) -> Inputs:
+    if options["training"] and recomputes():
+        mean, var, count = throw_away((inputs.running_mean, inputs.running_var, inputs.num_batches_tracked))
+        return inputs._replace(running_mean=mean, running_var=var, num_batches_tracked=count)
+    return inputs
+
+
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs = Inputs(*tensors)
+    inputs = _to_update(Inputs(*tensors), options)
     outputs = FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
     if options["training"] and not options["synchronised"]:
         _note_update(inputs)
@@ -66,7 +85,7 @@ def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
 
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
+    inputs, outputs = _to_update(Inputs(*tensors[:_INPUTS]), options), Outputs(*tensors[_INPUTS:])
     statistics = FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
     _note_update(inputs)
     return statistics

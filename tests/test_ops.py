@@ -1,13 +1,17 @@
 """The operator as torch ops: one a direction, few launches, schemas that hold, and no second derivative in silence."""
 
+import copy
+import functools
 import importlib
 
 import pytest
 import torch
+from parity import BACKENDS as BACKEND_NAMES
 from parity import FUSED, MODES, compute, device_of, make_problem
 from torch.autograd import functional
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from reattn import ReAttention, ops, re_attention
@@ -262,6 +266,48 @@ def test_checkpointing_draws_the_same_mask(mode, backend, device):
         output.backward(problem.grad)
         grads.append(query.grad)
     assert torch.equal(*grads)
+
+
+def checkpointed_by(how, module):
+    """What calls a module with activation checkpointing of one kind."""
+    if how == "compiled inside":
+        module = torch.compile(module, backend="aot_eager")
+    if how == "wrapper":
+        return checkpoint_wrapper(module)
+    options = {"use_reentrant": how == "reentrant"}
+    if how == "selective":
+        keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
+    return functools.partial(checkpoint, module, **options)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective", "wrapper"])
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_checkpointing_counts_a_batch_once(backend, how, momentum, device):
+    """Statistics, output and gradients are those without; torch's BatchNorm2d would count every batch twice."""
+    assert_counted_once(backend, how, momentum, device)
+
+
+def test_checkpointing_of_what_is_compiled(backend, device):
+    """The ops tell a first pass from another themselves. Compiled plain PyTorch, the reference's too, cannot."""
+    assert_counted_once(backend, "compiled inside", 0.1, device)
+
+
+def assert_counted_once(backend, how, momentum, device):
+    torch.manual_seed(0)
+    module = ReAttention(32, 4, norm_momentum=momentum, backend=backend, device=device)
+    other = copy.deepcopy(module)
+    found = {}
+    for each, function in ((module, module), (other, checkpointed_by(how, other))):
+        for seed in range(2):
+            x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+            output = function(x)
+            output.square().sum().backward()
+        found[each] = {"output": output, "input": x.grad, "theta": each.theta.grad, **dict(each.named_buffers())}
+    assert found[module]["head_norm.num_batches_tracked"] == 2
+    for name, expected in found[module].items():
+        torch.testing.assert_close(found[other][name], expected, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def without_running(problem, mode):
