@@ -7,15 +7,37 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 NORMS = ("batch", "layer", None)
+# To whom converts what is no longer plain.
+CONVERT_FIRST = "convert first, then wrap, adapt, distribute or quantise, or undo that (peft: merge_and_unload)"
 
 
 def class_name(value: object) -> str:
     """Of what class a value is, in full: there is more than one Linear, and more than one Tensor."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something happens beside ``forward`` where a module is called."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
+def unlike_linear(part: object) -> str | None:
+    """What makes of a module more than the weight and bias of a Linear, which are all that is taken of it: None, if it
+    is one and nothing else."""
+    if type(part) is not nn.Linear:
+        return class_name(part)
+    if has_hooks(part):
+        return "one with hooks"
+    foreign = [name for name, _ in part.named_parameters() if name not in ("weight", "bias")]
+    if foreign:
+        return f"one with parameters {', '.join(foreign)}"
+    return None if type(part.weight) is nn.Parameter else f"one whose weight is a {class_name(part.weight)}"
 
 
 def check_tokens(x: object, dim: int | None) -> None:
