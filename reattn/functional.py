@@ -180,7 +180,7 @@ def re_attention(
             )
         else:
             if theta is None:
-                theta = torch.eye(problem.heads, device=problem.device)
+                theta = ops.identity(query)
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             inputs = inputs._replace(attn_mask=attn_mask)
             out = ops.re_attention(name, problem, inputs, process_group, packed)

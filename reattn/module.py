@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reattn import layouts, reference
 from reattn.checks import NORMS, check_tokens
 from reattn.functional import re_attention
+from reattn.sharded import with_all_heads
 
 
 class ReAttention(nn.Module):
@@ -158,7 +159,7 @@ class ReAttention(nn.Module):
         value: Tensor | None = None
         if self.num_heads == self.num_heads_out and _idle(self.q_norm) and _idle(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            query = with_all_heads(self.qkv(x), 3 * self.attn_dim).unflatten(-1, (3, self.num_heads, self.head_dim))
         else:
             query, key, value = self.project(x)
         out = re_attention(
@@ -225,7 +226,8 @@ class ReAttention(nn.Module):
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
         counts = (self.num_heads, self.num_heads, self.num_heads_out)
-        maps = self.qkv(x).unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
+        projected = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
+        maps = projected.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
         query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
 

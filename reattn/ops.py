@@ -11,14 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from reattn import sharded
 from reattn.backends import FUSED
 from reattn.backends.common import empty_heads_last, empty_outputs
 from reattn.backends.contract import Gradients, Inputs, Outputs
@@ -26,6 +28,8 @@ from reattn.problem import Problem
 
 _library = torch.library.Library("reattn", "DEF")
 _INPUTS = len(Inputs._fields)
+# What is no subclass of torch's tensors, as DTensor is.
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 _PARAMETERS = "Tensor theta, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
 _STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, "
@@ -228,7 +232,9 @@ def re_attention(
     ``packed (batch, seqlen, 3, heads, head_dim)``: of which query, key and value are views; it is what has a gradient
     then.
     """
-    if problem.dropout_p > 0.0:
+    if (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, inputs))) and sharded.is_sharded(*inputs):
+        return sharded.re_attention(partial(re_attention, backend), problem, inputs, group, packed)
+    if problem.dropout_p > 0.0 and inputs.seed is None:
         inputs = inputs._replace(seed=draw_seed(problem.device))
     options = _options(backend, problem)
     if not torch.compiler.is_compiling():
@@ -243,8 +249,16 @@ def re_attention(
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key, value ``(batch, heads, seqlen, head_dim)``, views of ``(batch, seqlen, 3, heads, head_dim)``."""
+    if type(packed) is not Tensor and sharded.is_sharded(packed):
+        packed = sharded.by_sample(packed)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
+
+
+def identity(query: Tensor) -> Tensor:
+    """Theta that mixes nothing, ``(heads, heads)``, in float32."""
+    theta = torch.eye(query.shape[1], device=query.device)
+    return sharded.replicated_like(theta, query) if sharded.is_sharded(query) else theta
 
 
 def _options(backend: str, problem: Problem) -> dict[str, Any]:
