@@ -47,7 +47,7 @@ def check_tokens(x: object, dim: int | None) -> None:
             which = f"a nested Tensor of {x.size(0)}" if x.is_nested else f"one with layout {x.layout}"
             how = "pad it, and hide the padding by attn_mask" if x.is_nested else "x.to_dense()"
             raise ValueError(f"x must be a dense Tensor (batch, seqlen, dim), got {which}: {how}")
-        if x.ndim != 3 or dim not in (None, x.shape[2]):
+        if x.ndim != 3 or (dim is not None and x.shape[2] != dim):  # no `in`: the size may be symbolic
             raise ValueError(f"x must have shape (batch, seqlen, {dim or 'dim'}), got {_told(x, dim)}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a floating dtype, got {x.dtype}")
@@ -63,7 +63,7 @@ def _told(x: Tensor, dim: int | None) -> str:
     how = None
     if x.ndim == 2:
         how = "x[None] is a batch of one"
-    elif x.ndim == 4 and dim in (None, shape[3]):
+    elif x.ndim == 4 and (dim is None or dim == shape[3]):
         how = "x.flatten(1, 2) makes one sequence of rows and columns"
     elif x.ndim == 4 and dim == shape[1]:
         how = "x.flatten(2).mT makes one sequence of rows and columns"
