@@ -128,6 +128,15 @@ def check_factor(name: str, factor: object) -> None:
         )
 
 
+def check_called(name: str, function: object, **instead: object) -> None:
+    """A function that is called on the maps, and None for what it stands in for."""
+    if not callable(function):
+        raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    for other, option in instead.items():
+        if option is not None:
+            raise ValueError(f"{other} must not be given where {name} is called on the maps, got {name}={function!r}")
+
+
 def check_norm(
     query: Tensor,
     key: Tensor,

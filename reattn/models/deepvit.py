@@ -5,17 +5,16 @@ State dict keys are the official ones, except inside ``attn``, where :class:`rea
 """
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from reattn.module import ReAttention
+from reattn.module import ReAttention, discard_running_statistics, dropout_arguments
 from reattn.reference import masked_softmax
 
 STEM_CHANNELS = 64
@@ -82,20 +81,6 @@ def resample_pos_embed(
     return torch.cat([prefix, patches], dim=1)
 
 
-@contextmanager
-def discard_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms of ``module`` update throw-away copies of their running statistics."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [dict(norm._buffers) for norm in norms]
-    try:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
-
-
 def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     """``block(*inputs)``, recomputed in the backward pass instead of keeping its activations.
 
@@ -136,7 +121,9 @@ class DropPath(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head softmax attention, with the shapes, keywords and ``qkv``/``proj`` keys of :class:`ReAttention`.
 
-    Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between.
+    Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between. Another module
+    than Dropout in the place of ``attn_drop``, or one with hooks, is called on the softmax maps ``(batch, num_heads,
+    seqlen, seqlen)``, which are stored then.
 
     Args:
         dim: channels of the input and the output.
@@ -192,11 +179,14 @@ class SelfAttention(nn.Module):
             later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
             hidden = False if attn_mask.dtype == torch.bool else float("-inf")
             attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+        dropout = dropout_arguments(self.attn_drop)
+        if "attn_drop" in dropout or isinstance(x, fx.Proxy):
+            maps = masked_softmax(query * self.head_dim**-0.5, key, attn_mask, is_causal)
+            out = self.attn_drop(maps) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **dropout)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    @torch.no_grad()
     def attention_maps(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
