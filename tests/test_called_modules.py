@@ -420,3 +420,18 @@ def test_functions():
     out = re_attention(query, key, value, theta, norm=torch.tanh, attn_drop=torch.square, scale=0.5)
     maps = torch.einsum("bhij,hg->bgij", (query @ key.mT * 0.5).softmax(-1).square(), theta).tanh()
     torch.testing.assert_close(out, maps @ value)
+
+
+def test_every_module_of_a_model_is_called():
+    """But for those that the fused operator stands in for: whoever hooks or wraps one finds it in use."""
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": HEADS}
+    for options in ({"patch_norm": True, "qk_norm": True}, {"conv_stem": True}, {"attention": "self"}):
+        model = DeepViT(**sizes, **options).eval()
+        every = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+        called = set()
+        for name, module in model.named_modules():
+            if not name.endswith(("attn_drop", "head_norm")):
+                module.register_forward_hook(lambda *_, name=name: called.add(name))
+        model(torch.randn(2, 3, 16, 16))
+        missing = every - called
+        assert {name.rsplit(".", 1)[-1] for name in missing} <= {"attn_drop", "head_norm"}, missing

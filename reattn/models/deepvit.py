@@ -292,8 +292,8 @@ class PatchEmbed(nn.Module):
         if self.pre_norm is None or self.norm is None:
             return self.proj(images)
         patches = F.pixel_unshuffle(images, self.patch_size).permute(0, 2, 3, 1)
-        embedding = F.linear(self.pre_norm(patches), self.proj.weight.flatten(1), self.proj.bias)
-        return self.norm(embedding).permute(0, 3, 1, 2)
+        normed = F.pixel_shuffle(self.pre_norm(patches).permute(0, 3, 1, 2), self.patch_size)
+        return self.norm(self.proj(normed).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvStem(nn.Module):
