@@ -7,13 +7,83 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 NORMS = ("batch", "layer", None)
+# To whom converts what is no longer plain.
+CONVERT_FIRST = "convert first, then wrap, adapt, distribute or quantise, or undo that (peft: merge_and_unload)"
+
+
+def class_name(value: object) -> str:
+    """Of what class a value is, in full: there is more than one Linear, and more than one Tensor."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something happens beside ``forward`` where a module is called."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
+def unlike_linear(part: object) -> str | None:
+    """What makes of a module more than the weight and bias of a Linear, which are all that is taken of it: None, if it
+    is one and nothing else."""
+    if type(part) is not nn.Linear:
+        return class_name(part)
+    if has_hooks(part):
+        return "one with hooks"
+    foreign = [name for name, _ in part.named_parameters() if name not in ("weight", "bias")]
+    if foreign:
+        return f"one with parameters {', '.join(foreign)}"
+    return None if type(part.weight) is nn.Parameter else f"one whose weight is a {class_name(part.weight)}"
+
+
+def check_tokens(x: object, dim: int | None) -> None:
+    """``x (batch, seqlen, dim)``, floating and dense; dim None: any. Proxies of ``torch.fx`` are not looked at."""
+    if isinstance(x, Tensor):
+        if x.is_nested or x.layout is not torch.strided:
+            which = f"a nested Tensor of {x.size(0)}" if x.is_nested else f"one with layout {x.layout}"
+            how = "pad it, and hide the padding by attn_mask" if x.is_nested else "x.to_dense()"
+            raise ValueError(f"x must be a dense Tensor (batch, seqlen, dim), got {which}: {how}")
+        # Not by `in`, which torch.compile takes to differ from a size that it does not know.
+        if x.ndim != 3 or (dim is not None and x.shape[2] != dim):
+            raise ValueError(f"x must have shape (batch, seqlen, {dim or 'dim'}), got {_told(x, dim)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must have a floating dtype, got {x.dtype}")
+        if x.shape[1] < 1:
+            raise ValueError(f"x must hold at least one token, got {tuple(x.shape)}")
+    elif not isinstance(x, torch.fx.Proxy):
+        raise TypeError(f"x must be a Tensor (batch, seqlen, dim), got {class_name(x)}")
+
+
+def _told(x: Tensor, dim: int | None) -> str:
+    """The shape of what is no ``(batch, seqlen, dim)``, and what makes it one."""
+    shape = tuple(x.shape)
+    how = None
+    if x.ndim == 2:
+        how = "x[None] is a batch of one"
+    elif x.ndim == 4 and dim in (None, shape[3]):
+        how = "x.flatten(1, 2) makes one sequence of rows and columns"
+    elif x.ndim == 4 and dim == shape[1]:
+        how = "x.flatten(2).mT makes one sequence of rows and columns"
+    elif x.ndim == 3 and dim == shape[1]:
+        how = "x.mT has the channels last"
+    return f"{shape}: {how}" if how else f"{shape}"
+
+
+def _check_not_nested(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} must be a dense Tensor, got a nested one of {tensor.size(0)}: pad it, and hide the padding by "
+            "attn_mask"
+        )
 
 
 def check_packed(packed: Tensor) -> None:
     """Query, key and value packed: ``(batch, seqlen, 3, heads, head_dim)``."""
+    _check_not_nested("query", packed)
     if packed.ndim != 5 or packed.shape[2] != 3:
         raise ValueError(
             "query must have shape (batch, seqlen, 3, heads, head_dim) where key and value are None, got "
@@ -34,7 +104,8 @@ def check_maps(query: Tensor, key: Tensor | None, value: Tensor | None, theta: o
     heads that theta makes."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a Tensor, got {class_name(tensor)}")
+        _check_not_nested(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} must have shape (batch, heads, seqlen, head_dim), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -69,7 +140,7 @@ def check_heads(query: Tensor, value: Tensor, tensors: Mapping[str, Tensor | Non
         if name.endswith("theta"):
             expected = (heads, *expected)
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a Tensor, got {class_name(tensor)}")
         if tuple(tensor.shape) != expected:
             whom = f"query's {heads} heads" if before or heads == heads_out else f"value's {heads_out} heads"
             raise ValueError(f"{name} must have shape {expected} to match {whom}, got {tuple(tensor.shape)}")
@@ -87,11 +158,11 @@ def check_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: object, is_
     """``attn_mask`` None, boolean or floating, on the query's device, and broadcastable to the maps before and after
     mixing; ``is_causal`` a bool."""
     if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+        raise TypeError(f"is_causal must be a bool, got {class_name(is_causal)}")
     if attn_mask is None:
         return
     if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a Tensor, got {type(attn_mask).__name__}")
+        raise TypeError(f"attn_mask must be a Tensor, got {class_name(attn_mask)}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must have dtype bool or a floating one, got {attn_mask.dtype}")
     maps = (*query.shape[:3], key.shape[2])
@@ -115,7 +186,7 @@ def check_numbers(**options: object) -> None:
     for name, option in options.items():
         # The first test is the fast one.
         if type(option) is not float and not isinstance(option, (numbers.Real, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"{name} must be a number, got {type(option).__name__}")
+            raise TypeError(f"{name} must be a number, got {class_name(option)}")
 
 
 def check_factor(name: str, factor: object) -> None:
@@ -156,7 +227,7 @@ def check_norm(
         raise ValueError("running_mean and running_var must be given together, got one of them")
     if num_batches_tracked is not None:
         if not isinstance(num_batches_tracked, Tensor):
-            raise TypeError(f"num_batches_tracked must be a Tensor, got {type(num_batches_tracked).__name__}")
+            raise TypeError(f"num_batches_tracked must be a Tensor, got {class_name(num_batches_tracked)}")
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
             raise TypeError(
                 "num_batches_tracked must be one int64, got "

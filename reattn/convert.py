@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reattn import reference, x_transformers
+from reattn.checks import CONVERT_FIRST, class_name, has_hooks, unlike_linear
 from reattn.models.deepvit import select_blocks
 from reattn.module import ReAttention
 
@@ -28,8 +29,12 @@ _PARTS = ("qkv", "proj", "q_norm", "k_norm", "norm", "gate", "attn_drop", "proj_
 # CaiT's linear layers over the heads, before and after the softmax.
 _TALKING_HEADS = ("proj_l", "proj_w")
 _FORWARD_ARGUMENTS = ("attn_mask", "is_causal")
+# Wrappers that know the parameters of what they wrapped, and would leave out new ones.
+_WRAPPERS = {"DistributedDataParallel", "DDP", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+_WRAPPERS |= {"GradSampleModule"}
 # Agreement on a probe, relative to the largest output: rounding, against another formula altogether.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
+_COARSE = 5e-2  # of bfloat16, and of whatever is quantised
 _MAP_ELEMENTS = 2**25
 
 
@@ -64,13 +69,13 @@ def to_re_attention(
 
     Args:
         model: any module that holds attention layers of the form of timm's ViT ``Attention``: ``qkv`` and ``proj``
-            (Linear), ``num_heads``, and, where there are any, ``q_norm``, ``k_norm``, ``norm``, ``gate``,
-            ``attn_drop``, ``proj_drop``, ``proj_l``, ``proj_w``, ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``,
-            with ``attn_mask`` and ``is_causal`` at most. Any floating dtype and device, both kept, and so are the
-            training mode and ``requires_grad`` of what is moved. :class:`reattn.models.DeepViT` with
-            ``attention="self"`` is one. Or a model of x-transformers (1.39 and later) whose layers are plain
-            attention, causal or not, with talking heads, masks and biases of the scores or without: no rotary
-            embeddings, no cache.
+            (Linear, or called like one: with LoRA's adapters, quantised), ``num_heads``, and, where there are any,
+            ``q_norm``, ``k_norm``, ``norm``, ``gate``, ``attn_drop``, ``proj_drop``, ``proj_l``, ``proj_w``,
+            ``scale``; ``forward(x)``, ``x (batch, seqlen, dim)``, with ``attn_mask`` and ``is_causal`` at most. Any
+            floating dtype and device, both kept, and so are the training mode and ``requires_grad`` of what is moved.
+            :class:`reattn.models.DeepViT` with ``attention="self"`` is one. Or a model of x-transformers (1.39 and
+            later) whose layers are plain attention, causal or not, with talking heads, masks and biases of the scores
+            or without: no rotary embeddings, no cache.
         blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
             the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
             stay as they are. Attention that pools tokens (timm's ``AttentionPool...``, CaiT's class attention) is not
@@ -87,14 +92,15 @@ def to_re_attention(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``norm`` or ``blocks`` does not fit, there is no layer to convert, or a layer has no equivalent
+        ValueError: ``norm`` or ``blocks`` does not fit, there is no layer to convert, ``model`` is wrapped by what
+            would not know the new parameters (DistributedDataParallel, FSDP, ...), or a layer has no equivalent
             (relative positions, rotary embeddings, dropout after the talking heads, ...): the message gives the path
             and the reason for each. The model is then as it was.
 
     Source: DeepViT (arXiv 2103.11886), section 4, for the layer; the way in is this package's own.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {class_name(model)}")
     if norm == "layer":
         raise ValueError(
             "norm must be 'batch' or None, got 'layer': LayerNorm over the heads removes their mean and scale at every "
@@ -103,15 +109,16 @@ def to_re_attention(
     if norm not in ("batch", None):
         raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
     if _is_attention(model):
-        raise ValueError(f"model must hold attention layers to replace, got one itself ({type(model).__name__})")
+        raise ValueError(f"model must hold attention layers to replace, got one itself ({class_name(model)})")
     layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
     if not layers:
         raise ValueError(
             f"model must hold attention layers with num_heads and one of {', '.join(_PROJECTIONS)}, "
-            f"got {type(model).__name__} without any"
+            f"got {class_name(model)} without any"
         )
     paths = [list(layers)[index] for index in select_blocks(blocks, len(layers), "blocks")]
     paths = [path for path in paths if not isinstance(layers[path], ReAttention)]
+    _refuse_wrappers(model, paths)
 
     reasons: dict[tuple[str, str], list[str]] = {}
     replacements: dict[int, nn.Module] = {}
@@ -126,7 +133,7 @@ def to_re_attention(
             converted.backend = backend
             replacements[id(layer)] = replacement
         if reason:
-            reasons.setdefault((type(layer).__name__, reason), []).append(path)
+            reasons.setdefault((class_name(layer), reason), []).append(path)
     if reasons:
         raise ValueError("model holds attention layers that have no equivalent in re-attention: " + _listed(reasons))
     # By identity: a layer that is used in two places becomes one layer used in two places.
@@ -170,7 +177,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
         if isinstance(module, ReAttention) and isinstance(module.head_norm, _BatchNorm)
     }
     if not layers:
-        raise ValueError(f"model must hold a ReAttention with norm='batch', got {type(model).__name__} without any")
+        raise ValueError(f"model must hold a ReAttention with norm='batch', got {class_name(model)} without any")
     for path, layer in layers.items():
         for part in ("weight", "bias", "running_mean", "running_var"):
             if getattr(layer.head_norm, part) is None:
@@ -218,6 +225,8 @@ def _not_convertible(layer: nn.Module) -> str | None:
         return "it has hooks, which would be lost"
     if x_transformers.is_attention(layer):
         return x_transformers.not_convertible(layer)
+    if any(_is_attention(part) for part in layer.modules() if part is not layer):
+        return f"it wraps another attention layer: {CONVERT_FIRST}"
     arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     foreign = [str(argument).split(":")[0].split("=")[0] for argument in arguments]
     foreign = [name for name in foreign if name not in _FORWARD_ARGUMENTS]
@@ -231,22 +240,38 @@ def _not_convertible(layer: nn.Module) -> str | None:
     if foreign:
         return f"it holds {', '.join(foreign)}"
     for name in ("qkv", "proj"):
-        if not isinstance(part := getattr(layer, name, None), nn.Linear):
-            return f"{name} must be a Linear, not {type(part).__name__}"
-    qkv, proj, heads = layer.qkv, layer.proj, layer.num_heads
-    assert isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)
+        # ReAttention does nothing but call them.
+        part = getattr(layer, name, None)
+        if not all(isinstance(getattr(part, size, None), int) for size in ("in_features", "out_features")):
+            return (
+                f"{name} must be a torch.nn.Linear, or have in_features and out_features like one, "
+                f"got {class_name(part)}: {CONVERT_FIRST}"
+            )
+    for parameter, tensor in layer.named_parameters():
+        if "DTensor" in class_name(tensor):
+            return f"{parameter} must be no {class_name(tensor)} yet: {CONVERT_FIRST}"
+    qkv, proj, heads = (getattr(layer, name) for name in ("qkv", "proj", "num_heads"))
     if qkv.out_features != 3 * proj.in_features or proj.in_features % heads:
         return (
             f"qkv must put out three times what proj takes in, for {heads} heads, "
             f"not {qkv.out_features} and {proj.in_features}"
         )
-    if not isinstance(getattr(layer, "attn_drop", None), (nn.Dropout, nn.Identity, type(None))):
-        return f"attn_drop must be a Dropout, not {type(layer.attn_drop).__name__}"
+    drop = getattr(layer, "attn_drop", None)
+    if not isinstance(drop, (nn.Dropout, nn.Identity, type(None))):
+        return f"attn_drop must be a torch.nn.Dropout, got {class_name(drop)}"
+    if isinstance(drop, nn.Identity) and has_hooks(drop):
+        return "its attn_drop, an Identity, has hooks, which would be lost"
     for name in _TALKING_HEADS:
         part = getattr(layer, name, None)
-        if part is not None and not (isinstance(part, nn.Linear) and part.weight.shape == (heads, heads)):
-            return f"{name} must be a Linear from {heads} heads to as many, not {part}"
-    if hasattr(layer, "proj_w") and getattr(getattr(layer, "attn_drop", None), "p", 0.0) > 0.0:
+        if part is None:
+            continue
+        if unlike := unlike_linear(part):
+            return (
+                f"{name} must be a plain torch.nn.Linear from {heads} heads to as many, got {unlike}: {CONVERT_FIRST}"
+            )
+        if part.weight.shape != (heads, heads):
+            return f"{name} must be a torch.nn.Linear from {heads} heads to as many, got {part}"
+    if hasattr(layer, "proj_w") and getattr(drop, "p", 0.0) > 0.0:
         return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
     return None
 
@@ -254,7 +279,7 @@ def _not_convertible(layer: nn.Module) -> str | None:
 def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: float | None) -> ReAttention:
     """A ReAttention of the parts of ``layer``, which keeps them too."""
     qkv, proj, heads = layer.qkv, layer.proj, layer.num_heads
-    factory = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
+    factory = _factory(layer)
     converted = ReAttention(
         qkv.in_features,
         heads,
@@ -289,6 +314,20 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
     return converted
 
 
+def _factory(layer: Any) -> dict[str, Any]:
+    """Device and dtype of the new parameters of a layer: those of the floating tensors that it has, the projection's
+    first. What is quantised may have none."""
+    tensors = [tensor for part in (layer.qkv, layer) for tensor in (*part.parameters(), *part.buffers())]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    return {"device": (floating or tensors or [torch.empty(0)])[0].device, "dtype": dtype}
+
+
+def _is_quantised(part: nn.Module) -> bool:
+    """Whether the input of a projection is rounded, or may be: it has no plain floating parameter."""
+    return not any(type(p) is nn.Parameter and p.is_floating_point() for name, p in part.named_parameters())
+
+
 def _transposed(weight: Tensor) -> nn.Parameter:
     """A linear layer's weight over the heads, ``(out, in)``, as theta."""
     return nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
@@ -298,11 +337,11 @@ def _transposed(weight: Tensor) -> nn.Parameter:
 def _disagreement(layer: nn.Module, converted: ReAttention, replacement: nn.Module) -> str | None:
     """Why ``layer`` is no softmax attention, whatever its parts look like; None if it and its replacement, in which
     ``converted`` computes, give the same on a probe."""
-    weight = converted.qkv.weight
-    if weight.is_meta:
+    factory = _factory(converted)
+    if factory["device"].type == "meta":
         return None
     shape = (2, 7, converted.qkv.in_features)
-    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**factory)
     converted.backend = "reference"
     with _in_eval_mode(layer), _in_eval_mode(replacement):
         try:
@@ -313,9 +352,27 @@ def _disagreement(layer: nn.Module, converted: ReAttention, replacement: nn.Modu
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
     largest = expected.abs().max().item()
-    if not (got - expected).abs().max().item() <= _TOLERANCES.get(weight.dtype, 5e-2) * largest:
+    tolerance = _TOLERANCES.get(factory["dtype"], _COARSE)
+    if _is_quantised(converted.qkv) or _is_quantised(converted.proj):
+        # The least difference in what they are given may round it to another number.
+        tolerance = _COARSE
+    if not (got - expected).abs().max().item() <= tolerance * largest:
         return f"its output for an input of shape {shape} is not that of softmax attention"
     return None
+
+
+def _refuse_wrappers(model: nn.Module, paths: Iterable[str]) -> None:
+    """``ValueError`` where a layer lies in, or holds, a wrapper that would not know its new parameters."""
+    for at, module in model.named_modules():
+        if _WRAPPERS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+            continue
+        for path in paths:
+            if not at or at == path or path.startswith(f"{at}.") or at.startswith(f"{path}."):
+                found = f"{class_name(module)} at {at or 'model'}"
+                raise ValueError(
+                    f"model must not be wrapped yet, got {found}, which would leave out the new parameters of {path}: "
+                    f"{CONVERT_FIRST}"
+                )
 
 
 def _listed(reasons: dict[tuple[str, str], list[str]]) -> str:

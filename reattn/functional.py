@@ -168,6 +168,8 @@ def re_attention(
     statistics = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
     with ops.without_autocast(query.device):
         if name == "reference":
+            if problem.batch_statistics and not torch.compiler.is_compiling() and ops.recomputes():
+                statistics = dict(zip(statistics, ops.throw_away(statistics.values()), strict=True))
             out = reference.re_attention(
                 query,
                 key,
@@ -193,7 +195,7 @@ def re_attention(
             )
         else:
             if theta is None:
-                theta = torch.eye(problem.heads, device=problem.device)
+                theta = ops.identity(query)
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             inputs = inputs._replace(attn_mask=attn_mask)
             out = ops.re_attention(name, problem, inputs, process_group, packed)

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from reattn import layouts, reference
-from reattn.checks import NORMS
+from reattn.checks import NORMS, check_tokens
 from reattn.functional import name_of, re_attention
+from reattn.sharded import with_all_heads
 
 
 class ReAttention(nn.Module):
@@ -164,9 +165,11 @@ class ReAttention(nn.Module):
         :func:`reattn.re_attention`.
 
         Raises:
-            ValueError: with a mask, ``head_norm`` is called and takes statistics of its own over what is hidden.
+            TypeError, ValueError: ``x`` is no batch of tokens; or, with a mask, ``head_norm`` is called and takes
+                statistics of its own over what is hidden.
             RuntimeError: ``backend`` names a fused one, and a module is called on the maps.
         """
+        check_tokens(x, getattr(self.qkv, "in_features", None))
         x = self.pre_norm(x)
         if isinstance(x, fx.Proxy):
             if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
@@ -178,7 +181,7 @@ class ReAttention(nn.Module):
         one_piece = self.num_heads == self.num_heads_out and not nn.modules.module._has_any_global_hook()
         if one_piece and is_plain(self.q_norm) and is_plain(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            query = with_all_heads(self.qkv(x), 3 * self.attn_dim).unflatten(-1, (3, self.num_heads, self.head_dim))
         else:
             query, key, value = self.project(x)
         out = re_attention(
@@ -226,6 +229,7 @@ class ReAttention(nn.Module):
         the statistics are those of ``x``). Differentiable in ``x`` and the parameters; maps that the module's own
         output depends on are what hooks on ``attn_drop`` and ``head_norm`` get.
         """
+        check_tokens(x, getattr(self.qkv, "in_features", None))
         query, key, _ = self.project(self.pre_norm(x))
         norm = self._norm_arguments(masked=attn_mask is not None or is_causal)
         if norm.get("training"):
@@ -263,7 +267,8 @@ class ReAttention(nn.Module):
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
         counts = (self.num_heads, self.num_heads, self.num_heads_out)
-        maps = self.qkv(x).unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
+        projected = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
+        maps = projected.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
         query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from reattn import sharded
 from reattn.backends import FUSED
 from reattn.backends.common import empty_heads_last, empty_outputs
 from reattn.backends.contract import Gradients, Inputs, Outputs
@@ -25,6 +28,8 @@ from reattn.problem import Problem
 
 _library = torch.library.Library("reattn", "DEF")
 _INPUTS = len(Inputs._fields)
+# What is no subclass of torch's tensors, as DTensor is.
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 _PARAMETERS = "Tensor theta, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
 _STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, "
@@ -54,9 +59,28 @@ _library.define(
 )
 
 
+def recomputes() -> bool:
+    """Whether a backward pass runs. What it calls forward has run before: that is activation checkpointing, of
+    whichever kind, and would count a batch twice in the running statistics."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def throw_away(statistics: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Copies, to be updated in the place of the running statistics."""
+    with _disable_current_modes():  # selective checkpointing compares the operations of both passes
+        return [None if tensor is None else tensor.clone() for tensor in statistics]
+
+
+def _to_update(inputs: Inputs, options: dict[str, Any]) -> Inputs:
+    if options["training"] and recomputes():
+        mean, var, count = throw_away((inputs.running_mean, inputs.running_var, inputs.num_batches_tracked))
+        return inputs._replace(running_mean=mean, running_var=var, num_batches_tracked=count)
+    return inputs
+
+
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs = Inputs(*tensors)
+    inputs = _to_update(Inputs(*tensors), options)
     outputs = FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
     if options["training"] and not options["synchronised"]:
         _note_update(inputs)
@@ -65,7 +89,7 @@ def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
 
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
+    inputs, outputs = _to_update(Inputs(*tensors[:_INPUTS]), options), Outputs(*tensors[_INPUTS:])
     statistics = FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
     _note_update(inputs)
     return statistics
@@ -154,6 +178,37 @@ for _name in ("forward", "backward"):
     torch.library.register_vmap(f"reattn::{_name}", _one_by_one(_op), lib=_library)
 
 
+def _count_flops() -> None:
+    """Tells torch's FlopCounterMode of the products in the definition, which are those of the reference: query and key,
+    mixing, maps and value; two for each in the backward pass. As for torch's own attention, masks save nothing.
+
+    What a fused backend computes again in its backward pass is not counted: it is no part of the definition.
+    """
+    try:
+        from torch.utils import flop_counter
+    except Exception:  # it imports Triton, and a broken one raises anything; nobody counts with it then
+        return
+
+    def forward(query: torch.Size, key: torch.Size, value: torch.Size, theta: torch.Size, *_: Any, **__: Any) -> int:
+        batch, heads, seqlen, head_dim = query
+        return 2 * batch * seqlen * key[2] * heads * (2 * head_dim + theta[1])
+
+    def backward(grad: torch.Size, grad_sums: torch.Size | None, *shapes: Any, **_: Any) -> int:
+        return 2 * forward(*shapes)
+
+    packets = torch.ops.reattn.forward, torch.ops.reattn.backward, torch.ops.reattn.backward_into
+    formulas: tuple[Any, ...] = forward, backward, backward
+    for packet, formula in zip(packets, formulas, strict=True):
+        flop_counter.register_flop_formula(packet)(formula)
+    # A counter knows what was registered when it was made: one that counts already, as reattn is imported, is told too.
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(counter := getattr(mode, "counter", None), flop_counter.FlopCounterMode):
+            counter.flop_registry |= {packet: flop_counter.flop_registry[packet] for packet in packets}
+
+
+_count_flops()
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for a device, which need not know of it."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -177,7 +232,9 @@ def re_attention(
     ``packed (batch, seqlen, 3, heads, head_dim)``: of which query, key and value are views; it is what has a gradient
     then.
     """
-    if problem.dropout_p > 0.0:
+    if (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, inputs))) and sharded.is_sharded(*inputs):
+        return sharded.re_attention(partial(re_attention, backend), problem, inputs, group, packed)
+    if problem.dropout_p > 0.0 and inputs.seed is None:
         inputs = inputs._replace(seed=draw_seed(problem.device))
     options = _options(backend, problem)
     if not torch.compiler.is_compiling():
@@ -192,8 +249,16 @@ def re_attention(
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key, value ``(batch, heads, seqlen, head_dim)``, views of ``(batch, seqlen, 3, heads, head_dim)``."""
+    if type(packed) is not Tensor and sharded.is_sharded(packed):
+        packed = sharded.by_sample(packed)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
+
+
+def identity(query: Tensor) -> Tensor:
+    """Theta that mixes nothing, ``(heads, heads)``, in float32."""
+    theta = torch.eye(query.shape[1], device=query.device)
+    return sharded.replicated_like(theta, query) if sharded.is_sharded(query) else theta
 
 
 def _options(backend: str, problem: Problem) -> dict[str, Any]:

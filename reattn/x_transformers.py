@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattn.checks import CONVERT_FIRST, has_hooks, unlike_linear
 from reattn.module import ReAttention
 
 _PARTS = ("to_q", "to_k", "to_v", "to_out", "attend")
@@ -78,9 +79,12 @@ def is_attention(module: nn.Module) -> bool:
 
 def not_convertible(layer: Any) -> str | None:
     """Why a layer cannot be :class:`ReAttention`: whatever it has beside plain attention with talking heads."""
-    heads, projections = layer.heads, [getattr(layer, name) for name in _PARTS[:4]]
-    if not all(isinstance(projection, nn.Linear) for projection in projections):
-        return f"{', '.join(_PARTS[:4])} must be Linear"
+    heads = layer.heads
+    for name in _PARTS[:4]:
+        if unlike := unlike_linear(getattr(layer, name)):
+            return f"{name} must be a plain torch.nn.Linear, got {unlike}: {CONVERT_FIRST}"
+    if any(has_hooks(part) for part in layer.attend.modules()):
+        return "attend has hooks, which would be lost"
     pre, post = (getattr(layer.attend, name, None) is not None for name in _TALKING_HEADS)
     with torch.device("meta"):
         plain = type(layer)(

@@ -336,6 +336,7 @@ def test_autocast():
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["group", "frozen", "layer-to-rms"])
 def test_compiled(name):
     norm, build, _ = REPLACED[name]
@@ -344,6 +345,7 @@ def test_compiled(name):
     torch.testing.assert_close(compiled(tokens()), module(tokens()))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_with_hooks():
     module, seen = attention().eval(), []
     module.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output.shape))
@@ -431,7 +433,7 @@ def test_every_module_of_a_model_is_called():
         called = set()
         for name, module in model.named_modules():
             if not name.endswith(("attn_drop", "head_norm")):
-                module.register_forward_hook(lambda *_, name=name: called.add(name))
+                module.register_forward_hook(lambda *_, name=name, called=called: called.add(name))
         model(torch.randn(2, 3, 16, 16))
         missing = every - called
         assert {name.rsplit(".", 1)[-1] for name in missing} <= {"attn_drop", "head_norm"}, missing

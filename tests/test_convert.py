@@ -207,11 +207,13 @@ def test_talking_heads_of_cait(norm):
 
 
 def test_talking_heads_that_have_no_equivalent():
-    with pytest.raises(ValueError, match=r"0.attn and 2 more \(CaitAttention\): its attn_drop drops after mixing"):
+    with pytest.raises(
+        ValueError, match=r"0.attn and 2 more \(talking_heads.CaitAttention\): its attn_drop drops after mixing"
+    ):
         to_re_attention(vit(CaitAttention, drop=0.1))
     model = vit(CaitAttention)
     model[1].attn.proj_w = nn.Linear(HEADS, 5)
-    with pytest.raises(ValueError, match=r"1.attn \(CaitAttention\): proj_w must be a Linear from 3 heads to as many"):
+    with pytest.raises(ValueError, match=r"1.attn \(\S+CaitAttention\): proj_w must be a torch.nn.Linear from 3 heads"):
         to_re_attention(model)
 
 
@@ -272,7 +274,7 @@ def vit_of_separate(build=SeparateAttention, **options):
 def test_layers_of_x_transformers_that_are_not_plain(monkeypatch):
     model = vit_of_separate(max_attend_past=4, dropout=0.1)
     reason = "it is no plain attention with talking heads by its max_attend_past"
-    with pytest.raises(ValueError, match=rf"0 and 1 more \(SeparateAttention\): {reason}"):
+    with pytest.raises(ValueError, match=rf"0 and 1 more \(talking_heads.SeparateAttention\): {reason}"):
         to_re_attention(model)
     model = vit_of_separate()
     model[1].to_v_gate, model[1].attend.attn_fn = nn.Linear(DIM, DIM), F.relu
@@ -280,7 +282,19 @@ def test_layers_of_x_transformers_that_are_not_plain(monkeypatch):
         to_re_attention(model)
     model = vit_of_separate()
     model[1].to_out = nn.Identity()
-    with pytest.raises(ValueError, match="1 .*to_q, to_k, to_v, to_out must be Linear"):
+    with pytest.raises(
+        ValueError, match="1 .*to_out must be a plain torch.nn.Linear, got torch.nn.modules.linear.Identity"
+    ):
+        to_re_attention(model)
+    model = vit_of_separate()
+    nn.utils.parametrizations.weight_norm(model[1].to_q)
+    with pytest.raises(
+        ValueError, match="1 .*to_q must be a plain .* got torch.nn.utils.parametrize.ParametrizedLinear"
+    ):
+        to_re_attention(model)
+    model = vit_of_separate()
+    model[1].attend.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="1 .*attend has hooks, which would be lost"):
         to_re_attention(model)
     # Before 1.39 the scores were replaced.
     model = vit_of_separate()
@@ -379,7 +393,9 @@ def test_calibration_of_a_trained_model_moves_statistics_only():
 
 
 def test_calibration_errors():
-    with pytest.raises(ValueError, match="model must hold a ReAttention with norm='batch', got Sequential without any"):
+    with pytest.raises(
+        ValueError, match="model must hold a ReAttention with norm='batch', got .*Sequential without any"
+    ):
         calibrate(to_re_attention(vit(), norm=None), tokens())
     with pytest.raises(ValueError, match="images must reach every layer to be calibrated, got none for 0.attn, 1.attn"):
         calibrate(to_re_attention(vit()), [])
@@ -424,6 +440,43 @@ class Grouped(Attention):
         self.qkv = nn.Linear(DIM, 2 * DIM)
 
 
+class NamedAlike(Attention):
+    class Linear(nn.Module):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = self.Linear()
+
+
+class DropsItsOwn(Attention):
+    class Dropout(nn.Module):
+        def forward(self, maps):
+            return maps
+
+    def __init__(self):
+        super().__init__()
+        self.attn_drop = self.Dropout()
+
+
+class Hooked(Attention):
+    def __init__(self):
+        super().__init__()
+        self.attn_drop = nn.Identity()
+        self.attn_drop.register_forward_hook(lambda *_: None)
+
+
+class Compiled(nn.Module):
+    """As torch.compile and peft wrap a module: what it holds can be read from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.wrapped = Attention()
+
+    num_heads = property(lambda self: self.wrapped.num_heads)
+    qkv = property(lambda self: self.wrapped.qkv)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -431,7 +484,14 @@ class Grouped(Attention):
         (Rotary, "its forward takes rope"),
         (OverChannels, r"its output for an input of shape \(2, 7, 24\) is not that of softmax attention"),
         (Windows, r"it does not take an input of shape \(2, 7, 24\): not enough values"),
-        (Pointwise, "proj must be a Linear, not Conv1d"),
+        (Pointwise, "proj must be a torch.nn.Linear, or have in_features .* got torch.nn.modules.conv.Conv1d: convert"),
+        (
+            NamedAlike,
+            "qkv must be a torch.nn.Linear, or have .* got test_convert.NamedAlike.Linear: convert first, then",
+        ),
+        (DropsItsOwn, "attn_drop must be a torch.nn.Dropout, got test_convert.DropsItsOwn.Dropout"),
+        (Hooked, "its attn_drop, an Identity, has hooks"),
+        (Compiled, "it wraps another attention layer: convert first"),
         (Grouped, "qkv must put out three times what proj takes in, for 3 heads, not 48 and 24"),
     ],
 )
@@ -439,7 +499,7 @@ def test_what_has_no_equivalent_is_named_and_nothing_changed(kind, reason):
     model = vit(depth=4)
     model[1].attn, model[3].attn = kind(), kind()
     before = list(model.modules())
-    message = rf"no equivalent in re-attention: 1.attn and 1 more \({kind.__name__}\): {reason}"
+    message = rf"no equivalent in re-attention: 1.attn and 1 more \(test_convert.{kind.__name__}\): {reason}"
     with pytest.raises(ValueError, match=message):
         to_re_attention(model)
     assert list(model.modules()) == before
@@ -447,12 +507,130 @@ def test_what_has_no_equivalent_is_named_and_nothing_changed(kind, reason):
     assert len(layers(model)) == 2
 
 
+class Adapted(nn.Module):
+    """A Linear with an adapter of rank 2, as in LoRA."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+        self.down, self.up = nn.Linear(self.in_features, 2, bias=False), nn.Linear(2, self.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Quantised(nn.Module):
+    """A Linear of whole numbers, its weight a method, as in torch.ao.nn.quantized.dynamic."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("packed", (linear.weight.detach() * 100).round().to(torch.int8))
+
+    def weight(self):
+        return self.packed / 100
+
+    def forward(self, x):
+        step = x.abs().amax() / 127
+        return F.linear((x / step).round() * step, self.weight())
+
+
+class FourBits(nn.Linear):
+    """A Linear whose weight is bytes, as in bitsandbytes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        whole = (linear.weight.detach() * 20).round().clamp(-8, 7) + 8
+        self.weight = nn.Parameter(whole.to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, (self.weight - 8.0) / 20, self.bias)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("wrap", [Adapted, Quantised, FourBits, nn.utils.parametrizations.weight_norm])
+def test_projections_that_are_linear_but_for_the_name(wrap, norm):
+    """They are called and nothing else, so whatever they do stays."""
+    model = vit()
+    for block in model:
+        block.attn.qkv, block.attn.proj = wrap(block.attn.qkv), wrap(block.attn.proj)
+    projections = [block.attn.qkv for block in model]
+    expected = model(tokens())
+    to_re_attention(model, norm=norm)
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-4, atol=1e-2 if wrap is Quantised else 1e-5)
+    assert [block.attn.qkv for block in model] == projections
+    assert all(layer.theta.dtype == torch.float32 for layer in layers(model))
+
+
+def test_adapters_of_peft():
+    import_timm()  # and torchvision, which peft imports
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False)).eval()
+    expected = model(tokens())
+    to_re_attention(model, norm=None)
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.merge_and_unload()(tokens()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"])
+@pytest.mark.parametrize("where", ["model", "1", "1.attn.qkv"])
+def test_wrappers_that_would_not_know_the_new_parameters_are_refused(where, wrapper):
+    """Their gradients would stay those of one process, and nobody would say so."""
+
+    class Wrapped(type(wrapper, (nn.Module,), {})):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = nn.Sequential(*vit())
+    if where == "model":
+        model = Wrapped(model)
+    else:
+        model.set_submodule(where, Wrapped(model.get_submodule(where)))
+    with pytest.raises(
+        ValueError, match=rf"model must not be wrapped yet, got test_convert.*Wrapped at {where}, which"
+    ):
+        to_re_attention(model)
+    if where != "model":
+        to_re_attention(model, blocks=[0, 2])
+        assert len(layers(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            nn.utils.parametrizations.weight_norm,
+            "a plain .* got torch.nn.utils.parametrize.ParametrizedLinear: convert",
+        ),
+        (Adapted, "a plain .* got test_convert.Adapted: convert"),
+        (lambda linear: linear.register_forward_hook(lambda *_: None), "a plain .* got one with hooks: convert"),
+        (
+            lambda linear: linear.register_parameter("extra", nn.Parameter(linear.bias.detach())),
+            "a plain .* with parameters extra: conv",
+        ),
+        (lambda linear: nn.Linear(HEADS, HEADS + 1), r"a torch.nn.Linear from 3 heads to as many, got Linear\(in_f"),
+    ],
+)
+def test_weights_that_are_read_must_be_all_there_is(change, found):
+    """Of the talking heads' layers the weights are taken: an adapter or a parametrisation would be lost."""
+    model = vit(CaitAttention)
+    for part in ("proj_l", "proj_w"):
+        changed = change(getattr(model[1].attn, part))
+        if isinstance(changed, nn.Module):
+            setattr(model[1].attn, part, changed)
+    with pytest.raises(ValueError, match=rf"1.attn \(talking_heads.CaitAttention\): proj_l must be {found}"):
+        to_re_attention(model)
+
+
 def test_hooks_and_other_attention_are_refused():
     model = vit()
     model[1].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"1.attn \(Attention\): it has hooks"):
+    with pytest.raises(ValueError, match=r"1.attn \(test_convert.Attention\): it has hooks"):
         to_re_attention(model)
-    with pytest.raises(ValueError, match=r"self_attn \(MultiheadAttention\): its forward takes key, value"):
+    with pytest.raises(
+        ValueError, match=r"self_attn \(torch.nn.modules.activation.MultiheadAttention\): its forward takes key, value"
+    ):
         to_re_attention(nn.TransformerEncoderLayer(DIM, HEADS))
 
 
@@ -463,9 +641,13 @@ def test_argument_errors():
         to_re_attention(vit(), norm="group")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         to_re_attention(3)
-    with pytest.raises(ValueError, match="model must hold attention layers .* got Linear without any"):
+    with pytest.raises(
+        ValueError, match="model must hold attention layers .* got torch.nn.modules.linear.Linear without any"
+    ):
         to_re_attention(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"model must hold attention layers to replace, got one itself \(Attention\)"):
+    with pytest.raises(
+        ValueError, match=r"model must hold attention layers to replace, got one itself \(test_convert.Attention\)"
+    ):
         to_re_attention(Attention())
     with pytest.raises(ValueError, match=r"blocks must lie in \[-3, 3\) for 3 blocks, got \[3\]"):
         to_re_attention(vit(), [0, 3])
@@ -535,12 +717,12 @@ def test_cait_of_timm():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("eva02_tiny_patch14_224", r"blocks.0.attn and 11 more \(EvaAttention\): its forward takes rope"),
-        ("xcit_nano_12_p16_224", r"blocks.0.attn and 11 more \(XCA\): it holds temperature"),
-        ("beit_base_patch16_224", r"\(Attention\): its forward takes shared_rel_pos_bias"),
-        ("vit_relpos_small_patch16_224", r"\(RelPosAttention\): its forward takes shared_rel_pos"),
-        ("davit_tiny", r"\(ChannelAttention\): its output .* is not that of softmax attention"),
-        ("resnet18", "got ResNet without any"),
+        ("eva02_tiny_patch14_224", r"blocks.0.attn and 11 more \(\S+\.EvaAttention\): its forward takes rope"),
+        ("xcit_nano_12_p16_224", r"blocks.0.attn and 11 more \(\S+\.XCA\): it holds temperature"),
+        ("beit_base_patch16_224", r"\(\S+\.Attention\): its forward takes shared_rel_pos_bias"),
+        ("vit_relpos_small_patch16_224", r"\(\S+\.RelPosAttention\): its forward takes shared_rel_pos"),
+        ("davit_tiny", r"\(\S+\.ChannelAttention\): its output .* is not that of softmax attention"),
+        ("resnet18", "got timm.models.resnet.ResNet without any"),
     ],
 )
 def test_other_models_of_timm_are_refused(name, message):

@@ -86,8 +86,19 @@ VALID = {
     "norm": "batch",
     "training": True,
 }
+NESTED = torch.nested.nested_tensor([torch.zeros(5, 3, 3, 4)] * 2, layout=torch.jagged)
 INVALID = [
     ({"query": [1.0]}, TypeError, "query must be a Tensor, got list"),
+    (
+        {"query": NESTED, "key": None, "value": None},
+        ValueError,
+        "query must be a dense Tensor, got a nested one of 2: pad it, and hide the padding by attn_mask",
+    ),
+    (
+        {"key": NESTED},
+        ValueError,
+        "key must be a dense Tensor, got a nested one of 2: pad it, and hide the padding by attn_mask",
+    ),
     ({"key": None}, TypeError, "key must be a Tensor, got NoneType"),
     (
         {"value": torch.zeros(2, 6, 4)},

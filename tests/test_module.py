@@ -12,6 +12,7 @@ from talking_heads import CaitAttention, SeparateAttention
 from torch import einsum, nn
 
 from reattn import ReAttention
+from reattn.models.deepvit import Block, SelfAttention
 
 DIM, HEADS, HEAD_DIM, SEQLEN = 24, 3, 8, 10
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -366,6 +367,7 @@ def test_extended_mixing(extension, norm):
     assert all(not torch.equal(copied.state_dict()[name], before[name]) for name in drawn)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_extended_mixing_is_compiled_and_exported():
     for options in EXTENDED.values():
         module = ReAttention(DIM, HEADS, norm="layer", **options).eval()
@@ -549,6 +551,43 @@ def test_autocast(norm, backend, device):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ReAttention(DIM, **({"num_heads": HEADS} | options))
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([torch.zeros(3, DIM), torch.zeros(5, DIM)], layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nested(torch.jagged), "a dense Tensor (batch, seqlen, dim), got a nested Tensor of 2: pad it"),
+        (lambda: nested(torch.strided), "a dense Tensor (batch, seqlen, dim), got a nested Tensor of 2: pad it"),
+        (lambda: torch.zeros(2, 5, DIM).to_sparse(), "a dense Tensor (batch, seqlen, dim), got one with layout"),
+        (lambda: torch.zeros(2, 3, 4, DIM), "shape (batch, seqlen, 24), got (2, 3, 4, 24): x.flatten(1, 2) makes"),
+        (lambda: torch.zeros(2, DIM, 3, 4), "shape (batch, seqlen, 24), got (2, 24, 3, 4): x.flatten(2).mT makes"),
+        (lambda: torch.zeros(6, DIM), "shape (batch, seqlen, 24), got (6, 24): x[None] is a batch of one"),
+        (lambda: torch.zeros(2, DIM, 5), "shape (batch, seqlen, 24), got (2, 24, 5): x.mT has the channels last"),
+        (lambda: torch.zeros(2, 5, 23), "shape (batch, seqlen, 24), got (2, 5, 23)"),
+        (lambda: torch.zeros(DIM), "shape (batch, seqlen, 24), got (24,)"),
+        (lambda: torch.zeros(2, 5, DIM, dtype=torch.int64), "a floating dtype, got torch.int64"),
+        (lambda: torch.zeros(2, 0, DIM), "at least one token, got (2, 0, 24)"),
+        (lambda: torch.zeros(2, 5, DIM).numpy(), "a Tensor (batch, seqlen, dim), got numpy.ndarray"),
+    ],
+)
+def test_what_is_no_batch_of_tokens_is_named(make, message):
+    """Wherever tokens come in, before any layer of torch's says something of its own."""
+    x = make()
+    attentions = [ReAttention(DIM, HEADS), ReAttention(DIM, HEADS, pre_norm=True), SelfAttention(DIM, HEADS)]
+    blocks = [Block(attention, DIM, DIM) for attention in attentions]
+    for function in (*attentions, *blocks, *(attention.attention_maps for attention in attentions)):
+        with pytest.raises((TypeError, ValueError), match="^x must (have|be|hold) " + re.escape(message)):
+            function(x)
+
+
+@backends
+def test_no_images_at_all(backend, device):
+    module = ReAttention(DIM, HEADS, backend=backend, device=device).eval()
+    assert module(torch.zeros(0, 5, DIM, device=device)).shape == (0, 5, DIM)
 
 
 def test_unknown_backend_is_named_when_it_is_used():

@@ -1,13 +1,18 @@
 """The operator as torch ops: one a direction, few launches, schemas that hold, and no second derivative in silence."""
 
+import copy
+import functools
 import importlib
 
 import pytest
 import torch
+from parity import BACKENDS as BACKEND_NAMES
 from parity import FUSED, MODES, compute, device_of, make_problem
 from torch.autograd import functional
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from reattn import ReAttention, ops, re_attention
 from reattn.backends import FUSED as BACKENDS
@@ -261,6 +266,48 @@ def test_checkpointing_draws_the_same_mask(mode, backend, device):
         output.backward(problem.grad)
         grads.append(query.grad)
     assert torch.equal(*grads)
+
+
+def checkpointed_by(how, module):
+    """What calls a module with activation checkpointing of one kind."""
+    if how == "compiled inside":
+        module = torch.compile(module, backend="aot_eager")
+    if how == "wrapper":
+        return checkpoint_wrapper(module)
+    options = {"use_reentrant": how == "reentrant"}
+    if how == "selective":
+        keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
+    return functools.partial(checkpoint, module, **options)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective", "wrapper"])
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_checkpointing_counts_a_batch_once(backend, how, momentum, device):
+    """Statistics, output and gradients are those without; torch's BatchNorm2d would count every batch twice."""
+    assert_counted_once(backend, how, momentum, device)
+
+
+def test_checkpointing_of_what_is_compiled(backend, device):
+    """The ops tell a first pass from another themselves. Compiled plain PyTorch, the reference's too, cannot."""
+    assert_counted_once(backend, "compiled inside", 0.1, device)
+
+
+def assert_counted_once(backend, how, momentum, device):
+    torch.manual_seed(0)
+    module = ReAttention(32, 4, norm_momentum=momentum, backend=backend, device=device)
+    other = copy.deepcopy(module)
+    found = {}
+    for each, function in ((module, module), (other, checkpointed_by(how, other))):
+        for seed in range(2):
+            x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+            output = function(x)
+            output.square().sum().backward()
+        found[each] = {"output": output, "input": x.grad, "theta": each.theta.grad, **dict(each.named_buffers())}
+    assert found[module]["head_norm.num_batches_tracked"] == 2
+    for name, expected in found[module].items():
+        torch.testing.assert_close(found[other][name], expected, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def without_running(problem, mode):
@@ -543,3 +590,34 @@ def test_momentum_out_of_range(momentum, device):
     problem = make_problem("batch-training", device=device, momentum=momentum)
     with pytest.raises(ValueError, match=f"momentum must be None or in \\[0, 1\\], got {momentum}"):
         re_attention(**problem.tensors, **problem.options)
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("qk_norm", "compiled"), [(False, False), (True, False), (False, True)], ids=["packed", "maps", "compiled"]
+)
+def test_flops_are_those_of_the_reference(qk_norm, compiled, backend, device):
+    """What FlopCounterMode counts of a forward pass, and of both: the products in the definition."""
+    counts = {}
+    for name in (backend, "reference"):
+        module = ReAttention(32, 4, qk_norm=qk_norm, backend=name, device=device)
+        x = torch.randn(2, 10, 32, device=device, requires_grad=True)
+        function = torch.compile(module, backend="aot_eager") if compiled else module
+        function(x).sum().backward()  # what the compiler itself does is not counted
+        forward = count_flops(lambda function=function, x=x: function(x))
+        counts[name] = forward, count_flops(lambda function=function, x=x: function(x).sum().backward())
+    projections, attention = 2 * 20 * 32 * (96 + 32), 2 * 2 * 10 * 10 * 4 * (8 + 4 + 8)
+    assert counts[backend] == counts["reference"] == (projections + attention, 3 * (projections + attention))
+
+
+def test_flops_are_those_without_a_mask(backend, device):
+    """As torch counts its own attention."""
+    module = ReAttention(32, 4, backend=backend, device=device)
+    x, mask = torch.randn(2, 10, 32, device=device), torch.rand(10, 10, device=device) > 0.5
+    expected = count_flops(lambda: module(x).sum().backward())
+    assert count_flops(lambda: module(x, mask, is_causal=True).sum().backward()) == expected

@@ -244,7 +244,7 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
     if COMPILES:
         code += "\nimport reattn._cpu\nprint(reattn._cpu.__file__)"
     finished = run_python("-c", code, cwd=elsewhere, PYTHONPATH=str(site))
-    assert finished.returncode == 0, finished.stderr
+    assert finished.returncode == 0 and "RuntimeWarning" not in finished.stderr, finished.stderr
     assert finished.stdout.splitlines() == [
         str(site / "reattn" / "__init__.py"),
         str(site / "reattn" / "kernels" / "__init__.py"),
@@ -252,6 +252,26 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
         "None",
         *([str(site / EXTENSION)] if COMPILES else []),
     ]
+
+
+def test_source_tree_that_is_imported_uninstalled_says_so(tmp_path):
+    """What Python finds after a plain ``pip install .`` where it is started in the clone."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "reattn", tree / "reattn", ignore=lambda *a: {*is_clutter(*a), "kernels", "csrc"} & {*a[1]})
+    code = (
+        "import sys, warnings\n"
+        # An editable install of this tree maps the kernels of any.
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import reattn\n"
+        "print(reattn.__file__, *(warning.message for warning in caught if 'reattn' in str(warning)), sep='\\n')"
+    )
+    bare = run_python("-c", code, cwd=tree)
+    assert bare.returncode == 0, bare.stderr
+    file, warning = bare.stdout.splitlines()
+    assert file == str(tree / "reattn" / "__init__.py")
+    assert warning.startswith(f"reattn is imported from the source tree {tree / 'reattn'}, which holds no kernels")
+    assert "pip install -e ." in warning
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from reattn.checks import check_tokens
 from reattn.module import ReAttention, discard_running_statistics, dropout_arguments
 from reattn.reference import masked_softmax
 
@@ -166,6 +167,7 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check_tokens(x, getattr(self.qkv, "in_features", None))
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         return self.q_norm(query), self.k_norm(key), value
@@ -242,6 +244,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
@@ -251,6 +254,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim)`` in and out; the masks go to the attention."""
+        check_tokens(x, self.dim)
         # Whatever stands in the place of the attention may take no mask.
         masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         scale = self.residual_scale
