@@ -44,9 +44,9 @@ def with_all_heads(projected: Any, width: int) -> Any:
         projected = by_sample(projected)
     if projected.shape[-1] != width:
         raise ValueError(
-            f"qkv must put out {width} features, got {projected.shape[-1]}; heads cannot lie on several ranks, for "
-            "mixing couples them: in a plan of parallelize_module, take ColwiseParallel(output_layouts=Replicate()) for "
-            "qkv and RowwiseParallel(input_layouts=Replicate()) for proj"
+            f"qkv must put out {width} features, got {projected.shape[-1]}: heads cannot lie on several ranks, for "
+            "mixing couples them; in a plan of parallelize_module, take ColwiseParallel(output_layouts=Replicate()) "
+            "for qkv and RowwiseParallel(input_layouts=Replicate()) for proj"
         )
     return projected
 
@@ -111,6 +111,7 @@ def re_attention(
 
 def _check(inputs: Inputs, group: dist.ProcessGroup | None) -> None:
     query: Any = inputs.query
+    tensor: Any
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         if tensor is None or tensor is query:
             continue

@@ -7,13 +7,17 @@ import conftest  # noqa: F401 - what it puts in a GPU's place, in the processes 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from parity import BACKENDS, STATISTICS, compute, device_of, make_problem
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from reattn import ReAttention
+from reattn import ReAttention, re_attention
 from reattn.backends import BACKENDS as BACKENDS_BY_NAME
 from reattn.models import DeepViT
 from reattn.models.deepvit import Block
@@ -99,6 +103,76 @@ def sharded(kind):
     return fully_shard(model, mp_policy=policy)
 
 
+# Where a DTensor lies: on all ranks, by samples, by tokens, by heads.
+PLACEMENTS = {"replicated": Replicate(), "samples": Shard(0), "tokens": Shard(1), "features": Shard(2)}
+NORMS = ("batch", "layer")
+HEADS_ARE_GATHERED = {
+    "qkv": ColwiseParallel(output_layouts=Replicate()),
+    "proj": RowwiseParallel(input_layouts=Replicate()),
+}
+
+
+def make_with(norm):
+    torch.manual_seed(0)
+    return ReAttention(24, 3, norm=norm, backend="cpu")
+
+
+def gathered(found):
+    """Results of :func:`step`, their DTensors as the tensors that they stand for."""
+    if isinstance(found, dict):
+        return {name: gathered(each) for name, each in found.items()}
+    return found.full_tensor().detach() if isinstance(found, DTensor) else found.detach()
+
+
+def distributed_tensors(mesh, rank):
+    """Everything that two processes compute of DTensors; the CPU backend alone, for they are none of a backend's."""
+    results = {}
+
+    def replicate(tensor):
+        return distribute_tensor(tensor, mesh, [Replicate()])
+
+    for name, placement in PLACEMENTS.items():
+        for norm in NORMS:
+            module = distribute_module(make_with(norm), mesh)
+            results["dtensor", name, norm] = gathered(step(module, distribute_tensor(tokens("cpu"), mesh, [placement])))
+    compiled = torch.compile(module := distribute_module(make_with("batch"), mesh), fullgraph=True, backend="aot_eager")
+    compiled(distribute_tensor(tokens("cpu"), mesh, [Shard(0)])).square().sum().backward()
+    results["dtensor compiled"] = gathered({name: p.grad for name, p in module.named_parameters()})
+    model = distribute_module(make_model("cpu", "cpu"), mesh)
+    results["dtensor model"] = gathered(step(model, distribute_tensor(images("cpu"), mesh, [Shard(0)])))
+    plan = {f"blocks.*.attn.{name}": style for name, style in HEADS_ARE_GATHERED.items()}
+    plan |= {"blocks.*.mlp.fc1": ColwiseParallel(), "blocks.*.mlp.fc2": RowwiseParallel()}
+    parallel = parallelize_module(make_model("cpu", "cpu"), mesh, plan)
+    results["parallel model"] = gathered(step(parallel, images("cpu")))
+
+    # Heads on several ranks, an uneven batch, and dropout by ranks whose generators are in different states.
+    query = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(2))
+    for placement in (Shard(0), Shard(1), Shard(3)):
+        maps = distribute_tensor(query, mesh, [placement])
+        results["dtensor maps", str(placement)] = re_attention(maps, maps, maps, backend="cpu").full_tensor()
+    torch.manual_seed(rank)
+    for name in ("replicated", "samples"):
+        maps = distribute_tensor(query[:1].expand(2, -1, -1, -1), mesh, [PLACEMENTS[name]])
+        dropped = re_attention(maps, maps, maps, replicate(torch.eye(4)), dropout_p=0.5, backend="cpu")
+        results["dtensor dropout", name] = dropped.full_tensor()
+
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    wrong = {
+        "theta": lambda: re_attention(*[replicate(query)] * 3, torch.eye(4), backend="cpu"),
+        "query": lambda: re_attention(query, query, query, replicate(torch.eye(4)), backend="cpu"),
+        "attn_mask": lambda: re_attention(*[replicate(query)] * 3, attn_mask=mask, backend="cpu"),
+        "process_group": lambda: re_attention(
+            *[replicate(query)] * 3, norm="batch", training=True, process_group=dist.group.WORLD, backend="cpu"
+        ),
+        "qkv": lambda: parallelize_module(make_with(None), mesh, {"qkv": ColwiseParallel()})(tokens("cpu")),
+    }
+    for name, call in wrong.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        results["dtensor error", name] = str(caught.value)
+    return results
+
+
 def work(rank, names, folder):
     """Everything that two processes compute, saved as results-<rank>.pt."""
     torch.set_num_threads(1)
@@ -122,6 +196,8 @@ def work(rank, names, folder):
         output = sharded(kind)(images("cpu")[part_of((2, 2), rank)]).float()
         output.square().sum().backward()
         results[kind] = output.detach()
+    if "cpu" in names:
+        results |= distributed_tensors(init_device_mesh("cpu", (2,)), rank)
     torch.save(results, f"{folder}/results-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -193,6 +269,76 @@ def test_converted_module(name, make, batch, backend, ranks, device):
     for key, expected in whole["buffers"].items():
         for part in parts:
             torch.testing.assert_close(part["buffers"][wrapped + key], expected, rtol=1e-4, atol=1e-6)
+
+
+def assert_same(found, expected):
+    """Results of :func:`step`: gradients up to a share of the largest."""
+    for key in ("output", "evaluated"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+    assert_same_gradients(found["gradients"], expected["gradients"])
+    for key, buffer in expected["buffers"].items():
+        torch.testing.assert_close(found["buffers"][key], buffer, rtol=1e-4, atol=1e-6)
+
+
+def assert_same_gradients(found, expected):
+    for key, gradient in expected.items():
+        size = expected[key.replace("theta_bias", "theta")].abs().max().item()
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-3 * size, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_distributed_tensors(placement, norm, ranks):
+    """DTensors compute what one process does, whatever they lie by; so batch statistics are those of the batch."""
+    expected = gathered(step(make_with(norm), tokens("cpu")))
+    for results in ranks:
+        assert_same(results["dtensor", placement, norm], expected)
+
+
+@pytest.mark.extension
+def test_distributed_tensors_are_compiled(ranks):
+    expected = gathered(step(make_with("batch"), tokens("cpu")))
+    assert_same_gradients(ranks[1]["dtensor compiled"], expected["gradients"])
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("kind", ["dtensor model", "parallel model"])
+def test_models_of_distributed_tensors(kind, ranks):
+    """``distribute_module`` on all of a model, and ``parallelize_module`` with a plan in which heads are gathered."""
+    assert_same(ranks[0][kind], gathered(step(make_model("cpu", "cpu"), images("cpu"))))
+
+
+@pytest.mark.extension
+def test_maps_of_distributed_tensors(ranks):
+    query = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(2))
+    expected = F.scaled_dot_product_attention(query, query, query)
+    for placement in (Shard(0), Shard(1), Shard(3)):
+        torch.testing.assert_close(ranks[0]["dtensor maps", str(placement)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.extension
+def test_dropout_of_distributed_tensors(ranks):
+    """Ranks that hold the same draw the same; those that hold others draw others, for samples that are alike."""
+    for name in ("replicated", "samples"):
+        first, second = (results["dtensor dropout", name] for results in ranks)
+        assert torch.equal(first, second)
+        assert not torch.allclose(first[0], first[1], rtol=0.1)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("theta", "theta must be a DTensor, as query is, got torch.Tensor: distribute both"),
+        ("query", "query must be a DTensor, as theta is, got torch.Tensor: distribute both"),
+        ("attn_mask", "attn_mask must be a DTensor, as query is, got torch.Tensor: distribute both"),
+        ("process_group", "process_group must be None for DTensors"),
+        ("qkv", "qkv must put out 72 features, got 36: heads cannot lie on several ranks"),
+    ],
+)
+def test_distributed_tensors_that_do_not_fit(name, message, ranks):
+    assert ranks[0]["dtensor error", name].startswith(message)
 
 
 def test_dropout(backend, ranks):
