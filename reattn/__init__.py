@@ -3,8 +3,8 @@
 
 __version__ = "0.1.0"
 
-from reattn.backends import available_backends
+from reattn.backends import available_backends, use_backend
 from reattn.functional import re_attention
 from reattn.module import ReAttention
 
-__all__ = ["ReAttention", "__version__", "available_backends", "re_attention"]
+__all__ = ["ReAttention", "__version__", "available_backends", "re_attention", "use_backend"]
