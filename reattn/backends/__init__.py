@@ -84,6 +84,11 @@ def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) ->
                 'backend="reference", or "auto", which takes it by itself here; reattn.use_backend and REATTN_BACKEND '
                 'replace "auto"'
             )
+        if file == "ONNX" and (problem.batch_statistics or problem.dropout_p > 0.0):
+            raise RuntimeError(
+                "ONNX holds neither the statistics of a batch nor dropout: call eval() on the model before it is exported "
+                f"(norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
+            )
         return "reference"
     if requested == "auto":
         refusals: dict[str, list[str]] = {}

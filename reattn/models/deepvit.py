@@ -44,6 +44,15 @@ def select_blocks(indices: int | Sequence[int] | None, depth: int, name: str) ->
     return sorted({index % depth for index in indices})
 
 
+def _may_vary(grid: Sequence[int]) -> bool:
+    """Whether this is the grid of an example alone, and what is exported or traced takes others."""
+    if torch.compiler.is_exporting():
+        # With strict=True all sizes look like numbers.
+        return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in grid)
+    # The older ONNX exporter cannot resample.
+    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+
+
 def resample_pos_embed(
     pos_embed: Tensor,
     new_grid: tuple[int, int],
@@ -74,7 +83,7 @@ def resample_pos_embed(
             f"pos_embed of shape {tuple(pos_embed.shape)} holds {num_patches} patch positions, "
             f"which do not fill a grid of {old_grid[0]} x {old_grid[1]}"
         )
-    if old_grid == tuple(new_grid):
+    if not _may_vary(new_grid) and old_grid == tuple(new_grid):
         return pos_embed
     grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
@@ -179,7 +188,8 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = self.qkv(x)
+        qkv = qkv.view(*qkv.shape[:-1], 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         return self.q_norm(query), self.k_norm(key), value
 
@@ -624,7 +634,7 @@ class DeepViT(nn.Module):
         maps = self.patch_embed(images)
         grid = (maps.shape[2], maps.shape[3])
         pos_embed: Tensor = self.pos_embed
-        if self.dynamic_img_size and grid != self.grid_size:
+        if self.dynamic_img_size and (_may_vary(grid) or grid != self.grid_size):
             pos_embed = resample_pos_embed(pos_embed, grid, self.grid_size)
         tokens = torch.cat([self.cls_token.expand(maps.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
         return self.pos_drop(tokens + pos_embed), grid
