@@ -157,8 +157,8 @@ class ReAttention(nn.Module):
         value: Tensor | None = None
         if self.num_heads == self.num_heads_out and _idle(self.q_norm) and _idle(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = self.qkv(x)
-            query = query.view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
+            qkv = self.qkv(x)
+            query = qkv.view(qkv.shape[0], qkv.shape[1], 3, self.num_heads, self.head_dim)
         else:
             query, key, value = self.project(x)
         out = re_attention(
@@ -224,8 +224,8 @@ class ReAttention(nn.Module):
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
         counts = (self.num_heads, self.num_heads, self.num_heads_out)
-        maps = self.qkv(x)
-        maps = maps.view(*maps.shape[:-1], sum(counts), self.head_dim).transpose(1, 2)
+        qkv = self.qkv(x)
+        maps = qkv.view(qkv.shape[0], qkv.shape[1], sum(counts), self.head_dim).transpose(1, 2)
         query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
 

@@ -96,7 +96,7 @@ def re_attention_maps(
         )
     elif norm == "layer":
         heads: Sequence[int] = mixed.shape[1:2]
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             # torch.onnx.export(dynamo=False) needs it as a constant.
             heads = [int(mixed.shape[1])]
         over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, 3), heads, weight, shift, eps)
@@ -113,7 +113,7 @@ def mix_heads(maps: Tensor, theta: Tensor | None, bias: Tensor | None) -> Tensor
     if theta is not None:
         # theta^T @ maps over the head axis.
         mixed = theta.to(maps.dtype).transpose(-2, -1) @ maps.flatten(2)
-        maps = mixed.view(*mixed.shape[:2], *maps.shape[2:])
+        maps = mixed.view(mixed.shape[0], mixed.shape[1], maps.shape[2], maps.shape[3])
     return maps if bias is None else maps + bias.to(maps.dtype)[:, None, None]
 
 
