@@ -193,7 +193,8 @@ def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     its own still hides."""
     mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
     # An exported or traced program takes other masks, too.
-    if not mask.requires_grad and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not mask.requires_grad and not traced:
         for dim in range(4):
             if mask.shape[dim] > 1 and mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)

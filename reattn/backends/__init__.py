@@ -86,8 +86,8 @@ def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) ->
             )
         if file == "ONNX" and (problem.batch_statistics or problem.dropout_p > 0.0):
             raise RuntimeError(
-                "ONNX holds neither the statistics of a batch nor dropout: call eval() on the model before it is exported "
-                f"(norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
+                "an ONNX file holds neither statistics of a batch nor dropout: call eval() on the model before the "
+                f"export (norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
             )
         return "reference"
     if requested == "auto":
@@ -118,7 +118,7 @@ def _traced_for() -> str | None:
     """The format of a file that knows torch's own operators alone, where a call is traced for one."""
     if torch.compiler.is_compiling():
         return "ONNX" if _for_onnx() else None
-    return ("ONNX" if _for_onnx() else "TorchScript") if torch.jit.is_tracing() else None
+    return ("ONNX" if _for_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
 
 
 def _for_onnx() -> bool:
