@@ -124,6 +124,8 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
 
 @torch.fx.wrap
 def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("an ONNX file holds no stochastic depth: call eval() on the model before the export")
     keep_prob = 1.0 - drop_prob
     mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
     return x * (mask / keep_prob)
