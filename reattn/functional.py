@@ -105,6 +105,9 @@ def re_attention(
             differentiating twice, or forward, through a fused backend: ``backend="reference"`` does both.
     """
     query, key, value = _autocast(query, key, value)
+    if isinstance(is_causal, Tensor) and torch.jit.is_tracing():
+        # torch.onnx.export(dynamo=False) makes tensors of all arguments.
+        is_causal = bool(is_causal)
     packed = None
     if key is None and value is None and isinstance(query, Tensor):
         checks.check_packed(query)
@@ -217,8 +220,9 @@ def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask, its dimensions of size 1 where it was expanded; one that is added in the given dtype, and what hides in
     its own still hides."""
     mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
-    # An exported program takes other masks, too.
-    if not mask.requires_grad and not torch.compiler.is_exporting():
+    # An exported or traced program takes other masks, too.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not mask.requires_grad and not traced:
         for dim in range(4):
             if mask.shape[dim] > 1 and mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)

@@ -181,7 +181,8 @@ class ReAttention(nn.Module):
         one_piece = self.num_heads == self.num_heads_out and not nn.modules.module._has_any_global_hook()
         if one_piece and is_plain(self.q_norm) and is_plain(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = with_all_heads(self.qkv(x), 3 * self.attn_dim).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = with_all_heads(self.qkv(x), 3 * self.attn_dim)
+            query = qkv.view(qkv.shape[0], qkv.shape[1], 3, self.num_heads, self.head_dim)
         else:
             query, key, value = self.project(x)
         out = re_attention(
@@ -267,8 +268,8 @@ class ReAttention(nn.Module):
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
         counts = (self.num_heads, self.num_heads, self.num_heads_out)
-        projected = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
-        maps = projected.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
+        qkv = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
+        maps = qkv.view(qkv.shape[0], qkv.shape[1], sum(counts), self.head_dim).transpose(1, 2)
         query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
 

@@ -7,7 +7,7 @@ second form in wide use ("layer").
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,8 +104,12 @@ def re_attention_maps(
             visible=visible,
         )
     elif norm == "layer":
-        over_heads = F.layer_norm(mixed.movedim(1, -1), mixed.shape[1:2], weight, shift, eps)
-        mixed = over_heads.movedim(-1, 1)
+        heads: Sequence[int] = mixed.shape[1:2]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            # torch.onnx.export(dynamo=False) needs it as a constant.
+            heads = [int(mixed.shape[1])]
+        over_heads = F.layer_norm(mixed.movedim(1, 3), heads, weight, shift, eps)
+        mixed = over_heads.movedim(3, 1)
     if output_scale != 1.0:
         mixed = mixed * output_scale
     if visible is not None:
@@ -126,8 +130,8 @@ def mix_heads(maps: Tensor, theta: Tensor | None, bias: Tensor | None) -> Tensor
     """``sum_h theta[h, g] maps[h] + bias[g]``, in the dtype of ``maps``; with no theta the maps, plus bias."""
     if theta is not None:
         # theta^T @ maps over the head axis.
-        mixed = theta.to(maps.dtype).mT @ maps.flatten(2)
-        maps = mixed.unflatten(2, maps.shape[2:])
+        mixed = theta.to(maps.dtype).transpose(-2, -1) @ maps.flatten(2)
+        maps = mixed.view(mixed.shape[0], mixed.shape[1], maps.shape[2], maps.shape[3])
     return maps if bias is None else maps + bias.to(maps.dtype)[:, None, None]
 
 
@@ -164,14 +168,14 @@ def masked_softmax(
     """
     visible = visible_keys(attn_mask, is_causal, query, key)
     if visible is None:
-        return mix_heads(query @ key.mT, pre_theta, pre_bias).softmax(-1)
+        return mix_heads(query @ key.transpose(-2, -1), pre_theta, pre_bias).softmax(-1)
     blind = unused = ~visible.any(-1, keepdim=True)
     finite = key.isfinite().all(-1, keepdim=True)
     if pre_theta is not None:
         # Every head is made of the queries and keys of all.
         unused, finite = blind.all(1, keepdim=True), finite.all(1, keepdim=True)
-    scores = query.masked_fill(unused, 0.0) @ key.where(finite, 0.0).mT
-    scores = mix_heads(scores, pre_theta, pre_bias).masked_fill(~finite.mT, float("nan"))
+    scores = query.masked_fill(unused, 0.0) @ key.where(finite, 0.0).transpose(-2, -1)
+    scores = mix_heads(scores, pre_theta, pre_bias).masked_fill(~finite.transpose(-2, -1), float("nan"))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.where(visible, 0.0)
     scores = scores.masked_fill(~visible, float("-inf"))
