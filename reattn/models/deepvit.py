@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from reattn.checks import check_tokens
-from reattn.module import ReAttention, discard_running_statistics, dropout_arguments
+from reattn.module import ReAttention, discard_running_statistics, dropout_arguments, without_masks
 from reattn.reference import masked_softmax
 
 STEM_CHANNELS = 64
@@ -134,7 +134,6 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
-@torch.fx.wrap
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
 ) -> Tensor:
@@ -203,6 +202,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim) -> (batch, seqlen, dim)``; masks as in scaled_dot_product_attention, but both may be
         given."""
+        if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
+            x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal), None, False
         query, key, value = self._split_heads(x)
         dropout = dropout_arguments(self.attn_drop)
         if "attn_drop" in dropout or isinstance(x, fx.Proxy):
