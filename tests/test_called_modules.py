@@ -286,7 +286,7 @@ def test_a_module_in_the_place_of_dropout_is_called(kind):
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
 
 
-def test_masks():
+def test_masks_with_norms_that_are_called():
     """What works at each position takes them; torch's norms that would count what is hidden do not."""
     module = attention(head_norm=FrozenBatchNorm2d(HEADS))
     plain = attention().eval()
@@ -437,3 +437,16 @@ def test_every_module_of_a_model_is_called():
         model(torch.randn(2, 3, 16, 16))
         missing = every - called
         assert {name.rsplit(".", 1)[-1] for name in missing} <= {"attn_drop", "head_norm"}, missing
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_traced_model(training):
+    """Plain blocks as those with re-attention: the softmax of each is a node."""
+    torch.manual_seed(0)
+    model = DeepViT(img_size=16, patch_size=4, embed_dim=DIM, depth=3, num_heads=HEADS, re_attention_blocks=2)
+    traced = fx.symbolic_trace(copy.deepcopy(model.train(training)))
+    assert sum(node.target == "softmax" for node in traced.graph.nodes) == 3
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(ValueError, match="attn_mask must be None, and is_causal False, in what torch.fx traced"):
+        traced(x, torch.ones(17, dtype=torch.bool))

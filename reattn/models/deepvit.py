@@ -19,6 +19,8 @@ from reattn.module import ReAttention, discard_running_statistics, dropout_argum
 from reattn.reference import masked_softmax
 
 STEM_CHANNELS = 64
+# torch.fx makes a node of it where it is defined, and where this says so.
+fx.wrap("without_masks")
 
 
 def to_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -53,7 +55,7 @@ def _may_vary(grid: Sequence[int]) -> bool:
     return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
 
 
-@torch.fx.wrap
+@fx.wrap
 def resample_pos_embed(
     pos_embed: Tensor,
     new_grid: tuple[int, int],
@@ -108,7 +110,7 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     )
 
 
-@torch.fx.wrap
+@fx.wrap
 def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError("an ONNX file holds no stochastic depth: call eval() on the model before the export")
@@ -359,7 +361,7 @@ class ConvStem(nn.Module):
         return self.proj(maps)
 
 
-@torch.fx.wrap
+@fx.wrap
 def _checked_images(images: Tensor, in_chans: int, patch_size: int, img_size: tuple[int, int] | None) -> Tensor:
     """The images, ``(batch, in_chans, *img_size)``; None: of any size that patches fill."""
     channels_fit = images.ndim == 4 and images.shape[1] == in_chans
