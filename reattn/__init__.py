@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 import importlib.util as _importlib_util
 import warnings as _warnings
 
-from reattn.backends import available_backends
+from reattn.backends import available_backends, use_backend
 from reattn.functional import re_attention
 from reattn.module import ReAttention
 
-__all__ = ["ReAttention", "__version__", "available_backends", "re_attention"]
+__all__ = ["ReAttention", "__version__", "available_backends", "re_attention", "use_backend"]
 
 if _importlib_util.find_spec("reattn.kernels") is None:
     _warnings.warn(

@@ -47,7 +47,8 @@ def check_tokens(x: object, dim: int | None) -> None:
             which = f"a nested Tensor of {x.size(0)}" if x.is_nested else f"one with layout {x.layout}"
             how = "pad it, and hide the padding by attn_mask" if x.is_nested else "x.to_dense()"
             raise ValueError(f"x must be a dense Tensor (batch, seqlen, dim), got {which}: {how}")
-        if x.ndim != 3 or (dim is not None and x.shape[2] != dim):  # no `in`: the size may be symbolic
+        # Not by `in`, which torch.compile takes to differ from a size that it does not know.
+        if x.ndim != 3 or (dim is not None and x.shape[2] != dim):
             raise ValueError(f"x must have shape (batch, seqlen, {dim or 'dim'}), got {_told(x, dim)}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a floating dtype, got {x.dtype}")
@@ -196,6 +197,15 @@ def check_factor(name: str, factor: object) -> None:
         raise TypeError(
             f"{name} must be a number or a floating Tensor of one element, got {factor.dtype} {tuple(factor.shape)}"
         )
+
+
+def check_called(name: str, function: object, **instead: object) -> None:
+    """A function that is called on the maps, and None for what it stands in for."""
+    if not callable(function):
+        raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    for other, option in instead.items():
+        if option is not None:
+            raise ValueError(f"{other} must not be given where {name} is called on the maps, got {name}={function!r}")
 
 
 def check_norm(

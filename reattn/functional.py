@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from reattn import checks, ops, reference
 from reattn.backends import choose
@@ -23,7 +24,7 @@ def re_attention(
     *,
     pre_theta: Tensor | None = None,
     pre_bias: Tensor | None = None,
-    norm: str | None = None,
+    norm: str | Callable[[Tensor], Tensor] | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
@@ -35,6 +36,7 @@ def re_attention(
     output_scale: float | Tensor = 1.0,
     scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
+    attn_drop: Callable[[Tensor], Tensor] | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -62,7 +64,10 @@ def re_attention(
         pre_theta: ``(heads, heads)``, laid out as theta: mixes the scores, before masks and softmax.
         pre_bias: ``(heads,)``, added to the mixed scores. The softmax takes away what is added to a whole row: it
             changes nothing, and is there for checkpoints that hold it.
-        norm: ``"batch"``: BatchNorm2d over the heads as channels; ``"layer"``: LayerNorm over the heads; ``None``.
+        norm: ``"batch"``: BatchNorm2d over the heads as channels; ``"layer"``: LayerNorm over the heads; ``None``. Or a
+            function, or module, of the mixed maps ``(batch, heads, seqlen, seqlen_k)``, in the dtype of ``query``, to
+            others of that shape: it is called, which only the reference backend can do. Hidden keys have weight 0 after
+            it, but it sees them.
         norm_weight, norm_bias: ``(heads,)``, the norm's affine part.
         running_mean, running_var: ``(heads,)``; batch norm updates them in place in training and uses them otherwise.
         num_batches_tracked: one int64; batch norm adds 1 to it in training, as ``torch.nn.BatchNorm2d`` does.
@@ -74,6 +79,8 @@ def re_attention(
         scale: factor of the scores; ``head_dim**-0.5`` when None. A tensor of one element, as a learned temperature
             is, is differentiated.
         dropout_p: share of the softmax probabilities dropped, before mixing; drawn from torch's generator.
+        attn_drop: a function, or module, of the softmax maps, called in place of that dropout; by the reference backend
+            alone.
         attn_mask: boolean (True takes part) or floating (added to the scores, in the dtype of ``query``, and
             differentiated), broadcastable to ``(batch, heads, seqlen, seqlen_k)``. A key is hidden where it is False,
             -infinity, or the lowest number of its dtype, ``torch.finfo(dtype).min``: its weight is then 0, after mixing
@@ -98,6 +105,9 @@ def re_attention(
             differentiating twice, or forward, through a fused backend: ``backend="reference"`` does both.
     """
     query, key, value = _autocast(query, key, value)
+    if isinstance(is_causal, Tensor) and torch.jit.is_tracing():
+        # torch.onnx.export(dynamo=False) makes tensors of all arguments.
+        is_causal = bool(is_causal)
     packed = None
     if key is None and value is None and isinstance(query, Tensor):
         checks.check_packed(query)
@@ -112,6 +122,12 @@ def re_attention(
     checks.check_numbers(eps=eps, dropout_p=dropout_p, momentum=0 if momentum is None else momentum)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if attn_drop is not None:
+        checks.check_called("attn_drop", attn_drop, dropout_p=dropout_p or None)
+    if callable(norm):
+        affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        affine |= {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
+        checks.check_called("norm", norm, **affine)
     checks.check_mask(query, key, value, attn_mask, is_causal)
     attn_mask = None if attn_mask is None else _in_four_dimensions(attn_mask, query.dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -120,7 +136,7 @@ def re_attention(
     checks.check_norm(
         query,
         key,
-        norm,
+        None if callable(norm) else norm,
         statistics=(running_mean, running_var),
         num_batches_tracked=num_batches_tracked,
         training=training,
@@ -135,7 +151,7 @@ def re_attention(
         factor, output_scale = output_scale.reshape(()), 1.0
     problem = Problem.of(
         query,
-        norm=norm,
+        norm=None if callable(norm) else norm,
         training=training,
         synchronised=process_group is not None,
         mask=None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
@@ -148,6 +164,7 @@ def re_attention(
         momentum=momentum,
         pre_mixed=pre_theta is not None,
         heads_out=value.shape[1],
+        called=_called(norm=norm, attn_drop=attn_drop),
     )
     shapes = query.shape, key.shape
     name = choose(backend, problem, lambda: f"query {tuple(shapes[0])}, key {tuple(shapes[1])}")
@@ -174,6 +191,7 @@ def re_attention(
                 output_scale=output_scale,
                 scale=scale,
                 dropout_p=dropout_p,
+                attn_drop=attn_drop,
                 attn_mask=attn_mask,
                 is_causal=is_causal,
                 process_group=process_group,
@@ -187,12 +205,24 @@ def re_attention(
     return out if factor is None else out * factor
 
 
+def _called(**options: object) -> str | None:
+    """Which options are called on the maps, and what they are: "norm (GroupNorm)" as an example."""
+    return " and ".join(f"{name} ({name_of(f)})" for name, f in options.items() if callable(f)) or None
+
+
+def name_of(function: Any) -> str:
+    """Of a function or module, for messages."""
+    hooks = isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks)
+    return getattr(function, "__name__", type(function).__name__) + (" with hooks" if hooks else "")
+
+
 def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask, its dimensions of size 1 where it was expanded; one that is added in the given dtype, and what hides in
     its own still hides."""
     mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
-    # An exported program takes other masks, too.
-    if not mask.requires_grad and not torch.compiler.is_exporting():
+    # An exported or traced program takes other masks, too.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not mask.requires_grad and not traced:
         for dim in range(4):
             if mask.shape[dim] > 1 and mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)

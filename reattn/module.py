@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from reattn import layouts, reference
 from reattn.checks import NORMS, check_tokens
-from reattn.functional import re_attention
+from reattn.functional import name_of, re_attention
 from reattn.sharded import with_all_heads
 
 
@@ -44,6 +46,15 @@ class ReAttention(nn.Module):
         num_heads_out: heads after mixing, and of the value; ``None``: as many as before.
         pre_norm: a LayerNorm of the input inside the module, where the second form keeps it.
         backend: as in :func:`reattn.re_attention`.
+
+    ``head_norm`` and ``attn_drop`` are part of the fused kernels where the first is a BatchNorm2d, SyncBatchNorm,
+    LayerNorm over the heads or Identity, the second a Dropout or Identity; the mode of each is its own. Any other
+    module in their place, a subclass with a ``forward`` of its own, or one with hooks is called, as in any model:
+    ``attn_drop`` on the softmax maps ``(batch, num_heads, seqlen, seqlen)``, ``head_norm`` on the mixed ones
+    ``(batch, num_heads_out, seqlen, seqlen)``; with ``norm="layer"``, and a LayerNorm or RMSNorm of the heads, on
+    ``(batch, seqlen, seqlen, num_heads_out)``. So hooks get maps that the output depends on. It stores the maps: the
+    reference backend does it, with one line in the log, and an explicit fused ``backend`` raises. :mod:`torch.fx`
+    traces that form, unless the module is a leaf.
 
     Parameters: ``theta (num_heads, num_heads_out)``, rows the heads before mixing; ``theta_bias (num_heads_out,)``;
     ``pre_theta (num_heads, num_heads)``; ``pre_bias (num_heads,)``; ``head_norm``: BatchNorm2d or LayerNorm over the
@@ -151,15 +162,27 @@ class ReAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim)`` to ``(batch, seqlen, dim_out)``; masks as in
-        :func:`reattn.re_attention`."""
+        :func:`reattn.re_attention`.
+
+        Raises:
+            TypeError, ValueError: ``x`` is no batch of tokens; or, with a mask, ``head_norm`` is called and takes
+                statistics of its own over what is hidden.
+            RuntimeError: ``backend`` names a fused one, and a module is called on the maps.
+        """
         check_tokens(x, getattr(self.qkv, "in_features", None))
         x = self.pre_norm(x)
+        if isinstance(x, fx.Proxy):
+            if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
+                x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal), None, False
+            return self._merge(x, self._traced(*self.project(x), attn_mask=attn_mask, is_causal=is_causal))
         query: Tensor
         key: Tensor | None = None
         value: Tensor | None = None
-        if self.num_heads == self.num_heads_out and _idle(self.q_norm) and _idle(self.k_norm):
+        one_piece = self.num_heads == self.num_heads_out and not nn.modules.module._has_any_global_hook()
+        if one_piece and is_plain(self.q_norm) and is_plain(self.k_norm):
             # In one piece, so that the gradients need not be put together again.
-            query = with_all_heads(self.qkv(x), 3 * self.attn_dim).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = with_all_heads(self.qkv(x), 3 * self.attn_dim)
+            query = qkv.view(qkv.shape[0], qkv.shape[1], 3, self.num_heads, self.head_dim)
         else:
             query, key, value = self.project(x)
         out = re_attention(
@@ -167,19 +190,36 @@ class ReAttention(nn.Module):
             key,
             value,
             **self.mixing(),
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            **dropout_arguments(self.attn_drop),
             attn_mask=attn_mask,
             is_causal=is_causal,
             backend=self.backend,
             scale=self.scale,
-            **self._norm_arguments(),
+            **self._norm_arguments(masked=attn_mask is not None or is_causal),
         )
+        return self._merge(x, out)
+
+    def _traced(self, query: Tensor, key: Tensor, value: Tensor, **masks: Any) -> Tensor:
+        """The operator as :mod:`torch.fx` can look into it."""
+        return reference.re_attention(
+            query,
+            key,
+            value,
+            **self.mixing(),
+            norm=None if is_plain(self.head_norm) else self._called_norm(),
+            attn_drop=self.attn_drop,
+            output_scale=self.output_scale,
+            scale=self.scale,
+            **masks,
+        )
+
+    def _merge(self, x: Tensor, out: Tensor) -> Tensor:
+        """What follows the operator; ``x`` is its normalised input."""
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    @torch.no_grad()
     def attention_maps(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -187,22 +227,24 @@ class ReAttention(nn.Module):
         ``num_heads`` and ``num_heads_out`` heads.
 
         For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
-        the statistics are those of ``x``).
+        the statistics are those of ``x``). Differentiable in ``x`` and the parameters; maps that the module's own
+        output depends on are what hooks on ``attn_drop`` and ``head_norm`` get.
         """
         check_tokens(x, getattr(self.qkv, "in_features", None))
         query, key, _ = self.project(self.pre_norm(x))
-        norm = self._norm_arguments()
+        norm = self._norm_arguments(masked=attn_mask is not None or is_causal)
         if norm.get("training"):
             norm.update(running_mean=None, running_var=None, num_batches_tracked=None)
-        return reference.re_attention_maps(
-            query,
-            key,
-            **self.mixing(),
-            scale=self.scale,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            **norm,
-        )
+        with discard_running_statistics(self.head_norm):
+            return reference.re_attention_maps(
+                query,
+                key,
+                **self.mixing(),
+                scale=self.scale,
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                **norm,
+            )
 
     def extra_repr(self) -> str:
         mixing = ", pre_mix=True" if self.pre_theta is not None else ""
@@ -226,23 +268,33 @@ class ReAttention(nn.Module):
         """Query, key, value ``(batch, heads, seqlen, head_dim)`` of ``pre_norm``'s output: strided views of the
         projection, not copies, but for what ``q_norm`` and ``k_norm`` make of them."""
         counts = (self.num_heads, self.num_heads, self.num_heads_out)
-        projected = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
-        maps = projected.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2)
+        qkv = with_all_heads(self.qkv(x), sum(counts) * self.head_dim)
+        maps = qkv.view(qkv.shape[0], qkv.shape[1], sum(counts), self.head_dim).transpose(1, 2)
         query, key, value = maps.split(counts, 1)
         return self.q_norm(query), self.k_norm(key), value
 
-    def _norm_arguments(self) -> dict[str, Any]:
+    def _norm_arguments(self, masked: bool) -> dict[str, Any]:
         """The norm as arguments of :func:`reattn.re_attention`."""
-        norm = self.head_norm
-        arguments: dict[str, Any] = {"norm": self.norm_type, "output_scale": self.output_scale}
-        if isinstance(norm, nn.Identity):
+        norm: Any = self.head_norm
+        arguments: dict[str, Any] = {"norm": None, "output_scale": self.output_scale}
+        if is_plain(norm):
             return arguments
+        is_batch = is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+        if not is_batch and not (is_plain(norm, nn.LayerNorm) and norm.normalized_shape == (self.num_heads_out,)):
+            if masked and _takes_statistics(norm):
+                raise ValueError(
+                    "attn_mask must be None, and is_causal False, where head_norm is called on the maps and would "
+                    f"take statistics of hidden positions too, got {name_of(norm)}: a BatchNorm2d, SyncBatchNorm or "
+                    "LayerNorm without hooks takes masks"
+                )
+            return arguments | {"norm": self._called_norm()}
         arguments |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-        if self.norm_type == "layer":
-            return arguments
+        if not is_batch:
+            return arguments | {"norm": "layer"}
         # As in BatchNorm2d: its own mode decides, so that a frozen norm stays frozen; without running statistics, the
         # batch's.
         return arguments | {
+            "norm": "batch",
             "running_mean": norm.running_mean,
             "running_var": norm.running_var,
             "momentum": norm.momentum,
@@ -251,15 +303,83 @@ class ReAttention(nn.Module):
             "process_group": _process_group(norm) if norm.training else None,
         }
 
+    def _called_norm(self) -> CalledNorm:
+        norm: Any = self.head_norm
+        over_heads = isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.normalized_shape == (self.num_heads_out,)
+        if over_heads and type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+            return CalledNorm(norm, heads_last=True)
+        # What wraps a norm does not tell its kind.
+        return CalledNorm(norm, self.norm_type == "layer" and not isinstance(norm, _NormBase | nn.GroupNorm))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         layouts.translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _idle(module: nn.Module) -> bool:
-    """Whether calling a module would do nothing at all."""
+@fx.wrap
+def without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """``x``, in a graph of :mod:`torch.fx`, whose arguments are not known when it is traced."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "attn_mask must be None, and is_causal False, in what torch.fx traced: trace with ReAttention and "
+            "SelfAttention as leaves to give masks"
+        )
+    return x
+
+
+class CalledNorm:
+    """A module in ``head_norm``'s place as a function of the mixed maps, cast to the dtype of its parameters if it has
+    any."""
+
+    def __init__(self, norm: nn.Module, heads_last: bool) -> None:
+        self.norm, self.heads_last = norm, heads_last
+        self.__name__ = f"head_norm of ReAttention: {name_of(norm)}"
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        dtypes = (tensor.dtype for tensor in self.norm.parameters() if tensor.is_floating_point())
+        maps = maps.to(next(dtypes, maps.dtype))
+        return self.norm(maps.movedim(1, -1)).movedim(-1, 1) if self.heads_last else self.norm(maps)
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling a module does what one of these classes does, and nothing besides: no hooks, no ``forward`` of a
+    subclass or of its own. By default: nothing at all, as an Identity does."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Identity and not any(hooks) and not nn.modules.module._has_any_global_hook()
+    for kind in classes or (nn.Identity,):
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return "forward" not in module.__dict__ and not any(hooks)
+    return False
+
+
+def dropout_arguments(attn_drop: nn.Module) -> dict[str, Any]:
+    """A module in ``attn_drop``'s place as arguments of :func:`reattn.re_attention`; its own mode decides."""
+    if is_plain(attn_drop):
+        return {}
+    # With p=1 there is nothing left to be divided by 1 - p.
+    if is_plain(attn_drop, nn.Dropout) and isinstance(attn_drop, nn.Dropout) and attn_drop.p < 1.0:
+        return {"dropout_p": attn_drop.p if attn_drop.training else 0.0}
+    return {"attn_drop": attn_drop}
+
+
+def _takes_statistics(norm: nn.Module) -> bool:
+    """Whether one of torch's own norms would take its mean and variance from the maps, over positions."""
+    if isinstance(norm, nn.GroupNorm):
+        return True
+    return isinstance(norm, _NormBase) and (norm.training or norm.running_mean is None)
+
+
+@contextmanager
+def discard_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Let the batch norms of ``module`` update throw-away copies of their running statistics."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:

@@ -239,9 +239,9 @@ def re_attention(
     options = _options(backend, problem)
     if not torch.compiler.is_compiling():
         _refuse_tangents(inputs)
-        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
-            # The Function would cost as much as a small problem.
-            return _run_forward(inputs, options, group).out
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+        # The Function would cost as much as a small problem, and torch.compile cannot call it without a gradient.
+        return _run_forward(inputs, options, group).out
     function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction
     maps = inputs[:3] if packed is None else (None, None, None)
     return function.apply(packed, *maps, *inputs[3:], options, group)[0]

@@ -14,7 +14,7 @@ class Problem(NamedTuple):
     ``norm`` and the numbers are those of :func:`reattn.re_attention`. ``training``: batch norm takes its statistics
     from this batch. ``synchronised``: from those of several ranks. ``mask``: the kind of ``attn_mask``, "bool" or
     "float"; ``mask_gradient``: it is differentiated. ``pre_mixed``: the scores are mixed, by ``pre_theta``.
-    ``heads_out``: heads after mixing; None: as many as before.
+    ``heads_out``: heads after mixing; None: as many as before. ``called``: what is called on the maps, as a text.
     """
 
     device: torch.device
@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     momentum: float | None = 0.1
     pre_mixed: bool = False
     heads_out: int | None = None
+    called: str | None = None
 
     @staticmethod
     def of(query: Tensor, **options: Any) -> Problem:

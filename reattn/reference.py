@@ -7,6 +7,7 @@ second form in wide use ("layer").
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def re_attention_maps(
     *,
     pre_theta: Tensor | None = None,
     pre_bias: Tensor | None = None,
-    norm: str | None = None,
+    norm: str | Callable[[Tensor], Tensor] | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
@@ -53,6 +54,7 @@ def re_attention_maps(
     output_scale: float = 1.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    attn_drop: Callable[[Tensor], Tensor] | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -63,19 +65,27 @@ def re_attention_maps(
 
     ``keep`` is a dropout mask given from outside, boolean, of the maps' shape: the same computation can then be
     repeated with the mask another backend drew.
+
+    Without masks, and with a ``norm`` that is called, ``torch.fx`` traces it.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attn = masked_softmax(query * scale, key, attn_mask, is_causal, pre_theta, pre_bias)
     visible = visible_keys(attn_mask, is_causal, query, key)
     dropped = attn
-    if keep is not None:
+    if attn_drop is not None:
+        dropped = _called("attn_drop", attn_drop, attn)
+    elif keep is not None:
         dropped = attn * keep / (1.0 - dropout_p)
     elif dropout_p > 0.0:
         dropped = F.dropout(attn, dropout_p)
 
     mixed = mix_heads(dropped, theta, bias)
-    norm_dtype = torch.promote_types(attn.dtype, torch.float32)
-    weight, shift = (None if p is None else p.to(norm_dtype) for p in (norm_weight, norm_bias))
+    if callable(norm):
+        mixed = _called("norm", norm, mixed)
+    elif norm is not None:
+        norm_dtype = torch.promote_types(attn.dtype, torch.float32)
+        mixed = mixed.to(norm_dtype)
+        weight, shift = (None if p is None else p.to(norm_dtype) for p in (norm_weight, norm_bias))
     if norm == "batch":
         factor: float | Tensor = 0.0 if momentum is None else momentum
         if training and num_batches_tracked is not None:
@@ -84,7 +94,7 @@ def re_attention_maps(
             if momentum is None:
                 factor = 1.0 / num_batches_tracked.to(norm_dtype)
         mixed = batch_norm(
-            mixed.to(norm_dtype),
+            mixed,
             (running_mean, running_var),
             (weight, shift),
             training=training,
@@ -94,8 +104,12 @@ def re_attention_maps(
             visible=visible,
         )
     elif norm == "layer":
-        over_heads = F.layer_norm(mixed.to(norm_dtype).movedim(1, -1), mixed.shape[1:2], weight, shift, eps)
-        mixed = over_heads.movedim(-1, 1)
+        heads: Sequence[int] = mixed.shape[1:2]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            # torch.onnx.export(dynamo=False) needs it as a constant.
+            heads = [int(mixed.shape[1])]
+        over_heads = F.layer_norm(mixed.movedim(1, 3), heads, weight, shift, eps)
+        mixed = over_heads.movedim(3, 1)
     if output_scale != 1.0:
         mixed = mixed * output_scale
     if visible is not None:
@@ -103,12 +117,21 @@ def re_attention_maps(
     return attn, mixed.to(attn.dtype)
 
 
+def _called(name: str, function: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
+    result = function(maps)
+    # In a graph that torch.fx traces, shapes are not known.
+    if isinstance(maps, Tensor) and getattr(result, "shape", None) != maps.shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{name} must return maps of shape {tuple(maps.shape)}, as it is given, got {got}")
+    return result
+
+
 def mix_heads(maps: Tensor, theta: Tensor | None, bias: Tensor | None) -> Tensor:
     """``sum_h theta[h, g] maps[h] + bias[g]``, in the dtype of ``maps``; with no theta the maps, plus bias."""
     if theta is not None:
         # theta^T @ maps over the head axis.
-        mixed = theta.to(maps.dtype).mT @ maps.flatten(2)
-        maps = mixed.view(*mixed.shape[:2], *maps.shape[2:])
+        mixed = theta.to(maps.dtype).transpose(-2, -1) @ maps.flatten(2)
+        maps = mixed.view(mixed.shape[0], mixed.shape[1], maps.shape[2], maps.shape[3])
     return maps if bias is None else maps + bias.to(maps.dtype)[:, None, None]
 
 
@@ -145,14 +168,14 @@ def masked_softmax(
     """
     visible = visible_keys(attn_mask, is_causal, query, key)
     if visible is None:
-        return mix_heads(query @ key.mT, pre_theta, pre_bias).softmax(-1)
+        return mix_heads(query @ key.transpose(-2, -1), pre_theta, pre_bias).softmax(-1)
     blind = unused = ~visible.any(-1, keepdim=True)
     finite = key.isfinite().all(-1, keepdim=True)
     if pre_theta is not None:
         # Every head is made of the queries and keys of all.
         unused, finite = blind.all(1, keepdim=True), finite.all(1, keepdim=True)
-    scores = query.masked_fill(unused, 0.0) @ key.where(finite, 0.0).mT
-    scores = mix_heads(scores, pre_theta, pre_bias).masked_fill(~finite.mT, float("nan"))
+    scores = query.masked_fill(unused, 0.0) @ key.where(finite, 0.0).transpose(-2, -1)
+    scores = mix_heads(scores, pre_theta, pre_bias).masked_fill(~finite.transpose(-2, -1), float("nan"))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.where(visible, 0.0)
     scores = scores.masked_fill(~visible, float("-inf"))

@@ -147,3 +147,11 @@ def use_tile(monkeypatch):
 
     assert configs.tile
     return use
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile compiles a function so many times and no more, whichever test it was for."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -12,11 +12,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def tokens(device, batch=2, seqlen=7, seed=0):

@@ -1,4 +1,5 @@
-"""Every GPU kernel as it is compiled, executed: each head count with each dtype and each norm, on two architectures.
+"""Every GPU kernel as it is compiled, executed: each head count with each dtype and each norm for compute capability
+9.0, and a third of them, every two of these together, for 8.0.
 
 ``test_parity.py`` runs the same kernels on fewer problems. What the compilers make of a kernel depends on heads,
 head_dim, dtype, norm and architecture: Triton has miscompiled single head counts. head_dim, lengths, dropout and large
@@ -23,8 +24,10 @@ ARCHS = (90, 80)
 
 def cases():
     """(arch, heads, dtype, mode), and what takes turns: head_dim, lengths, dropout, a factor on the scores."""
-    every = itertools.product(ARCHS, HEADS, FLOATS, MODES)
-    for number, (arch, heads, dtype, mode) in enumerate(every):
+    every = itertools.product(ARCHS, enumerate(HEADS), enumerate(FLOATS), enumerate(MODES))
+    for number, (arch, (place, heads), (row, dtype), (column, mode)) in enumerate(every):
+        if arch == 80 and (place + row + column) % 3:
+            continue
         turn = number + number // (len(FLOATS) * len(MODES))  # another one at the next head count
         head_dim, (seqlen, seqlen_k) = HEAD_DIMS[turn % len(HEAD_DIMS)], LENGTHS[turn // 2 % len(LENGTHS)]
         dropout, large = turn % 5 == 1, turn % 7 == 3

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from parity import BACKENDS, STATISTICS, compute, device_of, make_problem
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reattn import ReAttention, re_attention
 from reattn.backends import BACKENDS as BACKENDS_BY_NAME
 from reattn.models import DeepViT
+from reattn.models.deepvit import Block
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 # Samples of a batch of four by rank.
@@ -74,6 +77,30 @@ def step(module, x):
         "gradients": gradients,
         "buffers": dict(module.named_buffers()),
     }
+
+
+SHARDED = ("fsdp1", "fsdp1-original-parameters", "fsdp2", "fsdp2-norms-apart")
+
+
+def sharded(kind):
+    """The model by a way of FSDP; all but "fsdp2" wrap each batch norm in a unit of its own. In float32, which leaves
+    no doubt of the values."""
+    model, dtype = make_model("cpu", "auto"), torch.float32
+    if kind.startswith("fsdp1"):
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            use_orig_params=kind != "fsdp1",
+            mixed_precision=MixedPrecision(param_dtype=dtype),
+            device_id=torch.device("cpu"),
+        )
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and kind == "fsdp2-norms-apart":
+            fully_shard(norm)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
 
 
 # Where a DTensor lies: on all ranks, by samples, by tokens, by heads.
@@ -165,6 +192,10 @@ def work(rank, names, folder):
         if backend != "reference":
             dropped = make_batch(device, dropout_p=0.3)
             results["dropout", backend] = compute_part(replace(dropped, seed=rank), backend, (2, 2), rank)
+    for kind in SHARDED:
+        output = sharded(kind)(images("cpu")[part_of((2, 2), rank)]).float()
+        output.square().sum().backward()
+        results[kind] = output.detach()
     if "cpu" in names:
         results |= distributed_tensors(init_device_mesh("cpu", (2,)), rank)
     torch.save(results, f"{folder}/results-{rank}.pt")
@@ -179,6 +210,14 @@ def ranks(tmp_path_factory):
     names = [name for name in every if not BACKENDS_BY_NAME[name].unavailable(device_of(name))]
     torch.multiprocessing.spawn(work, args=(names, folder), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded(kind, ranks):
+    """FSDP's units around or in the place of ``head_norm``: it is called."""
+    for rank, results in enumerate(ranks):
+        expected = make_model("cpu", "reference")(images("cpu")[part_of((2, 2), rank)])
+        torch.testing.assert_close(results[kind], expected, rtol=1e-4, atol=1e-4)
 
 
 @backends

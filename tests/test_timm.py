@@ -14,6 +14,7 @@ from torch import nn
 from with_timm import import_timm
 
 from reattn import ReAttention
+from reattn.convert import to_re_attention
 from reattn.models import DeepViT, SelfAttention, create_model, list_models
 
 TESTS = pathlib.Path(__file__).parent
@@ -215,3 +216,19 @@ def test_without_timm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"reattn.timm needs timm >= 1.0 \(pip install timm\)"):
         importlib.import_module("reattn.timm")
+
+
+@pytest.mark.parametrize("method", ["fx", "hook"])
+@pytest.mark.parametrize("make", ["converted", "deepvit"])
+def test_attention_extract(make, method, timm):
+    """timm's own way to attention maps finds them in every block."""
+    if make == "deepvit":
+        model = DeepViT(img_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=3, re_attention_blocks=2)
+    else:
+        model = to_re_attention(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3), norm=None)
+    extract = timm.utils.AttentionExtract(model, method=method)
+    maps = extract(torch.randn(2, 3, 32, 32))
+    assert len(maps) == 3
+    for of_block in maps.values():
+        assert of_block.shape == (2, 3, 5, 5)
+        torch.testing.assert_close(of_block.sum(-1), torch.ones(2, 3, 5))

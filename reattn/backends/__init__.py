@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -29,14 +31,65 @@ def available_backends() -> dict[str, list[str]]:
     return {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
 
 
+class _Entered(threading.local):
+    # Set in each thread: torch.compile guards on it then, and on a class attribute it would not.
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_entered = _Entered()
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """A context, or a decorator, in which ``backend="auto"`` stands for the backend of that name.
+
+    It wins over ``REATTN_BACKEND``, loses against a backend that a call or module names itself, and holds in the thread
+    that enters it. What ``torch.compile`` compiled outside is compiled anew inside.
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``.
+
+    Raises:
+        ValueError: no backend has that name; at once, not when it is entered.
+    """
+    _check_name(name)
+    return _use(name)
+
+
+@contextmanager
+def _use(name: str) -> Iterator[None]:
+    before, _entered.name = _entered.name, name
+    try:
+        yield
+    finally:
+        _entered.name = before
+
+
 def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) -> str:
     """The backend that serves a problem: the one asked for, or with "auto" the first that supports it.
 
-    ``REATTN_BACKEND`` replaces "auto". Raises ``ValueError`` for an unknown name and ``RuntimeError``, with every
-    reason and the shapes, when the backend asked for cannot do it: an explicit choice never falls back.
+    :func:`use_backend`, and then ``REATTN_BACKEND``, replace "auto". For a file that is to run without this package,
+    ONNX or TorchScript, "auto" is the reference, which is torch's own operators. Raises ``ValueError`` for an unknown
+    name and ``RuntimeError``, with every reason and the shapes, when the backend asked for cannot do it: an explicit
+    choice never falls back.
     """
     if requested == "auto":
-        requested = os.environ.get("REATTN_BACKEND") or "auto"
+        requested = _entered.name or os.environ.get("REATTN_BACKEND") or "auto"
+    _check_name(requested)
+    file = _traced_for()
+    if file is not None:
+        if requested in FUSED:
+            raise RuntimeError(
+                f"backend {requested!r} is an operator of this package, which {file} does not have: use "
+                'backend="reference", or "auto", which takes it by itself here; reattn.use_backend and REATTN_BACKEND '
+                'replace "auto"'
+            )
+        if file == "ONNX" and (problem.batch_statistics or problem.dropout_p > 0.0):
+            raise RuntimeError(
+                "an ONNX file holds neither statistics of a batch nor dropout: call eval() on the model before the "
+                f"export (norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
+            )
+        return "reference"
     if requested == "auto":
         refusals: dict[str, list[str]] = {}
         for name, backend in BACKENDS.items():
@@ -49,13 +102,31 @@ def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) ->
                     _log_fallback("; ".join(f"{other}: {', '.join(refusals[other])}" for other in own or refusals))
                 return name
             refusals[name] = reasons
-    if requested not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {requested!r}")
     reasons = BACKENDS[requested].not_supported(problem)
     if reasons:
         what = f"{shapes if isinstance(shapes, str) else shapes()}, {problem.dtype} on {problem.device}"
         raise RuntimeError(f"backend {requested!r} cannot run this: {'; '.join(reasons)} ({what})")
     return requested
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+
+
+def _traced_for() -> str | None:
+    """The format of a file that knows torch's own operators alone, where a call is traced for one."""
+    if torch.compiler.is_compiling():
+        return "ONNX" if _for_onnx() else None
+    return ("ONNX" if _for_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+
+
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# torch.compile takes torch's function to be False; what is marked is called.
+_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

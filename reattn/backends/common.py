@@ -68,6 +68,8 @@ def beyond_limits(problem: Problem) -> list[str]:
         reasons.append("does not mix before the softmax (pre_theta)")
     if problem.heads_out not in (None, problem.heads):
         reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
+    if problem.called is not None:
+        reasons.append(f"stores no maps to call {problem.called} on")
     return reasons
 
 

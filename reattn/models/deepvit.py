@@ -5,21 +5,22 @@ State dict keys are the official ones, except inside ``attn``, where :class:`rea
 """
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from reattn.checks import check_tokens
-from reattn.module import ReAttention
+from reattn.module import ReAttention, discard_running_statistics, dropout_arguments, without_masks
 from reattn.reference import masked_softmax
 
 STEM_CHANNELS = 64
+# torch.fx makes a node of it where it is defined, and where this says so.
+fx.wrap("without_masks")
 
 
 def to_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -45,6 +46,16 @@ def select_blocks(indices: int | Sequence[int] | None, depth: int, name: str) ->
     return sorted({index % depth for index in indices})
 
 
+def _may_vary(grid: Sequence[int]) -> bool:
+    """Whether this is the grid of an example alone, and what is exported or traced takes others."""
+    if torch.compiler.is_exporting():
+        # With strict=True all sizes look like numbers.
+        return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in grid)
+    # The older ONNX exporter cannot resample.
+    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+
+
+@fx.wrap
 def resample_pos_embed(
     pos_embed: Tensor,
     new_grid: tuple[int, int],
@@ -75,26 +86,12 @@ def resample_pos_embed(
             f"pos_embed of shape {tuple(pos_embed.shape)} holds {num_patches} patch positions, "
             f"which do not fill a grid of {old_grid[0]} x {old_grid[1]}"
         )
-    if old_grid == tuple(new_grid):
+    if not _may_vary(new_grid) and old_grid == tuple(new_grid):
         return pos_embed
     grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
     patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([prefix, patches], dim=1)
-
-
-@contextmanager
-def discard_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms of ``module`` update throw-away copies of their running statistics."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [dict(norm._buffers) for norm in norms]
-    try:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
 
 
 def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
@@ -113,6 +110,15 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     )
 
 
+@fx.wrap
+def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("an ONNX file holds no stochastic depth: call eval() on the model before the export")
+    keep_prob = 1.0 - drop_prob
+    mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+    return x * (mask / keep_prob)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's input is zeroed with probability ``drop_prob``, and scaled by
     ``1 / (1 - drop_prob)`` otherwise; the identity in eval (Huang et al., 2016, arXiv 1603.09382)."""
@@ -124,20 +130,29 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep_prob = 1.0 - self.drop_prob
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
-        return x * (mask / keep_prob)
+        return x if self.drop_prob == 0.0 or not self.training else _drop_samples(x, self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    """scaled_dot_product_attention, which takes a mask or ``is_causal``, with both."""
+    if attn_mask is not None and is_causal:
+        later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        hidden = False if attn_mask.dtype == torch.bool else float("-inf")
+        attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+
+
 class SelfAttention(nn.Module):
     """Multi-head softmax attention, with the shapes, keywords and ``qkv``/``proj`` keys of :class:`ReAttention`.
 
-    Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between.
+    Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between. Another module
+    than Dropout in the place of ``attn_drop``, or one with hooks, is called on the softmax maps ``(batch, num_heads,
+    seqlen, seqlen)``, which are stored then.
 
     Args:
         dim: channels of the input and the output.
@@ -181,24 +196,25 @@ class SelfAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, getattr(self.qkv, "in_features", None))
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = self.qkv(x)
+        qkv = qkv.view(qkv.shape[0], qkv.shape[1], 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         return self.q_norm(query), self.k_norm(key), value
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim) -> (batch, seqlen, dim)``; masks as in scaled_dot_product_attention, but both may be
         given."""
+        if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
+            x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal), None, False
         query, key, value = self._split_heads(x)
-        if attn_mask is not None and is_causal:
-            # SDPA takes one of them.
-            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-            hidden = False if attn_mask.dtype == torch.bool else float("-inf")
-            attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+        dropout = dropout_arguments(self.attn_drop)
+        if "attn_drop" in dropout or isinstance(x, fx.Proxy):
+            maps = masked_softmax(query * self.head_dim**-0.5, key, attn_mask, is_causal)
+            out = self.attn_drop(maps) @ value
+        else:
+            out = _attend(query, key, value, attn_mask, dropout.get("dropout_p", 0.0), is_causal)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    @torch.no_grad()
     def attention_maps(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -306,8 +322,8 @@ class PatchEmbed(nn.Module):
         if self.pre_norm is None or self.norm is None:
             return self.proj(images)
         patches = F.pixel_unshuffle(images, self.patch_size).permute(0, 2, 3, 1)
-        embedding = F.linear(self.pre_norm(patches), self.proj.weight.flatten(1), self.proj.bias)
-        return self.norm(embedding).permute(0, 3, 1, 2)
+        normed = F.pixel_shuffle(self.pre_norm(patches).permute(0, 3, 1, 2), self.patch_size)
+        return self.norm(self.proj(normed).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvStem(nn.Module):
@@ -343,6 +359,25 @@ class ConvStem(nn.Module):
         maps = F.relu(self.bn1(self.conv1(images)))
         maps = F.relu(self.bn2(self.conv2(maps)))
         return self.proj(maps)
+
+
+@fx.wrap
+def _checked_images(images: Tensor, in_chans: int, patch_size: int, img_size: tuple[int, int] | None) -> Tensor:
+    """The images, ``(batch, in_chans, *img_size)``; None: of any size that patches fill."""
+    channels_fit = images.ndim == 4 and images.shape[1] == in_chans
+    if img_size is not None:
+        if not channels_fit or (images.shape[2], images.shape[3]) != img_size:
+            expected = (in_chans, *img_size)
+            raise ValueError(
+                f"images must have shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
+                "dynamic_img_size=True or set_input_size() admits other sizes"
+            )
+    elif not channels_fit or images.shape[2] % patch_size or images.shape[3] % patch_size:
+        raise ValueError(
+            f"images must have shape (batch, {in_chans}, height, width) with height and width divisible by "
+            f"patch_size={patch_size}, got {tuple(images.shape)}"
+        )
+    return images
 
 
 class DeepViT(nn.Module):
@@ -607,28 +642,14 @@ class DeepViT(nn.Module):
             resampled = resample_pos_embed(self.pos_embed.detach(), self.grid_size, old_grid)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
-    def _check_images(self, images: Tensor) -> None:
-        channels_fit = images.ndim == 4 and images.shape[1] == self.in_chans
-        if not self.dynamic_img_size:
-            if not channels_fit or (images.shape[2], images.shape[3]) != self.img_size:
-                expected = (self.in_chans, *self.img_size)
-                raise ValueError(
-                    f"images must have shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
-                    "dynamic_img_size=True or set_input_size() admits other sizes"
-                )
-        elif not channels_fit or images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
-            raise ValueError(
-                f"images must have shape (batch, {self.in_chans}, height, width) with height and width divisible by "
-                f"patch_size={self.patch_size}, got {tuple(images.shape)}"
-            )
-
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of the first block, ``(batch, 1 + grid_height * grid_width, embed_dim)``, and the grid."""
-        self._check_images(images)
+        img_size = None if self.dynamic_img_size else self.img_size
+        images = _checked_images(images, self.in_chans, self.patch_size, img_size)
         maps = self.patch_embed(images)
         grid = (maps.shape[2], maps.shape[3])
         pos_embed: Tensor = self.pos_embed
-        if self.dynamic_img_size and grid != self.grid_size:
+        if self.dynamic_img_size:
             pos_embed = resample_pos_embed(pos_embed, grid, self.grid_size)
         tokens = torch.cat([self.cls_token.expand(maps.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
         return self.pos_drop(tokens + pos_embed), grid
