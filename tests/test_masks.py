@@ -431,5 +431,5 @@ def test_what_a_mask_may_not_be(mask, error, message):
 
 def test_is_causal_is_a_bool():
     query = torch.zeros(1, 1, 2, 8)
-    with pytest.raises(TypeError, match="is_causal must be a bool, got Tensor"):
+    with pytest.raises(TypeError, match="is_causal must be a bool, got torch.Tensor"):
         re_attention(query, query, query, torch.eye(1), is_causal=torch.tensor(True))
