@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from reattn import layouts, reference
 from reattn.checks import NORMS, check_tokens
 from reattn.functional import name_of, re_attention
+from reattn.ops import recomputes
 from reattn.sharded import with_all_heads
 
 
@@ -338,7 +339,13 @@ class CalledNorm:
     def __call__(self, maps: Tensor) -> Tensor:
         dtypes = (tensor.dtype for tensor in self.norm.parameters() if tensor.is_floating_point())
         maps = maps.to(next(dtypes, maps.dtype))
-        return self.norm(maps.movedim(1, -1)).movedim(-1, 1) if self.heads_last else self.norm(maps)
+        if self.heads_last:
+            maps = maps.movedim(1, -1)
+        # Activation checkpointing calls it once more for the same batch.
+        again = not torch.compiler.is_compiling() and recomputes()
+        with discard_running_statistics(self.norm) if again else nullcontext():
+            maps = self.norm(maps)
+        return maps.movedim(-1, 1) if self.heads_last else maps
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:

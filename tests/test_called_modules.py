@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import reattn.backends
 from reattn import ReAttention, re_attention
@@ -450,3 +451,12 @@ def test_traced_model(training):
     torch.testing.assert_close(traced(x), model(x))
     with pytest.raises(ValueError, match="attn_mask must be None, and is_causal False, in what torch.fx traced"):
         traced(x, torch.ones(17, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_of_a_norm_that_is_called(use_reentrant):
+    module = attention(head_norm=SplitBatchNorm2d(HEADS))
+    plain = copy.deepcopy(module)
+    found = result(module, lambda x: checkpoint(module, x, use_reentrant=use_reentrant), tokens())
+    assert_alike(found, result(plain, plain, tokens()))
+    assert found["head_norm.num_batches_tracked"] == 1
