@@ -117,16 +117,17 @@ def _check_name(name: str) -> None:
 def _traced_for() -> str | None:
     """The format of a file that knows torch's own operators alone, where a call is traced for one."""
     if torch.compiler.is_compiling():
-        return "ONNX" if _for_onnx() else None
-    return ("ONNX" if _for_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+        return "ONNX" if exporting_onnx() else None
+    return ("ONNX" if exporting_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
 
 
-def _for_onnx() -> bool:
+def exporting_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work, by either exporter."""
     return torch.onnx.is_in_onnx_export()
 
 
 # torch.compile takes torch's function to be False; what is marked is called.
-_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from reattn.backends import exporting_onnx
 from reattn.module import ReAttention
 from reattn.reference import masked_softmax
 
@@ -50,7 +51,7 @@ def _may_vary(grid: Sequence[int]) -> bool:
         # With strict=True all sizes look like numbers.
         return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in grid)
     # The older ONNX exporter cannot resample.
-    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+    return torch.jit.is_tracing() and not exporting_onnx()  # type: ignore[attr-defined]
 
 
 @torch.fx.wrap
@@ -124,7 +125,7 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
 
 @torch.fx.wrap
 def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
+    if exporting_onnx():
         raise RuntimeError("an ONNX file holds no stochastic depth: call eval() on the model before the export")
     keep_prob = 1.0 - drop_prob
     mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
