@@ -25,9 +25,10 @@ from reattn.problem import Problem
 
 DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "deployment.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL))
+COMPILED = ("torch.compile", "AOTInductor")  # by inductor
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Loads files where reattn cannot be imported: the results for what was saved beside each, and the input's gradient.
+# Loads files where reattn cannot be imported: the results that were saved beside them, and the input's gradient.
 WITHOUT_REATTN = """
 import sys
 
@@ -39,17 +40,18 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 
-kind, file, cases = sys.argv[1:]
-load = {"program": lambda: torch.export.load(file).module(), "script": lambda: torch.jit.load(file),
-        "library": lambda: torch._inductor.aoti_load_package(file)}
-loaded = load[kind]()
-for inputs, expected, gradient in torch.load(cases):
-    x = inputs[0].clone().requires_grad_(gradient is not None)
-    output = loaded(x, *inputs[1:])
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    if gradient is not None:
-        output.square().sum().backward()
-        torch.testing.assert_close(x.grad, gradient, rtol=1e-4, atol=1e-5)
+load = {"program": lambda file: torch.export.load(file).module(), "script": torch.jit.load,
+        "library": torch._inductor.aoti_load_package}
+for argument in sys.argv[2:]:
+    kind, file = argument.split(":")
+    loaded = load[kind](file)
+    for given, wanted, gradient in torch.load(sys.argv[1]):
+        x = given.clone().requires_grad_(kind != "library")
+        output = loaded(x)
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+        if kind != "library":
+            output.square().sum().backward()
+            torch.testing.assert_close(x.grad, gradient, rtol=1e-4, atol=1e-5)
 assert "reattn" not in sys.modules
 print("as expected")
 """
@@ -102,31 +104,32 @@ def expected(model, *given):
         return model(*given)
 
 
-def load_without_reattn(kind, file, model, *inputs, gradients=False):
+def load_without_reattn(folder, model, inputs, *files):
+    """What a process without reattn makes of files, each ``kind:name``, against the model."""
     cases = []
     for given in inputs:
-        x = given[0].clone().requires_grad_(gradients)
-        output = expected(model, x, *given[1:])
-        if gradients:
-            output.square().sum().backward()
+        x = given.clone().requires_grad_()
+        output = expected(model, x)
+        output.square().sum().backward()
         cases.append((given, output.detach(), x.grad))
-    saved = file.with_suffix(".cases")
-    torch.save(cases, saved)
+    torch.save(cases, folder / "cases")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", WITHOUT_REATTN, kind, file, saved]
-    return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_REATTN, "cases", *files]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "as expected\n"
 
 
 # The documents
 
 
 @pytest.mark.parametrize(
-    "section", [pytest.param(name, marks=pytest.mark.slow if name == "AOTInductor" else ()) for name in SECTIONS]
+    "section", [pytest.param(n, marks=pytest.mark.slow if n in COMPILED else ()) for n in SECTIONS]
 )
 def test_code_of_the_documents(section, tmp_path, monkeypatch):
     if section == "ONNX":
         needs("onnxruntime"), needs("onnxscript")
-    if section in ("AOTInductor", "torch.compile"):
+    if section in COMPILED:
         needs_compiler(monkeypatch)
     monkeypatch.chdir(tmp_path)
     blocks = CODE.findall(DOCUMENT[: DOCUMENT.index("\n## ")]) + CODE.findall(SECTIONS[section])
@@ -134,6 +137,8 @@ def test_code_of_the_documents(section, tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(block, names)
+    if section == "AOTInductor":
+        load_without_reattn(tmp_path, names["model"], [names["images"]], "library:compiled.pt2")
 
 
 def test_every_format_has_a_section():
@@ -301,13 +306,18 @@ def export(model, example, **options):
         return torch.export.export(model, example, **options)
 
 
-def test_exported_program_without_reattn(tmp_path):
-    model, file = vit(dynamic_img_size=True), tmp_path / "model.pt2"
+def test_files_without_reattn(tmp_path, monkeypatch):
+    """An exported program and traces, made with gradients on and off: any batch, any image size."""
+    model, example = vit(dynamic_img_size=True), images()
     sides = {dim: 4 * torch.export.Dim(f"side{dim}", max=64) for dim in (2, 3)}
-    torch.export.save(export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch"), **sides},)), file)
-    process = load_without_reattn("program", file, model, (images(),), (images(3, 12, 24),), gradients=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
+    program = export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch"), **sides},))
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(program, "model.pt2")
+    torch.jit.trace(model, example).save("with.ts")
+    with torch.no_grad():
+        torch.jit.trace(model, example).save("without.ts")
+    inputs = [example, images(3, 24, 12)]
+    load_without_reattn(tmp_path, model, inputs, "program:model.pt2", "script:with.ts", "script:without.ts")
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -323,29 +333,7 @@ def test_exported_program_of_any_image_size(strict):
         program(images(2, 18))
 
 
-@pytest.mark.slow
-def test_library_without_reattn(tmp_path, monkeypatch):
-    needs_compiler(monkeypatch)
-    model, file = attention(norm="batch"), tmp_path / "model.pt2"
-    program = export(model, (tokens(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
-    with torch.no_grad():
-        process = load_without_reattn("library", file, model, (tokens(),), (tokens(5),))
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
-
-
 # TorchScript
-
-
-@pytest.mark.parametrize("grad_enabled", [True, False])
-def test_trace_without_reattn(grad_enabled, tmp_path):
-    model, file = vit(dynamic_img_size=True, norm="batch"), tmp_path / "model.ts"
-    with torch.set_grad_enabled(grad_enabled):
-        torch.jit.trace(model, images()).save(file)
-    process = load_without_reattn("script", file, model, (images(),), (images(3, 24, 12),), gradients=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
 
 
 @norms
