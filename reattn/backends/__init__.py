@@ -87,7 +87,8 @@ def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) ->
         if file == "ONNX" and (problem.batch_statistics or problem.dropout_p > 0.0):
             raise RuntimeError(
                 "an ONNX file holds neither statistics of a batch nor dropout: call eval() on the model before the "
-                f"export (norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
+                "export, and let its batch norms track running statistics "
+                f"(norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
             )
         return "reference"
     if requested == "auto":

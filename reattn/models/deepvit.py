@@ -156,8 +156,9 @@ def _attend(
     """scaled_dot_product_attention, which takes a mask or ``is_causal``, with both."""
     if attn_mask is not None and is_causal:
         later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        hidden = False if attn_mask.dtype == torch.bool else float("-inf")
-        attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
+        is_boolean = attn_mask.dtype == torch.bool
+        attn_mask = attn_mask & ~later if is_boolean else attn_mask.masked_fill(later, float("-inf"))
+        is_causal = False
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
 
 
