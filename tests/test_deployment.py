@@ -1,4 +1,4 @@
-"""What leaves eager Python: ONNX, torch.export and AOTInductor, TorchScript, torch.fx, and the code of docs/deployment.md."""
+"""What leaves eager Python: ONNX, torch.export, AOTInductor, TorchScript, torch.fx; and docs/deployment.md's code."""
 
 import copy
 import importlib
@@ -25,9 +25,10 @@ from reattn.problem import Problem
 
 DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "deployment.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL))
+COMPILED = ("torch.compile", "AOTInductor")  # by inductor
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Loads files where reattn cannot be imported: the results for what was saved beside each, and the input's gradient.
+# Loads files where reattn cannot be imported: the results that were saved beside them, and the input's gradient.
 WITHOUT_REATTN = """
 import sys
 
@@ -39,17 +40,18 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 
-kind, file, cases = sys.argv[1:]
-load = {"program": lambda: torch.export.load(file).module(), "script": lambda: torch.jit.load(file),
-        "library": lambda: torch._inductor.aoti_load_package(file)}
-loaded = load[kind]()
-for inputs, expected, gradient in torch.load(cases):
-    x = inputs[0].clone().requires_grad_(gradient is not None)
-    output = loaded(x, *inputs[1:])
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    if gradient is not None:
-        output.square().sum().backward()
-        torch.testing.assert_close(x.grad, gradient, rtol=1e-4, atol=1e-5)
+load = {"program": lambda file: torch.export.load(file).module(), "script": torch.jit.load,
+        "library": torch._inductor.aoti_load_package}
+for argument in sys.argv[2:]:
+    kind, file = argument.split(":")
+    loaded = load[kind](file)
+    for given, wanted, gradient in torch.load(sys.argv[1]):
+        x = given.clone().requires_grad_(kind != "library")
+        output = loaded(x)
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+        if kind != "library":
+            output.square().sum().backward()
+            torch.testing.assert_close(x.grad, gradient, rtol=1e-4, atol=1e-5)
 assert "reattn" not in sys.modules
 print("as expected")
 """
@@ -92,34 +94,42 @@ def attention(**options):
 
 def vit(**options):
     torch.manual_seed(0)
-    return DeepViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=3, **options).eval()
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+    return DeepViT(**{**shape, **options}).eval()
 
 
-def load_without_reattn(kind, file, model, *inputs, gradients=False):
+def expected(model, *given):
+    """The model's own answer, by the backend that needs no compilation."""
+    with use_backend("reference"):
+        return model(*given)
+
+
+def load_without_reattn(folder, model, inputs, *files):
+    """What a process without reattn makes of files, each ``kind:name``, against the model."""
     cases = []
     for given in inputs:
-        x = given[0].clone().requires_grad_(gradients)
-        output = model(x, *given[1:])
-        if gradients:
-            output.square().sum().backward()
+        x = given.clone().requires_grad_()
+        output = expected(model, x)
+        output.square().sum().backward()
         cases.append((given, output.detach(), x.grad))
-    saved = file.with_suffix(".cases")
-    torch.save(cases, saved)
+    torch.save(cases, folder / "cases")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", WITHOUT_REATTN, kind, file, saved]
-    return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_REATTN, "cases", *files]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "as expected\n"
 
 
 # The documents
 
 
 @pytest.mark.parametrize(
-    "section", [pytest.param(name, marks=pytest.mark.slow if name == "AOTInductor" else ()) for name in SECTIONS]
+    "section", [pytest.param(n, marks=pytest.mark.slow if n in COMPILED else ()) for n in SECTIONS]
 )
 def test_code_of_the_documents(section, tmp_path, monkeypatch):
     if section == "ONNX":
         needs("onnxruntime"), needs("onnxscript")
-    if section in ("AOTInductor", "torch.compile"):
+    if section in COMPILED:
         needs_compiler(monkeypatch)
     monkeypatch.chdir(tmp_path)
     blocks = CODE.findall(DOCUMENT[: DOCUMENT.index("\n## ")]) + CODE.findall(SECTIONS[section])
@@ -127,6 +137,8 @@ def test_code_of_the_documents(section, tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(block, names)
+    if section == "AOTInductor":
+        load_without_reattn(tmp_path, names["model"], [names["images"]], "library:compiled.pt2")
 
 
 def test_every_format_has_a_section():
@@ -166,7 +178,7 @@ def test_use_backend_refuses_unknown_names_at_once():
 
 
 def test_use_backend_and_the_compiler(backend):
-    """What was compiled outside is compiled anew inside, and back; entered inside a compiled function, it holds there."""
+    """What was compiled outside is compiled anew inside; entered in a compiled function, it holds there."""
     module, x, targets = attention(norm="layer"), tokens(), []
 
     def keeping(graph, inputs):
@@ -201,8 +213,8 @@ def assert_same(session, model, *inputs):
         names = [node.name for node in session.get_inputs()]
         feed = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
         output = torch.from_numpy(session.run(None, feed)[0])
-        expected = model(*given).detach()
-        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+        wanted = expected(model, *given).detach()
+        assert (output - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 exporters = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "older"])
@@ -294,13 +306,18 @@ def export(model, example, **options):
         return torch.export.export(model, example, **options)
 
 
-def test_exported_program_without_reattn(tmp_path):
-    model, file = vit(dynamic_img_size=True), tmp_path / "model.pt2"
+def test_files_without_reattn(tmp_path, monkeypatch):
+    """An exported program and traces, made with gradients on and off: any batch, any image size."""
+    model, example = vit(dynamic_img_size=True), images()
     sides = {dim: 4 * torch.export.Dim(f"side{dim}", max=64) for dim in (2, 3)}
-    torch.export.save(export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch"), **sides},)), file)
-    process = load_without_reattn("program", file, model, (images(),), (images(3, 12, 24),), gradients=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
+    program = export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch"), **sides},))
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(program, "model.pt2")
+    torch.jit.trace(model, example).save("with.ts")
+    with torch.no_grad():
+        torch.jit.trace(model, example).save("without.ts")
+    inputs = [example, images(3, 24, 12)]
+    load_without_reattn(tmp_path, model, inputs, "program:model.pt2", "script:with.ts", "script:without.ts")
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -311,34 +328,12 @@ def test_exported_program_of_any_image_size(strict):
     program = export(model, (images(),), dynamic_shapes=(sides,), strict=strict).module()
     for height, width in ((16, 16), (24, 8)):
         x = images(2, height, width)
-        torch.testing.assert_close(program(x), model(x))
+        torch.testing.assert_close(program(x), expected(model, x))
     with pytest.raises(AssertionError, match="% 4 == 0"):
         program(images(2, 18))
 
 
-@pytest.mark.slow
-def test_library_without_reattn(tmp_path, monkeypatch):
-    needs_compiler(monkeypatch)
-    model, file = attention(norm="batch"), tmp_path / "model.pt2"
-    program = export(model, (tokens(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
-    with torch.no_grad():
-        process = load_without_reattn("library", file, model, (tokens(),), (tokens(5),))
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
-
-
 # TorchScript
-
-
-@pytest.mark.parametrize("grad_enabled", [True, False])
-def test_trace_without_reattn(grad_enabled, tmp_path):
-    model, file = vit(dynamic_img_size=True, norm="batch"), tmp_path / "model.ts"
-    with torch.set_grad_enabled(grad_enabled):
-        torch.jit.trace(model, images()).save(file)
-    process = load_without_reattn("script", file, model, (images(),), (images(3, 24, 12),), gradients=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "as expected\n"
 
 
 @norms
@@ -346,7 +341,7 @@ def test_trace_takes_other_masks_than_its_example(norm):
     model, x = attention(norm=norm), tokens()
     traced = torch.jit.trace(model, (x, torch.ones(1, 7, dtype=torch.bool).expand(7, 7)))
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
-    torch.testing.assert_close(traced(x, mask), model(x, is_causal=True))
+    torch.testing.assert_close(traced(x, mask), expected(model, x, None, True))
 
 
 def test_trace_of_the_function():
@@ -357,7 +352,7 @@ def test_trace_of_the_function():
         return re_attention(query, query, query, theta, norm="layer")
 
     traced = torch.jit.trace(function, maps[0])
-    torch.testing.assert_close(traced(maps[1]), function(maps[1]))
+    torch.testing.assert_close(traced(maps[1]), expected(function, maps[1]))
 
 
 def test_trace_refuses_a_fused_backend():
@@ -372,6 +367,12 @@ def test_script_is_refused():
 
 
 # torch.fx
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Kernels are other tests' business."""
+    monkeypatch.setenv("REATTN_BACKEND", "reference")
 
 
 class Tracer(torch.fx.Tracer):
@@ -394,7 +395,7 @@ MODELS = {
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_fx(options, training):
+def test_fx(options, training, reference):
     """Values, running statistics and gradients, with masks and without, and after pickling."""
     model = vit(**options).train(training)
     graph = torch.fx.GraphModule(copy.deepcopy(model), Tracer().trace(model))
@@ -425,14 +426,14 @@ def test_fx_keeps_the_checks():
         graph(images(2, 18))
 
 
-def test_fx_leaves_recomputation_out():
+def test_fx_leaves_recomputation_out(reference):
     model = vit()
     model.set_grad_checkpointing()
     graph = torch.fx.GraphModule(model, Tracer().trace(model))
     torch.testing.assert_close(graph(images()), model(images()))
 
 
-def test_feature_extraction():
+def test_feature_extraction(reference):
     """By torchvision and by timm."""
     import_timm()
     from timm.layers import register_notrace_module
@@ -440,12 +441,16 @@ def test_feature_extraction():
     from torchvision.models import feature_extraction
 
     model, features = vit(), {}
-    for name in ("blocks.0", "blocks.1.attn"):
+    hooks = [
         model.get_submodule(name).register_forward_hook(lambda *call, n=name: features.update({n: call[-1]}))
+        for name in ("blocks.0.mlp", "blocks.1.attn")
+    ]
     model(images())
+    for hook in hooks:
+        hook.remove()
     leaves = {"leaf_modules": [ReAttention]}
     _, names = feature_extraction.get_graph_node_names(model, tracer_kwargs=leaves, suppress_diff_warning=True)
-    assert set(features) < set(names) | {"blocks.0"}
+    assert "blocks.1.attn" in names
     register_notrace_module(ReAttention)
     for extractor in (
         feature_extraction.create_feature_extractor(model, list(features), tracer_kwargs=leaves),
@@ -457,11 +462,11 @@ def test_feature_extraction():
 # Quantisation
 
 
-def test_dynamic_quantisation():
+def test_dynamic_quantisation(reference):
     """Every Linear, within and around the attention, and nothing else."""
     model = vit(conv_stem=True, norm="layer")
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(type(module) is nn.Linear for module in quantised.modules())
     assert torch.equal(quantised.blocks[0].attn.theta, model.blocks[0].attn.theta)
-    expected = model(images())
-    assert (quantised(images()) - expected).abs().max() < 0.1 * expected.abs().max()
+    wanted = model(images())
+    assert (quantised(images()) - wanted).abs().max() < 0.1 * wanted.abs().max()

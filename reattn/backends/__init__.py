@@ -87,7 +87,8 @@ def choose(requested: str, problem: Problem, shapes: str | Callable[[], str]) ->
         if file == "ONNX" and (problem.batch_statistics or problem.dropout_p > 0.0):
             raise RuntimeError(
                 "an ONNX file holds neither statistics of a batch nor dropout: call eval() on the model before the "
-                f"export (norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
+                "export, and let its batch norms track running statistics "
+                f"(norm={problem.norm!r}, training={problem.training}, dropout_p={problem.dropout_p})"
             )
         return "reference"
     if requested == "auto":
@@ -117,16 +118,17 @@ def _check_name(name: str) -> None:
 def _traced_for() -> str | None:
     """The format of a file that knows torch's own operators alone, where a call is traced for one."""
     if torch.compiler.is_compiling():
-        return "ONNX" if _for_onnx() else None
-    return ("ONNX" if _for_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+        return "ONNX" if exporting_onnx() else None
+    return ("ONNX" if exporting_onnx() else "TorchScript") if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
 
 
-def _for_onnx() -> bool:
+def exporting_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work, by either exporter."""
     return torch.onnx.is_in_onnx_export()
 
 
 # torch.compile takes torch's function to be False; what is marked is called.
-_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from reattn.backends import exporting_onnx
 from reattn.checks import check_tokens
 from reattn.module import ReAttention, discard_running_statistics, dropout_arguments, without_masks
 from reattn.reference import masked_softmax
@@ -52,7 +53,7 @@ def _may_vary(grid: Sequence[int]) -> bool:
         # With strict=True all sizes look like numbers.
         return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in grid)
     # The older ONNX exporter cannot resample.
-    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+    return torch.jit.is_tracing() and not exporting_onnx()  # type: ignore[attr-defined]
 
 
 @fx.wrap
@@ -112,7 +113,7 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
 
 @fx.wrap
 def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
+    if exporting_onnx():
         raise RuntimeError("an ONNX file holds no stochastic depth: call eval() on the model before the export")
     keep_prob = 1.0 - drop_prob
     mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
@@ -142,8 +143,9 @@ def _attend(
     """scaled_dot_product_attention, which takes a mask or ``is_causal``, with both."""
     if attn_mask is not None and is_causal:
         later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        hidden = False if attn_mask.dtype == torch.bool else float("-inf")
-        attn_mask, is_causal = attn_mask.masked_fill(later, hidden), False
+        is_boolean = attn_mask.dtype == torch.bool
+        attn_mask = attn_mask & ~later if is_boolean else attn_mask.masked_fill(later, float("-inf"))
+        is_causal = False
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
 
 
