@@ -205,7 +205,7 @@ def check_called(name: str, function: object, **instead: object) -> None:
         raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     for other, option in instead.items():
         if option is not None:
-            raise ValueError(f"{other} must not be given where {name} is called on the maps, got {name}={function!r}")
+            raise ValueError(f"{other} must not be given where {name} is called on the maps, a {class_name(function)}")
 
 
 def check_norm(

@@ -221,7 +221,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _not_convertible(layer: nn.Module) -> str | None:
     """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    if has_hooks(layer):
         return "it has hooks, which would be lost"
     if x_transformers.is_attention(layer):
         return x_transformers.not_convertible(layer)
@@ -325,7 +325,7 @@ def _factory(layer: Any) -> dict[str, Any]:
 
 def _is_quantised(part: nn.Module) -> bool:
     """Whether the input of a projection is rounded, or may be: it has no plain floating parameter."""
-    return not any(type(p) is nn.Parameter and p.is_floating_point() for name, p in part.named_parameters())
+    return not any(type(p) is nn.Parameter and p.is_floating_point() for p in part.parameters())
 
 
 def _transposed(weight: Tensor) -> nn.Parameter:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reattn import checks, ops, reference
-from reattn.backends import choose
+from reattn.backends import choose, exporting_onnx
 from reattn.backends.contract import Inputs, lowest
 from reattn.problem import Problem
 
@@ -65,9 +65,9 @@ def re_attention(
         pre_bias: ``(heads,)``, added to the mixed scores. The softmax takes away what is added to a whole row: it
             changes nothing, and is there for checkpoints that hold it.
         norm: ``"batch"``: BatchNorm2d over the heads as channels; ``"layer"``: LayerNorm over the heads; ``None``. Or a
-            function, or module, of the mixed maps ``(batch, heads, seqlen, seqlen_k)``, in the dtype of ``query``, to
-            others of that shape: it is called, which only the reference backend can do. Hidden keys have weight 0 after
-            it, but it sees them.
+            function, or module, of the mixed maps ``(batch, heads, seqlen, seqlen_k)``, float32 where ``query`` has 16
+            bits, to others of that shape: it is called, which only the reference backend can do. Hidden keys have
+            weight 0 after it, but it sees them.
         norm_weight, norm_bias: ``(heads,)``, the norm's affine part.
         running_mean, running_var: ``(heads,)``; batch norm updates them in place in training and uses them otherwise.
         num_batches_tracked: one int64; batch norm adds 1 to it in training, as ``torch.nn.BatchNorm2d`` does.
@@ -168,6 +168,11 @@ def re_attention(
     )
     shapes = query.shape, key.shape
     name = choose(backend, problem, lambda: f"query {tuple(shapes[0])}, key {tuple(shapes[1])}")
+    dtype = query.dtype
+    if problem.called is not None:
+        # What only looks on, as hooks do, changes no more than rounding in float32 does.
+        query, key, value = (maps.to(torch.promote_types(dtype, torch.float32)) for maps in (query, key, value))
+        norm, attn_drop = (_under_autocast(function, query.device) for function in (norm, attn_drop))
     statistics = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
     with ops.without_autocast(query.device):
         if name == "reference":
@@ -202,17 +207,39 @@ def re_attention(
             inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             inputs = inputs._replace(attn_mask=attn_mask)
             out = ops.re_attention(name, problem, inputs, process_group, packed)
+    out = out if out.dtype == dtype else out.to(dtype)
     return out if factor is None else out * factor
 
 
 def _called(**options: object) -> str | None:
     """Which options are called on the maps, and what they are: "norm (GroupNorm)" as an example."""
+    if exporting_onnx():
+        for function in options.values():
+            module = getattr(function, "module", function)
+            if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
+                raise RuntimeError(
+                    f"an ONNX file holds no training mode, got {name_of(function)} in it: call eval() on the model "
+                    "before the export"
+                )
     return " and ".join(f"{name} ({name_of(f)})" for name, f in options.items() if callable(f)) or None
+
+
+def _under_autocast(function: Any, device: torch.device) -> Any:
+    """A function that is called under the autocast that is on now, as any module of the model is."""
+    if not callable(function) or not ops.autocast_enabled(device):
+        return function
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def call(maps: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return function(maps)
+
+    return call
 
 
 def name_of(function: Any) -> str:
     """Of a function or module, for messages."""
-    hooks = isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks)
+    hooks = isinstance(function, nn.Module) and checks.has_hooks(function)
     return getattr(function, "__name__", type(function).__name__) + (" with hooks" if hooks else "")
 
 

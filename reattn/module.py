@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from reattn import layouts, reference
-from reattn.checks import NORMS, check_tokens
+from reattn.checks import NORMS, check_tokens, has_hooks
 from reattn.functional import name_of, re_attention
 from reattn.ops import recomputes
 from reattn.sharded import with_all_heads
@@ -202,6 +202,14 @@ class ReAttention(nn.Module):
 
     def _traced(self, query: Tensor, key: Tensor, value: Tensor, **masks: Any) -> Tensor:
         """The operator as :mod:`torch.fx` can look into it."""
+        if self.backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend {self.backend!r} cannot run what torch.fx traced into: trace with ReAttention as a leaf, or "
+                'with backend="auto"'
+            )
+        if masks["attn_mask"] is not None or masks["is_causal"]:
+            # A graph may change its mode.
+            self._refuse_to_see_hidden(traced=True)
         return reference.re_attention(
             query,
             key,
@@ -229,14 +237,15 @@ class ReAttention(nn.Module):
 
         For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
         the statistics are those of ``x``). Differentiable in ``x`` and the parameters; maps that the module's own
-        output depends on are what hooks on ``attn_drop`` and ``head_norm`` get.
+        output depends on are what hooks on ``attn_drop`` and ``head_norm`` get. Call it under ``torch.no_grad()`` where
+        gradients are not wanted.
         """
         check_tokens(x, getattr(self.qkv, "in_features", None))
         query, key, _ = self.project(self.pre_norm(x))
         norm = self._norm_arguments(masked=attn_mask is not None or is_causal)
         if norm.get("training"):
             norm.update(running_mean=None, running_var=None, num_batches_tracked=None)
-        with discard_running_statistics(self.head_norm):
+        with discard_running_statistics(self.head_norm) if self.head_norm is not None else nullcontext():
             return reference.re_attention_maps(
                 query,
                 key,
@@ -278,39 +287,50 @@ class ReAttention(nn.Module):
         """The norm as arguments of :func:`reattn.re_attention`."""
         norm: Any = self.head_norm
         arguments: dict[str, Any] = {"norm": None, "output_scale": self.output_scale}
-        if is_plain(norm):
+        if norm is None or is_plain(norm):
             return arguments
         is_batch = is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
         if not is_batch and not (is_plain(norm, nn.LayerNorm) and norm.normalized_shape == (self.num_heads_out,)):
-            if masked and _takes_statistics(norm):
-                raise ValueError(
-                    "attn_mask must be None, and is_causal False, where head_norm is called on the maps and would "
-                    f"take statistics of hidden positions too, got {name_of(norm)}: a BatchNorm2d, SyncBatchNorm or "
-                    "LayerNorm without hooks takes masks"
-                )
+            if masked:
+                self._refuse_to_see_hidden()
             return arguments | {"norm": self._called_norm()}
         arguments |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         if not is_batch:
             return arguments | {"norm": "layer"}
         # As in BatchNorm2d: its own mode decides, so that a frozen norm stays frozen; without running statistics, the
         # batch's.
+        tracks = norm.track_running_stats or not norm.training
         return arguments | {
             "norm": "batch",
-            "running_mean": norm.running_mean,
-            "running_var": norm.running_var,
+            "running_mean": norm.running_mean if tracks else None,
+            "running_var": norm.running_var if tracks else None,
             "momentum": norm.momentum,
-            "num_batches_tracked": norm.num_batches_tracked if norm.training else None,
+            "num_batches_tracked": norm.num_batches_tracked if norm.training and tracks else None,
             "training": norm.training or norm.running_mean is None,
             "process_group": _process_group(norm) if norm.training else None,
         }
 
-    def _called_norm(self) -> CalledNorm:
-        norm: Any = self.head_norm
-        over_heads = isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.normalized_shape == (self.num_heads_out,)
-        if over_heads and type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
-            return CalledNorm(norm, heads_last=True)
-        # What wraps a norm does not tell its kind.
-        return CalledNorm(norm, self.norm_type == "layer" and not isinstance(norm, _NormBase | nn.GroupNorm))
+    def _called_norm(self) -> CalledModule:
+        # What wraps a norm, as FSDP and peft do, does not tell its kind; what it holds does.
+        leaves = [module for module in self.head_norm.modules() if not any(module.children())]
+        over_heads = all(_shape_of(leaf) == (self.num_heads_out,) for leaf in leaves)
+        channels = all(isinstance(leaf, _NormBase | nn.GroupNorm) for leaf in leaves)
+        heads_last = over_heads or (self.norm_type == "layer" and not channels)
+        return CalledModule(self.head_norm, heads_last, "head_norm of ReAttention: ")
+
+    def _refuse_to_see_hidden(self, traced: bool = False) -> None:
+        """``ValueError`` where torch's own norms in ``head_norm`` would take mean and variance over positions."""
+        for norm in self.head_norm.modules():
+            takes = isinstance(norm, nn.GroupNorm) or _shape_of(norm) not in (None, (self.num_heads_out,))
+            if isinstance(norm, _NormBase):
+                takes = traced or norm.training or norm.running_mean is None
+            if takes:
+                raise ValueError(
+                    "attn_mask must be None, and is_causal False, where head_norm is called on the maps and would take "
+                    f"statistics of hidden positions too, got {name_of(self.head_norm)}"
+                    + (" in what torch.fx traced into: trace with ReAttention as a leaf" if traced else "")
+                    + ": BatchNorm2d, SyncBatchNorm and LayerNorm take masks where they are neither wrapped nor hooked"
+                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         layouts.translate(state_dict, prefix, second_form=prefix + "reattn_weights" in state_dict)
@@ -328,65 +348,64 @@ def without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
     return x
 
 
-class CalledNorm:
-    """A module in ``head_norm``'s place as a function of the mixed maps, cast to the dtype of its parameters if it has
-    any."""
+class CalledModule:
+    """A module in the place of ``head_norm`` or ``attn_drop`` as a function of the maps, which it gets in the dtype of
+    its parameters if it has any."""
 
-    def __init__(self, norm: nn.Module, heads_last: bool) -> None:
-        self.norm, self.heads_last = norm, heads_last
-        self.__name__ = f"head_norm of ReAttention: {name_of(norm)}"
+    def __init__(self, module: nn.Module, heads_last: bool = False, name: str = "") -> None:
+        self.module, self.heads_last = module, heads_last
+        self.__name__ = name + name_of(module)
 
     def __call__(self, maps: Tensor) -> Tensor:
-        dtypes = (tensor.dtype for tensor in self.norm.parameters() if tensor.is_floating_point())
+        dtypes = (tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point())
         maps = maps.to(next(dtypes, maps.dtype))
         if self.heads_last:
             maps = maps.movedim(1, -1)
         # Activation checkpointing calls it once more for the same batch.
         again = not torch.compiler.is_compiling() and recomputes()
-        with discard_running_statistics(self.norm) if again else nullcontext():
-            maps = self.norm(maps)
+        with discard_running_statistics(self.module) if again else nullcontext():
+            maps = self.module(maps)
         return maps.movedim(-1, 1) if self.heads_last else maps
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling a module does what one of these classes does, and nothing besides: no hooks, no ``forward`` of a
     subclass or of its own. By default: nothing at all, as an Identity does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     for kind in classes or (nn.Identity,):
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            return "forward" not in module.__dict__ and not any(hooks)
+            return "forward" not in module.__dict__ and not has_hooks(module)
     return False
+
+
+def _shape_of(norm: nn.Module) -> tuple[int, ...] | None:
+    """What a LayerNorm or RMSNorm, of whichever library, takes its statistics over; None for other modules, and for
+    those that take channels, as timm's LayerNorm2d does."""
+    shape = getattr(norm, "normalized_shape", None)
+    return None if shape is None or type(norm).__name__.endswith("2d") else tuple(shape)
 
 
 def dropout_arguments(attn_drop: nn.Module) -> dict[str, Any]:
     """A module in ``attn_drop``'s place as arguments of :func:`reattn.re_attention`; its own mode decides."""
-    if is_plain(attn_drop):
+    if attn_drop is None or is_plain(attn_drop):
         return {}
     # With p=1 there is nothing left to be divided by 1 - p.
     if is_plain(attn_drop, nn.Dropout) and isinstance(attn_drop, nn.Dropout) and attn_drop.p < 1.0:
         return {"dropout_p": attn_drop.p if attn_drop.training else 0.0}
-    return {"attn_drop": attn_drop}
-
-
-def _takes_statistics(norm: nn.Module) -> bool:
-    """Whether one of torch's own norms would take its mean and variance from the maps, over positions."""
-    if isinstance(norm, nn.GroupNorm):
-        return True
-    return isinstance(norm, _NormBase) and (norm.training or norm.running_mean is None)
+    return {"attn_drop": CalledModule(attn_drop)}
 
 
 @contextmanager
 def discard_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms of ``module`` update throw-away copies of their running statistics."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
-    kept = [dict(norm._buffers) for norm in norms]
+    """Let ``module`` update throw-away copies of its buffers, running statistics among them."""
+    parts = [part for part in module.modules() if part._buffers]
+    kept = [dict(part._buffers) for part in parts]
     try:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        for part, buffers in zip(parts, kept, strict=True):
+            part._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+        for part, buffers in zip(parts, kept, strict=True):
+            part._buffers.update(buffers)
 
 
 def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:

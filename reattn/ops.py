@@ -239,7 +239,9 @@ def re_attention(
     options = _options(backend, problem)
     if not torch.compiler.is_compiling():
         _refuse_tangents(inputs)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+    # A compiled call with tangents is left to the Function, which refuses them.
+    tangents = torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if not tangents and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
         # The Function would cost as much as a small problem, and torch.compile cannot call it without a gradient.
         return _run_forward(inputs, options, group).out
     function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction

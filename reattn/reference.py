@@ -123,7 +123,7 @@ def _called(name: str, function: Callable[[Tensor], Tensor], maps: Tensor) -> Te
     if isinstance(maps, Tensor) and getattr(result, "shape", None) != maps.shape:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{name} must return maps of shape {tuple(maps.shape)}, as it is given, got {got}")
-    return result
+    return result.to(maps.dtype)
 
 
 def mix_heads(maps: Tensor, theta: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager
 
 import torch
 
@@ -40,7 +40,7 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
+def use_backend(name: str) -> _GeneratorContextManager[None]:
     """A context, or a decorator, in which ``backend="auto"`` stands for the backend of that name.
 
     It wins over ``REATTN_BACKEND``, loses against a backend that a call or module names itself, and holds in the thread
@@ -56,8 +56,13 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     return _use(name)
 
 
+def same_backend() -> AbstractContextManager[None]:
+    """A context in which "auto" stands for what it does now, entered wherever and whenever."""
+    return _use(_entered.name)
+
+
 @contextmanager
-def _use(name: str) -> Iterator[None]:
+def _use(name: str | None) -> Iterator[None]:
     before, _entered.name = _entered.name, name
     try:
         yield

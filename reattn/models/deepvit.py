@@ -5,8 +5,8 @@ State dict keys are the official ones, except inside ``attn``, where :class:`rea
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from reattn.backends import exporting_onnx
-from reattn.checks import check_tokens
+from reattn.backends import exporting_onnx, same_backend
+from reattn.checks import check_tokens, class_name
 from reattn.module import ReAttention, discard_running_statistics, dropout_arguments, without_masks
 from reattn.reference import masked_softmax
 
@@ -95,11 +95,18 @@ def resample_pos_embed(
     return torch.cat([prefix, patches], dim=1)
 
 
+@contextmanager
+def _recomputation(block: nn.Module, backend: AbstractContextManager[None]) -> Iterator[None]:
+    with backend, discard_running_statistics(block):
+        yield
+
+
 def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     """``block(*inputs)``, recomputed in the backward pass instead of keeping its activations.
 
-    The recomputation runs on copies of the running statistics: otherwise every training step would update them twice.
-    A compiled graph has its mutations in the forward pass only, and needs no such care.
+    The recomputation runs on copies of the running statistics, otherwise every training step would update them twice,
+    and on the backend that :func:`reattn.use_backend` says now, in whichever thread it runs. A compiled graph has its
+    mutations in the forward pass only, and needs no such care.
     """
     if torch.compiler.is_compiling():
         return checkpoint(block, *inputs, use_reentrant=False)
@@ -107,7 +114,7 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
         block,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), discard_running_statistics(block)),
+        context_fn=lambda: (nullcontext(), _recomputation(block, same_backend())),
     )
 
 
@@ -137,16 +144,14 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
-) -> Tensor:
-    """scaled_dot_product_attention, which takes a mask or ``is_causal``, with both."""
-    if attn_mask is not None and is_causal:
-        later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        is_boolean = attn_mask.dtype == torch.bool
-        attn_mask = attn_mask & ~later if is_boolean else attn_mask.masked_fill(later, float("-inf"))
-        is_causal = False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+def _softmax_maps(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """The maps of scaled_dot_product_attention: its masks mean what they do there."""
+    scores = query @ key.transpose(-2, -1)
+    if attn_mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0).to(query.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -210,11 +215,20 @@ class SelfAttention(nn.Module):
             x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal), None, False
         query, key, value = self._split_heads(x)
         dropout = dropout_arguments(self.attn_drop)
-        if "attn_drop" in dropout or isinstance(x, fx.Proxy):
-            maps = masked_softmax(query * self.head_dim**-0.5, key, attn_mask, is_causal)
-            out = self.attn_drop(maps) @ value
+        called = "attn_drop" in dropout or isinstance(x, fx.Proxy)
+        if is_causal and (called or attn_mask is not None):
+            # SDPA takes one of them.
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            if attn_mask is None or attn_mask.dtype == torch.bool:
+                attn_mask = seen if attn_mask is None else attn_mask & seen
+            else:
+                attn_mask = attn_mask.masked_fill(~seen, float("-inf"))
+            is_causal = False
+        if called:
+            maps = _softmax_maps(query * self.head_dim**-0.5, key, attn_mask)
+            out = dropout.get("attn_drop", self.attn_drop)(maps).to(value.dtype) @ value
         else:
-            out = _attend(query, key, value, attn_mask, dropout.get("dropout_p", 0.0), is_causal)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **dropout)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def attention_maps(
@@ -272,7 +286,6 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps, device=device, dtype=dtype)
@@ -282,7 +295,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(batch, seqlen, dim)`` in and out; the masks go to the attention."""
-        check_tokens(x, self.dim)
+        check_tokens(x, getattr(self.norm1, "normalized_shape", (None,))[-1])
         # Whatever stands in the place of the attention may take no mask.
         masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         scale = self.residual_scale
@@ -366,6 +379,8 @@ class ConvStem(nn.Module):
 @fx.wrap
 def _checked_images(images: Tensor, in_chans: int, patch_size: int, img_size: tuple[int, int] | None) -> Tensor:
     """The images, ``(batch, in_chans, *img_size)``; None: of any size that patches fill."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a Tensor (batch, {in_chans}, height, width), got {class_name(images)}")
     channels_fit = images.ndim == 4 and images.shape[1] == in_chans
     if img_size is not None:
         if not channels_fit or (images.shape[2], images.shape[3]) != img_size:
