@@ -43,11 +43,14 @@ def with_all_heads(projected: Any, width: int) -> Any:
     if type(projected) is not Tensor and is_sharded(projected):
         projected = by_sample(projected)
     if projected.shape[-1] != width:
-        raise ValueError(
-            f"qkv must put out {width} features, got {projected.shape[-1]}: heads cannot lie on several ranks, for "
-            "mixing couples them; in a plan of parallelize_module, take ColwiseParallel(output_layouts=Replicate()) "
-            "for qkv and RowwiseParallel(input_layouts=Replicate()) for proj"
-        )
+        message = f"qkv must put out {width} features, got {projected.shape[-1]}"
+        if dist.is_available() and dist.is_initialized() and width % max(projected.shape[-1], 1) == 0:
+            message += (
+                ": heads cannot lie on several ranks, for mixing couples them; in a plan of parallelize_module, take "
+                "ColwiseParallel(output_layouts=Replicate()) for qkv and RowwiseParallel(input_layouts=Replicate()) for "
+                "proj"
+            )
+        raise ValueError(message)
     return projected
 
 

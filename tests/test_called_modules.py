@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +57,25 @@ class Wrapped(nn.Module):
         return self.module(*args)
 
 
+class LayerNorm(nn.LayerNorm):
+    """As timm's, which has a ``forward`` of its own."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As timm's, over the channels."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def stop_tracking(norm):
+    norm.track_running_stats = False
+    return norm
+
+
 class OnHeads(nn.Module):
     """What eager code does with a norm over the heads: they go last, and back."""
 
@@ -82,6 +102,11 @@ REPLACED = {
     "layer-to-batch": ("layer", lambda: nn.BatchNorm2d(HEADS), None),
     "layer-to-group": ("layer", lambda: nn.GroupNorm(2, HEADS), None),
     "wrapped-layer": ("layer", lambda: Wrapped(nn.LayerNorm(HEADS)), OnHeads),
+    "batch-to-own-layer": ("batch", lambda: LayerNorm(HEADS), OnHeads),
+    "batch-to-layer-2d": ("batch", lambda: LayerNorm2d(HEADS), None),
+    "batch-to-wrapped-layer": ("batch", lambda: Wrapped(nn.LayerNorm(HEADS)), OnHeads),
+    "layer-to-wrapped-batch": ("layer", lambda: Wrapped(nn.BatchNorm2d(HEADS)), None),
+    "stops-tracking": ("batch", lambda: stop_tracking(nn.BatchNorm2d(HEADS)), None),
 }
 
 
@@ -133,18 +158,22 @@ def assert_alike(found, expected):
         )
 
 
+@pytest.mark.parametrize("seqlen", [SEQLEN, HEADS])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("name", REPLACED)
-def test_a_module_in_the_place_of_the_norm_is_called(name, training):
+def test_a_module_in_the_place_of_the_norm_is_called(name, training, seqlen):
+    """At as many tokens as heads, too, where the axes look alike."""
     norm, build, around = REPLACED[name]
+    if name == "over-keys" and seqlen != SEQLEN:
+        pytest.skip("a LayerNorm of as many elements as there are heads is one over the heads")
     module = attention(norm, build()).train(training)
     if name == "wrapped-layer":
         assert module.head_norm(torch.ones(2, HEADS)).shape == (2, HEADS)
     same = copy.deepcopy(module).double()
     written_out = None if around is None else around(same.head_norm)
     assert_alike(
-        result(module, module, tokens()),
-        result(same, lambda x: eager(same, x, written_out), tokens(dtype=torch.float64)),
+        result(module, module, tokens()[:, :seqlen]),
+        result(same, lambda x: eager(same, x, written_out), tokens(dtype=torch.float64)[:, :seqlen]),
     )
 
 
@@ -296,13 +325,16 @@ def test_masks_with_norms_that_are_called():
     torch.testing.assert_close(module(tokens(), mask), plain(tokens(), mask), rtol=0, atol=1e-5)
     hooked = attention()
     hooked.head_norm.register_forward_hook(lambda *_: None)
-    for module in (attention(head_norm=nn.GroupNorm(2, HEADS)), hooked):
+    refused = [nn.GroupNorm(2, HEADS), Wrapped(nn.BatchNorm2d(HEADS)), nn.LayerNorm((HEADS, SEQLEN, SEQLEN))]
+    for module in (*(attention(head_norm=norm) for norm in refused), hooked):
         for masks in ({"attn_mask": mask}, {"is_causal": True}):
             with pytest.raises(
                 ValueError, match="attn_mask must be None, and is_causal False, where head_norm is called"
             ):
                 module(tokens(), **masks)
-    torch.testing.assert_close(hooked.eval()(tokens(), mask).isfinite().all(), torch.tensor(True))
+    for masks in ({"attn_mask": mask}, {"is_causal": True}):
+        expected = attention().eval()(tokens(), **masks)
+        torch.testing.assert_close(hooked.eval()(tokens(), **masks), expected, rtol=0, atol=1e-5)
 
 
 def test_attention_maps_call_the_norm():
@@ -326,6 +358,29 @@ def test_other_dtypes(name, dtype):
     found = module(tokens(dtype=dtype))
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_looking_on_changes_nothing(dtype):
+    """In 16 bits, too: maps are alike to the third digit, and a norm of them would show what rounding left."""
+    module = attention().to(dtype)
+    exact = copy.deepcopy(module).double()(tokens(dtype=torch.float64))
+    module.attn_drop.register_forward_hook(lambda *_: None)
+    found = module(tokens(dtype=dtype))
+    assert found.dtype == dtype
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert error < 8 * torch.finfo(dtype).eps
+
+
+def test_dropout_with_parameters_under_autocast():
+    module = attention(None)
+    module.attn_drop = nn.Conv2d(HEADS, HEADS, 1)
+    expected = module(tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(tokens())
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    module = module.bfloat16()
+    assert module(tokens(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_autocast():
@@ -373,6 +428,31 @@ def test_traced_by_fx(norm, training):
         wanted = {"0"} if leaf else {"softmax", "0.attn_drop"} | ({"0.head_norm"} if norm else set())
         assert wanted <= targets and ("softmax" in targets) != leaf
         assert_alike(result(module, fx.GraphModule(holder, graph), tokens()), expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", None])
+def test_masks_that_a_traced_model_makes(norm):
+    """Batch norm is a node of the graph, and would count what is hidden, in training if not now."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention(norm)
+
+        def forward(self, x):
+            return self.attention(x, is_causal=True)
+
+    model = Decoder().eval()
+    if norm == "batch":
+        with pytest.raises(ValueError, match="in what torch.fx traced into: trace with ReAttention as a leaf"):
+            fx.symbolic_trace(model)
+    else:
+        torch.testing.assert_close(fx.symbolic_trace(model)(tokens()), model(tokens()), rtol=0, atol=1e-4)
+
+
+def test_a_fused_backend_is_not_traced_into():
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run what torch.fx traced into"):
+        fx.symbolic_trace(attention(backend="cpu"))
 
 
 def test_masks_in_a_traced_graph():
@@ -460,3 +540,50 @@ def test_checkpointing_of_a_norm_that_is_called(use_reentrant):
     found = result(module, lambda x: checkpoint(module, x, use_reentrant=use_reentrant), tokens())
     assert_alike(found, result(plain, plain, tokens()))
     assert found["head_norm.num_batches_tracked"] == 1
+
+
+def test_statistics_of_any_norm_are_left_alone():
+    """``attention_maps``: a norm that is none of torch's keeps its buffers."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, maps):
+            self.calls += 1
+            return maps / self.calls
+
+    module = attention(head_norm=Counting())
+    module(tokens())
+    first = module.attention_maps(tokens())[1]
+    torch.testing.assert_close(module.attention_maps(tokens())[1], first)
+    assert module.head_norm.calls == 1
+
+
+@pytest.mark.parametrize("masks", ["none", "boolean", "lowest", "causal", "both"])
+def test_hooks_on_plain_attention_change_nothing(masks):
+    """Masks mean there what they do in scaled_dot_product_attention."""
+    module = SelfAttention(DIM, HEADS).eval()
+    bias = torch.zeros(4, 1, SEQLEN, SEQLEN)
+    bias[0, :, 3] = torch.finfo(torch.float32).min
+    boolean = (torch.arange(SEQLEN) < 6).expand(SEQLEN, SEQLEN)
+    given = {
+        "none": {},
+        "boolean": {"attn_mask": boolean},
+        "lowest": {"attn_mask": bias},
+        "causal": {"is_causal": True},
+        "both": {"attn_mask": boolean, "is_causal": True},
+    }[masks]
+    expected, seen = module(tokens(), **given), []
+    module.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(module(tokens(), **given), expected, rtol=0, atol=1e-5)
+    assert len(seen) == 1
+
+
+def test_no_module_at_all():
+    module = attention(None)
+    expected = module(tokens())
+    module.head_norm = module.attn_drop = None
+    torch.testing.assert_close(module(tokens()), expected)
+    module.attention_maps(tokens())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reattn import ReAttention
+from reattn import ReAttention, use_backend
 from reattn.models import DeepViT, SelfAttention, create_model, deepvit_l_384, list_models, resample_pos_embed
 from reattn.models.deepvit import Block, DropPath
 
@@ -318,6 +318,21 @@ def test_another_image_size():
     assert dynamic.pos_embed.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"img_size must be divisible by patch_size=8, got \(30, 30\)"):
         model.set_input_size(30)
+
+
+def test_gradient_checkpointing_keeps_the_backend():
+    """Of the context that the forward pass ran in: another would draw another mask, and save other tensors."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny(attn_drop_rate=0.3).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        with use_backend("reference"):
+            loss = model(images()).square().sum()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(

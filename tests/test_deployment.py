@@ -298,6 +298,15 @@ def test_onnx_refuses_training(options, message, tmp_path):
         torch.onnx.export(vit(**options).train(), (images(),), tmp_path / "model.onnx", verbose=False)
 
 
+def test_onnx_refuses_called_modules_in_training(tmp_path):
+    needs("onnxscript")
+    model = vit().train()
+    model.blocks[1].attn.head_norm.register_forward_hook(lambda *_: None)
+    model.blocks[0].attn.head_norm.eval()
+    with pytest.raises(Exception, match="(?s)no training mode, got head_norm of ReAttention: BatchNorm2d with hooks"):
+        torch.onnx.export(model, (images(),), tmp_path / "model.onnx", verbose=False)
+
+
 # torch.export and AOTInductor
 
 

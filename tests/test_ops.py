@@ -350,6 +350,16 @@ def test_other_derivatives_are_refused(mode, how, name, backend, device):
         TWICE[how](function, tensor)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_tangents_are_refused_in_compiled_code(requires_grad, backend, device):
+    """Of parameters that are frozen, too; there is no tangent of zero in silence."""
+    function, tensor = operator_of("theta", "layer", backend, device)
+    compiled = torch.compile(lambda t: torch.func.jvp(function, (t,), (t,))[1], backend="eager")
+    with pytest.raises(Exception, match="jvp|forward|reverse"):
+        compiled(tensor.detach().requires_grad_(requires_grad))
+
+
 @pytest.mark.parametrize("how", ["hvp", "func.jvp", "func.hessian"])
 @modes
 def test_the_reference_has_them(mode, how, device):
