@@ -47,8 +47,8 @@ def with_all_heads(projected: Any, width: int) -> Any:
         if dist.is_available() and dist.is_initialized() and width % max(projected.shape[-1], 1) == 0:
             message += (
                 ": heads cannot lie on several ranks, for mixing couples them; in a plan of parallelize_module, take "
-                "ColwiseParallel(output_layouts=Replicate()) for qkv and RowwiseParallel(input_layouts=Replicate()) for "
-                "proj"
+                "ColwiseParallel(output_layouts=Replicate()) for qkv and RowwiseParallel(input_layouts=Replicate()) "
+                "for proj"
             )
         raise ValueError(message)
     return projected
