@@ -47,7 +47,8 @@ def collect_maps(model: nn.Module, images: torch.Tensor, kind: str) -> list[torc
     with torch.no_grad():
         model(images)
     choice = ("softmax", "re_attention").index(kind)
-    return [block.attn.attention_maps(x)[choice] for block, x in zip(model.blocks, inputs, strict=True)]
+    with torch.no_grad():
+        return [block.attn.attention_maps(x)[choice] for block, x in zip(model.blocks, inputs, strict=True)]
 
 
 def slow_similarity(maps_p: torch.Tensor, maps_q: torch.Tensor) -> float:
