@@ -213,15 +213,18 @@ def re_attention(
 
 def _called(**options: object) -> str | None:
     """Which options are called on the maps, and what they are: "norm (GroupNorm)" as an example."""
+    called = {name: function for name, function in options.items() if callable(function)}
+    if not called:
+        return None
     if exporting_onnx():
-        for function in options.values():
+        for function in called.values():
             module = getattr(function, "module", function)
             if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
                 raise RuntimeError(
                     f"an ONNX file holds no training mode, got {name_of(function)} in it: call eval() on the model "
                     "before the export"
                 )
-    return " and ".join(f"{name} ({name_of(f)})" for name, f in options.items() if callable(f)) or None
+    return " and ".join(f"{name} ({name_of(function)})" for name, function in called.items())
 
 
 def _under_autocast(function: Any, device: torch.device) -> Any:

@@ -356,7 +356,7 @@ def test_tangents_are_refused_in_compiled_code(requires_grad, backend, device):
     """Of parameters that are frozen, too; there is no tangent of zero in silence."""
     function, tensor = operator_of("theta", "layer", backend, device)
     compiled = torch.compile(lambda t: torch.func.jvp(function, (t,), (t,))[1], backend="eager")
-    with pytest.raises(Exception, match="jvp|forward|reverse"):
+    with pytest.raises(Exception, match=REFUSED):
         compiled(tensor.detach().requires_grad_(requires_grad))
 
 
