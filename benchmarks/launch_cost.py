@@ -2,7 +2,8 @@
 
 Needs no GPU: calls are made on CPU tensors, with all that the backend does up to ``cuLaunchKernel``, which does nothing
 here. So torch's guard, its stream and the driver itself are not in it. Prints microseconds of a direction, the best of
-several rounds; of that, what torch needs to allocate the results; launches, and how many functions are called.
+several rounds; of that, what torch needs to allocate the results; launches, and how many functions are called. "operator"
+is a forward pass of ``re_attention`` without gradients: its checks, the choice of a backend and torch's dispatcher too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from unittest import mock
 
 import torch
 from cuda.bindings.driver import CUresult
+from torch import Tensor
 
+from reattn import re_attention
 from reattn.backends import common, cuda, cuda_driver
 from reattn.backends.contract import Inputs
 from reattn.backends.cuda_plan import SHARED_LIMIT
@@ -27,6 +30,8 @@ from reattn.problem import Problem
 SHAPE = (1, 12, 17, 64)
 # Many short ones: on a busy machine few are undisturbed.
 ROUNDS, CALLS = 200, 50
+# What the operator takes beside query, key and value.
+NAMES = Inputs._fields[3:10]
 
 
 class NoDriver(cuda_driver.CudaDriver):
@@ -53,17 +58,19 @@ def no_driver() -> Iterator[NoDriver]:
     driver = NoDriver()
     before = cuda_driver.use(driver)
     # What is not compiled costs no time.
+    on_cpu = mock.patch.object(cuda, "EMULATED", True)
     codes = mock.patch.object(cuda_driver.cuda_compile, "compiled", lambda kernels, target: [None] * len(kernels))
     bindings = SimpleNamespace(cuLaunchKernel=driver.cuLaunchKernel, CUresult=CUresult)
     try:
-        with codes, mock.patch.object(cuda_driver, "_bindings", lambda: bindings):
+        with on_cpu, codes, mock.patch.object(cuda_driver, "_bindings", lambda: bindings):
             yield driver
     finally:
         cuda_driver.use(before)
 
 
-def step(norm: str) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
-    """A forward pass, a backward pass, and what both allocate for their results; batch norm in training."""
+def step(norm: str) -> dict[str, Callable[[], Any]]:
+    """A forward pass, a backward pass, the operator, and what both passes allocate for their results; batch norm in
+    training."""
     batch, heads, seqlen, head_dim = SHAPE
     qkv = torch.zeros(batch, seqlen, 3, heads, head_dim, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     inputs = Inputs(*qkv, torch.eye(heads), torch.zeros(heads), torch.ones(heads), torch.zeros(heads))
@@ -73,11 +80,22 @@ def step(norm: str) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], 
     problem = Problem.of(inputs.query, norm=norm, training=norm == "batch", scale=0.125)
     outputs = cuda.forward(problem, inputs)
     grad = torch.zeros_like(outputs.out)
-    return (
-        lambda: cuda.forward(problem, inputs),
-        lambda: cuda.backward(problem, grad, inputs, outputs, None),
-        lambda: (common.empty_outputs(problem, inputs.query, None), common.empty_gradients(problem, inputs, None)),
-    )
+    given = dict(zip(Inputs._fields, inputs, strict=True))
+    options = {"norm": norm, "training": norm == "batch", "backend": "cuda"}
+
+    def operator() -> Tensor:
+        with torch.no_grad():
+            return re_attention(*inputs[:3], **{name: given[name] for name in NAMES}, **options)
+
+    return {
+        "forward": lambda: cuda.forward(problem, inputs),
+        "backward": lambda: cuda.backward(problem, grad, inputs, outputs, None),
+        "operator": operator,
+        "results": lambda: (
+            common.empty_outputs(problem, inputs.query, None),
+            common.empty_gradients(problem, inputs, None),
+        ),
+    }
 
 
 def count_calls(function: Callable[[], Any]) -> int:
@@ -111,9 +129,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with no_driver() as driver:
         for norm in ("layer", "batch"):
-            forward, backward, allocate = step(norm)
-            allocating = microseconds(allocate)
-            for name, function in (("forward", forward), ("backward", backward)):
+            directions = step(norm)
+            allocating = microseconds(directions.pop("results"))
+            for name, function in directions.items():
                 took, driver.launches = microseconds(function), 0
                 calls = count_calls(function)
                 print(f"{norm:6} {name:9} {took:5.1f} us, launches: {driver.launches}, functions called: {calls}")

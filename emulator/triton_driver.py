@@ -65,7 +65,8 @@ class Driver(DriverBase):
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """(module, function, registers, spilled registers, most threads)"""
-        return None, emulator.Program(kernel.decode(), name), 0, 0, 1024
+        program = emulator.Program(kernel.decode(), name)
+        return program, program, 0, 0, 1024  # without a module, Triton would load it again for every launch
 
 
 class Launcher:

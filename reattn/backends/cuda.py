@@ -73,6 +73,11 @@ def _describe(device: int) -> tuple[int, int]:
 @torch.compiler.assume_constant_result
 def _too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     """A reason where some kernel's least tile does not fit the card's shared memory."""
+    return _find_too_large(device, itemsize, heads, head_dim)
+
+
+@cuda_driver.remembered
+def _find_too_large(device: int, itemsize: int, heads: int, head_dim: int) -> list[str]:
     shared_bytes, multiprocessors = _describe(device)
     size = Size(itemsize, heads, head_dim, 1, 1 << 20, 1 << 20, True, True, True)
     if all(cuda_plan.make_plan(kernel, size, shared_bytes, multiprocessors) for kernel in ("forward", "backward")):

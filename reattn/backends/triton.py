@@ -283,6 +283,7 @@ class _BackwardCall:
         # Gradients of key and value, where the rows of a sample come in several parts; as wide as columns are loaded.
         samples = first.samples if first.rows < self.seqlen else 0
         self.sums = lse.new_empty(2, samples, self.seqlen_k, self.heads, head_dim).transpose(2, 3)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def grad_maps(self, part: common.Part, tile: configs.Tile, shape: Any, vectors: Tensor, products: Tensor) -> None:
         maps = self.mixed, self.maps, *vectors, products
@@ -311,8 +312,12 @@ class _BackwardCall:
         """``blocks``: of the rows or keys of a sample."""
         grid = part.samples * blocks, triton.cdiv(self.heads, shape.HEADS_PADDED)
         rows = backward_kernels.Rows(part.first_row, part.rows, self.keys)
-        constants = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "SHAPE": shape, **ends}
-        _run(kernel, grid, tile, *args, part.first_sample, rows, **constants)
+        constants = {**ends, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "SHAPE": shape}
+        # Parts of whole samples differ in the first one alone, which no kernel is specialised on.
+        compiled = self._compiled.get((kernel, rows, tile, shape))
+        again = {} if compiled is None else {"compiled": compiled}
+        launched = _run(kernel, grid, tile, *args, part.first_sample, rows, **constants, **again)
+        self._compiled[kernel, rows, tile, shape] = launched
 
     def unfold(self, shape: Any, vectors: Tensor, products: Tensor) -> None:
         given, gradients = self.inputs[4:7], self.gradients
@@ -450,28 +455,21 @@ def _splits(out: Tensor) -> int:
 
 def _processors(tensor: Tensor) -> int:
     """Multiprocessors of its device."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    return _properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tensors: Tensor) -> Any:
     """The compile-time constants for a launch on these tensors, (batch, heads, *, *) each."""
-    heads = problem.heads
-    tf32 = tensors[0].dtype == torch.float32 and _tf32_allowed()
-    # The farthest offset within a tile; rows and heads outside are computed, though not touched.
-    rows = max(tile.BLOCK_M, tile.BLOCK_N, scores_kernels.LSE_KEYS.value)
-    extents = (configs.padded(heads), rows)
-    reach = max(sum(e * s for e, s in zip(extents, tensor.stride()[1:3], strict=True)) for tensor in tensors)
-    reach = max(reach, *(max(extents) * tensor.shape[2] for tensor in tensors))
-    if attn_mask is not None:
-        of_mask = (*extents, max(rows, mask_kernels.SPAN_KEYS.value))
-        reach = max(reach, sum(e * s for e, s in zip(of_mask, attn_mask.stride()[1:], strict=True)))
+    tf32 = problem.dtype == torch.float32 and _tf32_allowed()
+    layouts = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
+    mask = None if attn_mask is None else (attn_mask.shape, attn_mask.stride())
     return configs.shape(
-        heads,
+        problem.heads,
         problem.head_dim,
         tensors[0].shape[3],
         tile.dim,
         "tf32" if tf32 else "ieee",
-        wide=reach >= 2**31,
+        wide=_reach(problem.heads, tile, mask, layouts) >= 2**31,
         norm=problem.norm or "none",
         training=problem.batch_statistics,
         mask=problem.mask or "none",
@@ -479,6 +477,23 @@ def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tens
         mask_rows=attn_mask is not None and attn_mask.shape[2] > 1,
         causal=problem.is_causal,
     )
+
+
+# Shape and strides.
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@functools.lru_cache(4096)
+def _reach(heads: int, tile: configs.Tile, mask: Layout | None, layouts: tuple[Layout, ...]) -> int:
+    """The farthest offset within a tile; rows and heads outside are computed, though not touched."""
+    rows = max(tile.BLOCK_M, tile.BLOCK_N, scores_kernels.LSE_KEYS.value)
+    extents = (configs.padded(heads), rows)
+    reach = max(sum(e * s for e, s in zip(extents, strides[1:3], strict=True)) for _, strides in layouts)
+    reach = max(reach, *(max(extents) * shape[2] for shape, _ in layouts))
+    if mask is not None:
+        of_mask = (*extents, max(rows, mask_kernels.SPAN_KEYS.value))
+        reach = max(reach, sum(e * s for e, s in zip(of_mask, mask[1][1:], strict=True)))
+    return reach
 
 
 def _tf32_allowed() -> bool:
@@ -496,6 +511,7 @@ def _arch(device: torch.device) -> int:
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
+_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
@@ -616,6 +632,14 @@ def _difference(name: str, found: Tensor, expected: Tensor) -> float:
     return (difference / sizes).nan_to_num(0.0, math.inf).max().item()
 
 
-def _run(kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: Any, **constants: Any) -> None:
-    if 0 not in grid:
-        kernel[grid](*args, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+def _run(
+    kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: Any, compiled: Any = None, **constants: Any
+) -> Any:
+    """Launches a kernel, and returns what Triton compiled. Given that again, for arguments that it is specialised on
+    alike, most of what a launch costs the host is saved; ``constants`` are in the kernel's order then."""
+    if 0 in grid:
+        return None
+    if compiled is None:
+        return kernel[grid](*args, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    compiled[(*grid, 1)](*args, *constants.values())
+    return compiled
