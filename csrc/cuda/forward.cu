@@ -411,9 +411,11 @@ struct Output {
 
   // Into value_sum.
   REATTN_DEVICE void store_sums(const Params& p, const Block& block, int head, int first_dim) {
-    for_each_row<kTiles>([&](int tile, int lower, int row) {
-      if (block.first_row + row >= p.out.rows) return;
-      float* to = p.value_sum + row_index(p, block.sample, head, block.first_row + row) * kHeadDim;
+    for_each_row<kSeenByRow ? kTiles : 1>([&](int tile, int lower, int row) {
+      if (kSeenByRow ? block.first_row + row >= p.out.rows : row > 0) return;
+      const int64_t of_head = int64_t(block.sample) * kHeads + head;
+      float* to =
+          p.value_sum + (kSeenByRow ? row_index(p, block.sample, head, block.first_row + row) : of_head) * kHeadDim;
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column++)
 #pragma unroll
@@ -500,7 +502,7 @@ REATTN_DEVICE bool in_all_warps(int warp, bool yes) {
   return yes;
 }
 
-// The sum of the values that a row sees, for finish: products with maps of ones, in a head's tile.
+// The sum of the values that a row sees, or all rows, for finish: products with maps of ones, in a head's tile.
 REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                        int first_dim) {
   const HeadMask mask = block.mask(p, head);
@@ -534,7 +536,7 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
     }
   };
   sweep(false);
-  if (!seen.finite()) {
+  if (kMasked && !seen.finite()) {
     seen = Output();
     sweep(true);
   }
@@ -627,7 +629,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     }
     for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, block, head, first_dim); });
   }
-  if constexpr (kStatistics && kSeenByRow)
+  // Where all rows see the same, one block is enough.
+  if (kStatistics && (kSeenByRow || first_row == 0))
     for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
   if constexpr (kStatistics) moments.store(p, warp);
 }

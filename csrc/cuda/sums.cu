@@ -10,8 +10,6 @@ namespace reattn {
 constexpr int kWidth = kHeadDim % kVector == 0 ? kVector : kHeadDim % 2 == 0 ? 2 : 1;
 constexpr int kLanes = kHeadDim / kWidth;          // threads to a row
 constexpr int kRowsAtOnce = kSumThreads / kLanes;  // of a block
-constexpr int kColumnSums = 256;                   // bytes of shared memory before them
-static_assert(kColumnSums + kSumThreads * kWidth * 4 <= kSumBytes, "a thread's columns have room");
 
 constexpr int kPieceSize = kWidth * int(sizeof(Element));  // in bytes
 using Piece = std::conditional_t<
@@ -67,9 +65,11 @@ struct Part {
     return head_rows<T>(tensor, sample, head) + column;
   }
   // Of a row, or of all.
-  REATTN_DEVICE float* value_sum(const Params& p, int rows, int row) const {
+  REATTN_DEVICE void read_value_sum(const Params& p, int rows, int row, float (&sum)[kWidth]) const {
     const int64_t before = int64_t(sample) * kHeads + head;
-    return p.value_sum + ((kSeenByRow ? before * rows + row : before) * kHeadDim + column);
+    const float* from = p.value_sum + ((kSeenByRow ? before * rows + row : before) * kHeadDim + column);
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) sum[i] = read<float>(from + i);
   }
 };
 
@@ -139,6 +139,7 @@ REATTN_DEVICE Three forward_sums_of(const Params& p, int head) {
 // The fold with the unit that the forward kernel multiplied the weights to a head by: see heads.cuh.
 REATTN_DEVICE Fold in_units(const Params& p, int head) {
   Fold fold = p.fold;
+  fold.p.heads = kHeads;  // known when compiled: loops over heads wait for memory once
   if constexpr (!kFloat) {
     float largest = absolute(p.fold.weight(smaller(lane(), kHeads - 1), head, 0)) * p.keep_scale;
 #pragma unroll
@@ -149,7 +150,7 @@ REATTN_DEVICE Fold in_units(const Params& p, int head) {
 }
 
 // Statistics of one head: from what the forward blocks left, or from sums over ranks.
-REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
+REATTN_DEVICE Moments moments_of(const Params& p, const Fold& fold, int head, double& positions) {
   const double* statistics = p.fold.p.statistics;
   if (p.added_up) {
     positions = read<double>(statistics + 2 * kHeads + head);
@@ -157,7 +158,7 @@ REATTN_DEVICE Moments moments_of(const Params& p, int head, double& positions) {
   }
   const Three sums = forward_sums_of(p, head);
   positions = sums.third;
-  const RawSums raw(in_units(p, head).p, head, sums.first, sums.second, positions);
+  const RawSums raw(fold.p, head, sums.first, sums.second, positions);
   return Moments(raw.sum, raw.squares, positions, p.fold.p.eps);
 }
 
@@ -181,48 +182,16 @@ __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Pa
   write(p.fold.p.statistics + 2 * kHeads + head, sums.third);
 }
 
-// The sums of the columns of the values that are not hidden from any row, or from all.
-REATTN_DEVICE void sum_values(const Params& p, const Part& part, float (&sum)[kWidth]) {
-  const Shared<float> sums = as<float>(at(kColumnSums));
-  if (!part.idle()) {
-    const Element* values = part.first<Element>(p.value);
-    [[maybe_unused]] const HeadMask mask(p, part.sample, part.head);
-#pragma unroll 4
-    for (int row = part.row; row < p.value.rows; row += kRowsAtOnce) {
-      const Columns value(values + row * p.value.row_stride);
-      const bool seen = !kHasMask || mask.added<true>(0, row) != -kInfinity;
-#pragma unroll
-      for (int i = 0; i < kWidth; i++)
-        if (seen) sum[i] += value.column[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) store(sums + (part.row * kHeadDim + part.column + i), sum[i]);
-  }
-  sync_block();
-  // A thread for each column, then each thread its own.
-  float total = 0;
-  if (thread() < kHeadDim)
-    for (int row = 0; row < kRowsAtOnce; row++) total += load<float>(sums + (row * kHeadDim + thread()));
-  sync_block();
-  if (thread() < kHeadDim) {
-    store(sums + thread(), total);
-    if (part.first_row == 0) write(part.value_sum(p, 1, 0) - part.column + thread(), total);
-  }
-  sync_block();
-  if (part.idle()) return;
-#pragma unroll
-  for (int i = 0; i < kWidth; i++) sum[i] = load<float>(sums + (part.column + i));
-}
-
 // out = slope out + level times the sum of the values; the block after all others writes the statistics.
 __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Params p) {
   double positions;
   if (block_x() == p.rescaling_blocks) {
     for (int head = 0; head < kHeads; head++) {
-      const Moments moments = moments_of(p, head, positions);
+      const Fold fold = in_units(p, head);
+      const Moments moments = moments_of(p, fold, head, positions);
       if (thread() > 0) continue;
-      update_running(p.fold.p, moments, positions, head);
-      write(p.final_statistics + head, moments.mean - mixed_centre(p.fold.p, head));
+      update_running(fold.p, moments, positions, head);
+      write(p.final_statistics + head, moments.mean - mixed_centre(fold.p, head));
       write(p.final_statistics + kHeads + head, moments.inverse_deviation);
       write(p.final_statistics + 2 * kHeads + head, positions);
     }
@@ -231,25 +200,20 @@ __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Pa
     return;
   }
   const Part part(p, p.out.rows);
+  float sum[kWidth];
+  if (!kSeenByRow && !part.idle()) part.read_value_sum(p, 1, 0, sum);
   const Fold fold = in_units(p, part.head);
-  const Moments moments = moments_of(p, part.head, positions);
-  const double inverse = moments.inverse_deviation, offset = moments.mean - mixed_centre(p.fold.p, part.head);
+  const Moments moments = moments_of(p, fold, part.head, positions);
+  const double inverse = moments.inverse_deviation, offset = moments.mean - mixed_centre(fold.p, part.head);
   const float slope = fold.slope(part.head, inverse), level = fold.level(part.head, inverse, offset);
-
-  float sum[kWidth] = {};
-  if constexpr (!kSeenByRow) sum_values(p, part, sum);
   if (part.idle()) return;
-#pragma unroll
-  for (int i = 0; i < kWidth; i++) sum[i] *= level;
   Element* out = part.first<Element>(p.out);
 #pragma unroll 4
   for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
     Columns columns(out + row * p.out.row_stride);
+    if constexpr (kSeenByRow) part.read_value_sum(p, p.out.rows, row, sum);
 #pragma unroll
-    for (int i = 0; i < kWidth; i++) {
-      if constexpr (kSeenByRow) sum[i] = level * read<float>(part.value_sum(p, p.out.rows, row) + i);
-      columns.column[i] = fmaf(slope, columns.column[i], sum[i]);
-    }
+    for (int i = 0; i < kWidth; i++) columns.column[i] = fmaf(slope, columns.column[i], level * sum[i]);
     columns.write_to(out + row * p.out.row_stride);
   }
 }
@@ -261,15 +225,13 @@ __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__
   if (!part.idle()) {
     const Element *grads = part.first<Element>(p.grad), *outs = part.first<Element>(p.out);
     float values[kWidth];
-    if constexpr (!kSeenByRow)
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) values[i] = read<float>(part.value_sum(p, p.grad.rows, part.first_row) + i);
+    if constexpr (!kSeenByRow) part.read_value_sum(p, p.grad.rows, 0, values);
 #pragma unroll 4
     for (int row = part.first_row + part.row; row < part.end_row; row += kRowsAtOnce) {
       const Columns grad(grads + row * p.grad.row_stride), out(outs + row * p.out.row_stride);
+      if constexpr (kSeenByRow) part.read_value_sum(p, p.grad.rows, row, values);
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
-        if constexpr (kSeenByRow) values[i] = read<float>(part.value_sum(p, p.grad.rows, row) + i);
         of_out = fmaf(grad.column[i], out.column[i], of_out);
         of_values = fmaf(grad.column[i], values[i], of_values);
       }
