@@ -49,7 +49,7 @@ def cases_of_the_table():
 @pytest.mark.triton
 def test_available_backends():
     found = available_backends()
-    assert list(found) == ["triton", "cuda", "cpu", "reference"]
+    assert list(found) == ["cuda", "triton", "cpu", "reference"]
     assert found["triton"] == found["reference"] == []
     assert reattn.available_backends is available_backends
 
@@ -129,6 +129,7 @@ def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
 
 @pytest.mark.parametrize("emulated", [True, pytest.param(False, marks=pytest.mark.extension)])
 def test_auto_takes_the_first_that_can(emulated, monkeypatch):
+    """Triton, as an example, where there is no CUDA backend."""
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     monkeypatch.setattr(triton, "EMULATED", emulated)
     monkeypatch.setattr(cuda, "EMULATED", False)
@@ -151,7 +152,7 @@ def test_environment_overrides_auto(monkeypatch, device):
     assert choose("auto", problem, "") == "reference"
     assert choose("triton", problem, "") == "triton"
     monkeypatch.setenv("REATTN_BACKEND", "cudnn")
-    names = "['auto', 'triton', 'cuda', 'cpu', 'reference']"
+    names = "['auto', 'cuda', 'triton', 'cpu', 'reference']"
     with pytest.raises(ValueError, match=re.escape(f"backend must be one of {names}, got 'cudnn'")):
         choose("auto", problem, "")
     monkeypatch.setenv("REATTN_BACKEND", "triton")
@@ -187,7 +188,7 @@ def test_one_log_line_for_each_fallback(monkeypatch, caplog):
             assert choose("reference", problem, "") == "reference"
     line = "re_attention runs on the reference backend, which materialises every map: "
     assert [record.getMessage() for record in caplog.records] == [
-        line + "triton: too old, too small; cuda: too many",
+        line + "cuda: too many; triton: too old, too small",
         line + "cpu: too wide",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}

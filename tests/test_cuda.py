@@ -551,11 +551,11 @@ def test_plans_fit_at_any_length(kernel, itemsize):
 
 
 @emulated
-def test_auto_prefers_triton_and_then_cuda(monkeypatch):
+def test_auto_prefers_cuda_and_then_triton(monkeypatch):
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
     problem = Problem(CPU, torch.float32, 12, 64)
-    preferred = ["triton", "cuda", *["cpu"] * (not cpu._import_error), "reference"]
-    for expected, refusing in zip(preferred, (triton, cuda, cpu), strict=False):
+    preferred = ["cuda", "triton", *["cpu"] * (not cpu._import_error), "reference"]
+    for expected, refusing in zip(preferred, (cuda, triton, cpu), strict=False):
         assert choose("auto", problem, "") == expected
         monkeypatch.setattr(refusing, "not_supported", lambda problem: ["not today"])
 

@@ -171,7 +171,7 @@ INVALID = [
     (
         {"backend": "cudnn"},
         ValueError,
-        "backend must be one of ['auto', 'triton', 'cuda', 'cpu', 'reference'], got 'cudnn'",
+        "backend must be one of ['auto', 'cuda', 'triton', 'cpu', 'reference'], got 'cudnn'",
     ),
     *(
         (

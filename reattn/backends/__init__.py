@@ -17,7 +17,7 @@ from reattn.problem import Problem
 
 logger = logging.getLogger("reattn")
 
-FUSED: dict[str, FusedBackend] = {"triton": triton, "cuda": cuda, "cpu": cpu}
+FUSED: dict[str, FusedBackend] = {"cuda": cuda, "triton": triton, "cpu": cpu}
 # In order of preference.
 BACKENDS: dict[str, Backend] = {**FUSED, "reference": reference}
 
