@@ -164,7 +164,9 @@ def make_problem(mode: str, heads: int, head_dim: int, seqlen: int, dtype: str, 
 
     options = {"dropout_p": dropout_p} if dropout_p else {}
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "batch": 2}
-    return parity.make_problem(mode, **sizes, dtype=getattr(torch, dtype), device=device(), seed=0, **options)
+    problem = parity.make_problem(mode, **sizes, dtype=getattr(torch, dtype), device=device(), seed=0, **options)
+    # As in benchmarks/measure.py: the sum of all rows that is the bias's gradient overflows in eager float16 otherwise.
+    return replace(problem, grad=problem.grad / 32) if dtype == "float16" else problem
 
 
 @handler
