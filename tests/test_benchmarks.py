@@ -458,3 +458,10 @@ def test_times_and_memory_on_a_gpu(device):
     small_ms, large_ms = (statistics.median(turns[name]) for name in ("small", "large"))
     assert 0 < small_ms < large_ms
     assert large.nbytes <= machine.peak_memory(lambda: large @ large, device) < 3 * large.nbytes
+    # Many small products wait for the host, one by one, but not in a graph.
+    assert 0 < measure.graph_ms([lambda: small @ small] * 5, device) < measure.graph_ms([lambda: large @ large], device)
+    assert 0 < measure.host_us(lambda: large @ large, device) < 1e3 * large_ms
+
+
+def test_without_a_gpu_there_is_neither_a_graph_nor_a_host():
+    assert measure.graph_ms([lambda: None], CPU) is None and measure.host_us(lambda: None, CPU) is None
