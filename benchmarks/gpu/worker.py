@@ -268,10 +268,14 @@ def warm(answers: Answers, shape: Any, norm: str, backends: Any = None, without:
 
 @handler
 def warm_step(answers: Answers, backend: str, without: Any = (), **sizes: Any) -> dict[str, Any]:
-    """Those of a problem that is held to another, or watched."""
-    _, step = training_step(backend, sizes)
+    """Those of a problem that is held to another, or watched; also where copies of its tensors lie otherwise."""
+    import parity as measure
+
+    problem, step = training_step(backend, sizes)
+    copies = {name: None if tensor is None else tensor.clone() for name, tensor in problem.tensors.items()}
     with compiled_only(backend):
         step()
+        measure.compute(problem.with_tensors(**copies), backend)
     return {}
 
 
