@@ -305,6 +305,17 @@ def test_profile(make_gpu, tmp_path, monkeypatch):
     assert jobs["cuda graph, layer"]["status"] == jobs["triton stream, batch-training"]["status"] == "ok"
 
 
+def test_a_sanitizer_that_is_cut_off_is_not_called_a_hang(make_gpu, tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder, "compute-sanitizer", "import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    status, found, _, took = make_gpu("profile", seconds=12)
+    assert status == 0 and took < 12
+    told = [by_name(found)[f"compute-sanitizer {tool}"]["error"] for tool in profile.TOOLS]
+    assert all(re.fullmatch(r"no time: cut off after \d s", each) for each in told)
+
+
 def test_without_the_programs_that_watch(make_gpu, monkeypatch):
     monkeypatch.setattr(profile.shutil, "which", lambda name: None)
     status, found, printed, _ = make_gpu("profile")

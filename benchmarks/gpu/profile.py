@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu import cases, table
-from benchmarks.gpu.pool import NOT_RUN, Job, run_command
+from benchmarks.gpu.pool import NO_TIME, NOT_RUN, Job, run_command
 from benchmarks.gpu.run import Run
 
 # What Triton and CUDA launch that takes most of a step.
@@ -181,11 +181,13 @@ def sanitize(run: Run, job: Job, until: float) -> None:
 def read_tool(run: Run, tool: str, until: float) -> dict[str, Any]:
     path = run.out / f"{tool}.log"
     with path.open("w") as log:
-        command = sanitizer_command(tool, cases.WATCHED)
-        result = run_command(command, min(SANITIZER_SECONDS, run.clock.left(until)), log)
+        seconds = min(SANITIZER_SECONDS, run.clock.left(until))
+        result = run_command(sanitizer_command(tool, cases.WATCHED), seconds, log)
     errors, lines = read_sanitizer(path.read_text(errors="replace"))
     if errors:
         return {**result, "status": "wrong", "error": f"{errors} reported: {' '.join(lines[1:4])}", "lines": lines}
+    if result["status"] == "hang" and seconds < SANITIZER_SECONDS:
+        return {**result, "status": NOT_RUN, "error": f"{NO_TIME}: cut off after {seconds:.0f} s"}
     if result["status"] == "ok" and errors is None:
         return {**result, "status": "failed", "error": "no summary"}
     return result
