@@ -7,10 +7,12 @@ holds, on a CPU of contenders taking turns. Inputs are random, and lie in memory
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -421,6 +423,49 @@ def _time(rotation: Iterator[Call], count: int, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / count
+
+
+def captured(calls: Sequence[Call]) -> Call:
+    """Calls that were made before, one after the other, as a CUDA graph: what replays it."""
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it would say no more than that something failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
+def graph_ms(calls: Sequence[Call], device: torch.device) -> float | None:
+    """Milliseconds a call replayed from a CUDA graph of them, which takes the host no time; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    rotation = itertools.repeat(captured(calls))
+    count = _warm_up(rotation, device, turn_ms=5.0)
+    return statistics.median(_time(rotation, count, device) for _ in range(5)) / len(calls)
+
+
+def host_us(call: Call, device: torch.device, number: int = 10) -> float | None:
+    """Microseconds until a call has launched what it launches, on a device that is idle; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    series = []
+    for _ in range(number):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        kept = call()
+        series.append(1e6 * (time.perf_counter() - begin))
+        del kept
+    torch.cuda.synchronize(device)
+    return statistics.median(series)
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, str]:

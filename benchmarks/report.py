@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.gpu.table import kernel_cell
 from benchmarks.measure import OUT_OF_MEMORY
 from reattn.analysis.plots import line_styles, new_figure, save_figure, tidy
 
@@ -29,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 NOTHING = "-"
+# By which a speed-up has a column of its own.
+PEERS = ("eager", "compiled")
 # A change must exceed both: standard errors, and the factor by which one time is larger than the other.
 STANDARD_ERRORS = 3
 FACTOR = 1.05
@@ -47,7 +50,12 @@ HOW_TO_READ = """\
   median of those of single turns.
 - "over SDPA" is our time over that of `scaled_dot_product_attention`, which mixes no heads: the floor, not a rival.
 - "best peer" is the fastest that computes the same and is not of this package; "speed-up" is its time over ours: above
-  1 ours is faster. `torch.compile` is among the peers at one shape only, unless `--every-peer` was given.
+  1 ours is faster. `torch.compile` is among the peers at one shape only, unless `--every-peer` was given or it is a
+  GPU's `check.json`.
+- "speed-up over eager" and "over compiled" are their times over ours, median over median.
+- "Without the host": a GPU's times are of calls one after the other, and where a call is short, Python takes longer to
+  launch it than the GPU to do it. Replayed from a CUDA graph it costs the host next to nothing. The host's time is that
+  of one call on an idle GPU, until all is launched.
 - The speed of a shared machine varies from one comparison to the next: compare ratios, not times, FLOP/s or shares of
   the roofline, of different rows.
 - Masks: "padding" hides up to 40 % of the keys of a sample, "by row" another 30 % from every query, "bias" is added to
@@ -61,6 +69,14 @@ HOW_TO_READ = """\
 - "fit" is the power of the number of tokens N that the largest half of the sizes follows, by least squares of
   logarithms.
 """
+
+
+KERNELS = """\
+Microseconds that all launches of a kernel in one forward and backward pass take together, in bfloat16, replayed from a
+CUDA graph: x7 are seven launches, one for each part that a backward pass of a large batch is cut into. In parentheses
+they are held to the forecast of [performance.md](performance.md#cost-model), which is of all launches too: above 1 they
+take longer, and what was expected to bind. Query, key and value are not in the L2 cache, what the kernels leave each
+other may be. "by host": it could not be captured, and the time is that of launches by the host."""
 
 
 class BadFile(Exception):
@@ -104,6 +120,8 @@ class Run(NamedTuple):
     path: pathlib.Path
     machine: dict[str, Any]
     entries: list[Entry]
+    # Of `make gpu`: rows of benchmarks.gpu.table.beside_forecast.
+    kernels: Sequence[Mapping[str, Any]] = ()
 
 
 class Section(NamedTuple):
@@ -126,7 +144,8 @@ def load(path: pathlib.Path) -> Run:
     except ValueError as error:
         raise BadFile(f"{path} is not JSON: {error}") from error
     try:
-        run = Run(path, contents["machine_info"]["reattn"], [_entry(each) for each in contents["benchmarks"]])
+        machine, entries = contents["machine_info"]["reattn"], [_entry(each) for each in contents["benchmarks"]]
+        run = Run(path, machine, entries, contents.get("gpu", {}).get("kernels", ()))
         run.machine["ceilings"]  # is not there where a run ended early
         return run
     except (KeyError, TypeError) as error:
@@ -258,8 +277,9 @@ def render(sections: Iterable[Section], pictures: str | None = None) -> list[str
         machine = section.runs[0].machine
         lines += [f"## {', '.join(machine[name] for name in ('device', 'instruction_set') if name in machine)}", ""]
         lines += [*(f"- {provenance(run)}" for run in section.runs), ""]
-        lines += operator_tables(section.entries) + mask_tables(section.entries)
+        lines += operator_tables(section.entries) + host_tables(section.entries) + mask_tables(section.entries)
         lines += model_table(section.entries) + scaling_tables(section.entries)
+        lines += kernel_tables(row for run in section.runs for row in run.kernels)
         if pictures is not None:
             for name in plots(section):
                 lines += [f"![{name}]({pictures}{section.name}-{name}.png)", ""]
@@ -274,8 +294,8 @@ def operator_tables(entries: Iterable[Entry]) -> list[str]:
         if entry.kind in ("operator", "module") and entry.ours:
             title = f"### {entry.kind.capitalize()}, {entry.facts['dtype']}, {entry.direction}"
             tables.setdefault(title, []).append(_operator_row(entry))
-    columns = ["shape", "norm", "backend", "ms", "over SDPA", "best peer", "speed-up", "FLOP/s", "roofline"]
-    columns += ["peak memory", "eager's"]
+    columns = ["shape", "norm", "backend", "ms", "over SDPA", "best peer", "speed-up"]
+    columns += [*(f"speed-up over {peer}" for peer in PEERS), "FLOP/s", "roofline", "peak memory", "eager's"]
     return [line for title, rows in tables.items() for line in (title, "", *table(columns, rows))]
 
 
@@ -289,10 +309,42 @@ def _operator_row(entry: Entry) -> list[str]:
         _cell(facts["ratio_to_sdpa"]),
         _cell(facts["best_peer"], str),
         _inverse(facts["ratio_to_best_peer"]),
+        *(_cell(facts["all_ms"].get(peer), lambda ms: significant(ms / facts["ms"])) for peer in PEERS),
         _cell(facts["tflops"], lambda rate: scaled(1e12 * rate, "FLOP/s")),
         _cell(facts["share_of_roofline"], lambda share: f"{share:.0%} ({facts['bound']})"),
         *_peak_memory(facts),
     ]
+
+
+def host_tables(entries: Iterable[Entry]) -> list[str]:
+    """What a call takes with and without the host, and the host alone: a row for each comparison."""
+    known = [entry for entry in entries if entry.kind == "operator" and entry.facts.get("host_us") is not None]
+    names = list(dict.fromkeys(entry.contender for entry in known))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for entry in known:
+        times = entry.facts["ms"], entry.facts["graph_ms"], entry.facts["host_us"]
+        rows.setdefault(entry.comparison, {})[entry.contender] = " / ".join(_cell(time) for time in times)
+    cells = [[*place[1:], *(found.get(name, NOTHING) for name in names)] for place, found in rows.items()]
+    title = ["### Without the host", "", "ms / ms of a replayed CUDA graph / us of the host:", ""]
+    return [*title, *table(["operator", "direction", *names], cells)] if cells else []
+
+
+def kernel_tables(kernels: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What each kernel took, beside the forecast of the cost model: a table for each backend."""
+    by_backend: dict[str, list[Mapping[str, Any]]] = {}
+    for row in kernels:
+        if "launches" not in row:  # results from before all of them were timed
+            continue
+        by_backend.setdefault(row["backend"], []).append(row)
+    lines = [] if not by_backend else ["### Kernels, measured beside forecast", "", KERNELS, ""]
+    for backend, rows in by_backend.items():
+        names = list(dict.fromkeys(row["kernel"] for row in rows))
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows:
+            found.setdefault((row["shape"], row["norm"]), {})[row["kernel"]] = kernel_cell(row)
+        cells = [[*place, *(of.get(name, NOTHING) for name in names)] for place, of in found.items()]
+        lines += table([backend, "norm", *names], cells)
+    return lines
 
 
 def _peak_memory(facts: Mapping[str, Any]) -> tuple[str, str]:
@@ -360,8 +412,8 @@ def curves(group: Iterable[Entry], fact: str) -> dict[str, dict[int, float]]:
     """Contender -> number of tokens -> value, where there is one."""
     found: dict[str, dict[int, float]] = {}
     for entry in group:
-        if entry.facts[fact] is not None:
-            found.setdefault(entry.contender, {})[entry.facts["seqlen"]] = entry.facts[fact]
+        if (value := entry.facts.get(fact)) is not None:
+            found.setdefault(entry.contender, {})[entry.facts["seqlen"]] = value
     return found
 
 
@@ -379,6 +431,8 @@ def scaling_tables(entries: Iterable[Entry]) -> list[str]:
     for title, group in scaling_groups(entries).items():
         lines += [f"### Scaling, {title}", ""]
         lines += ["Milliseconds:", "", *_scaling_table(group, "ms", significant)]
+        if curves(group, "graph_ms"):
+            lines += ["Milliseconds of a replayed CUDA graph:", "", *_scaling_table(group, "graph_ms", significant)]
         if curves(group, "peak_bytes"):
             lines += ["Peak memory:", "", *_scaling_table(group, "peak_bytes", memory)]
     return lines
@@ -598,7 +652,7 @@ def comparison(old: Run, new: Run, changes: Sequence[Change]) -> list[str]:
 
 
 def committed() -> list[Section]:
-    """A section for each folder of results, by name; other files there are results of something else."""
+    """A section for each folder of results, GPUs first, by name; other files there are results of something else."""
     sections = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         runs = []
@@ -609,7 +663,7 @@ def committed() -> list[Section]:
                 print(f"left out: {error}", file=sys.stderr)
         if runs:
             sections.append(make_section(folder.name, runs))
-    return sections
+    return sorted(sections, key=lambda section: "compute_capability" not in section.runs[0].machine)
 
 
 def page(sections: Sequence[Section]) -> str:

@@ -60,26 +60,31 @@ def machine(answers, without):
 
 
 def kernel_times(answers, shape, norm, backends, without, **request):
-    return {"ms": {f"{backend} forward": 0.2 for backend in backends}, "faults": {}}
+    ms = {f"{backend} forward": 0.2 for backend in backends}
+    return {"ms": ms, "launches": dict.fromkeys(ms, 7), "by_host": {}, "faults": {}}
 
 
-def operator(answers, shape, norm, direction, contenders, without, **request):
+def operator(answers, shape, norm, direction, contenders, without, of="operator", **request):
     ms = {}
     for name in contenders:
         if name not in without:
             begin(answers, name, {"norm": norm, "shape": shape, "direction": direction}, optional=True)
             ms[name] = 1.0 + len(ms)
     facts = dict(zip(("batch", "heads", "seqlen", "head_dim"), shape, strict=True))
-    facts |= {"kind": "operator", "norm": norm, "dtype": "bfloat16", "direction": direction, "faults": {}}
+    facts |= {"kind": of, "norm": norm, "dtype": "bfloat16", "direction": direction, "faults": {}}
     facts |= {"best_peer": "eager", "tflops": 1.0, "share_of_roofline": 0.1, "bound": "memory", "peak_bytes": 1}
-    facts |= {"ratio_to_sdpa": 2.0, "ratio_to_best_peer": 0.5, "all_peak_bytes": {}}
+    facts |= {"ratio_to_sdpa": 2.0, "ratio_to_best_peer": 0.5, "all_peak_bytes": {}, "all_ms": ms}
+    facts |= {"host_us": 30.0, "graph_ms": 0.25}
     stats = {"median": 1e-3, "iqr": 1e-5, "rounds": 11}
     entries = [
         {"name": name, "group": "", "stats": stats}
         | {"extra_info": {**facts, "contender": name, "ours": name in ("triton", "cuda"), "ms": ms[name]}}
         for name in ms
     ]
-    return {"benchmarks": entries, "ms": ms, "peak_bytes": dict.fromkeys(ms, 1e6), "faults": {}}
+    return {"benchmarks": entries, "ms": ms, "peak_bytes": dict.fromkeys(ms, 1e6), "faults": {}} | {
+        "host_us": dict.fromkeys(ms, 30.0),
+        "graph_ms": dict.fromkeys(ms, 0.25),
+    }
 
 
 def model(answers, contenders, without, **request):
@@ -97,5 +102,5 @@ if __name__ == "__main__":
     worker.set_up = lambda emulated: None
     fakes = (kernels, parity, machine, kernel_times, operator, model, forecast)
     worker.HANDLERS.update({fake.__name__: fake for fake in fakes})
-    worker.HANDLERS.update(dict.fromkeys(("warm", "warm_compiled", "stream", "graph"), nothing))
+    worker.HANDLERS.update(dict.fromkeys(("warm", "warm_step", "warm_compiled", "stream", "graph"), nothing))
     sys.exit(worker.serve())

@@ -6,6 +6,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -458,3 +459,38 @@ def test_times_and_memory_on_a_gpu(device):
     small_ms, large_ms = (statistics.median(turns[name]) for name in ("small", "large"))
     assert 0 < small_ms < large_ms
     assert large.nbytes <= machine.peak_memory(lambda: large @ large, device) < 3 * large.nbytes
+    # Many small products wait for the host, one by one, but not in a graph.
+    assert 0 < measure.graph_ms([lambda: small @ small] * 5, device) < measure.graph_ms([lambda: large @ large], device)
+    assert 0 < measure.host_us(lambda: large @ large, device) < 1e3 * large_ms
+
+
+def test_a_graph_is_of_all_calls_and_says_what_it_cannot_hold(monkeypatch):
+    told = []
+
+    class Graph:
+        def capture_begin(self):
+            told.append("begin")
+
+        def capture_end(self):
+            told.append("end")
+            if "fails" in told:
+                raise RuntimeError("a previous error")
+
+        def replay(self):
+            told.append("replay")
+
+    def fails():
+        told.append("fails")
+        raise ValueError("not while a graph is captured")
+
+    stand_in = mock.MagicMock(CUDAGraph=Graph)
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    measure.captured([lambda: told.append(1), lambda: told.append(2)])()
+    assert told == ["begin", 1, 2, "end", "replay"]
+    with pytest.raises(ValueError, match="not while"):
+        measure.captured([fails])
+    assert told[5:] == ["begin", "fails", "end"]
+
+
+def test_without_a_gpu_there_is_neither_a_graph_nor_a_host():
+    assert measure.graph_ms([lambda: None], CPU) is None and measure.host_us(lambda: None, CPU) is None

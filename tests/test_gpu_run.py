@@ -1,5 +1,6 @@
 """`make gpu` ends in time with whatever hangs or crashes named, and everything else done; without a GPU."""
 
+import io
 import json
 import os
 import pathlib
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import time
 
+import parity
 import pytest
+import torch
 
-from benchmarks import report
+from benchmarks import measure, report
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, check, install, pool, profile, run, suite, table
+from benchmarks.gpu import cases, check, install, pool, profile, run, suite, table, worker
 from benchmarks.gpu.pool import Clock, Job, Pool
+from reattn.backends import common, cuda, cuda_plan, triton
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAKE = [sys.executable, str(ROOT / "tests" / "gpu_worker.py")]
@@ -77,7 +81,11 @@ def test_whatever_hangs_or_crashes_is_named_and_the_rest_is_done(make_gpu, tmp_p
     # benchmarks/report.py reads the same file.
     read = report.load(tmp_path / "check.json")
     assert read.machine["device"] == "NVIDIA Fake" and {entry.contender for entry in read.entries} >= {"triton", "cuda"}
-    assert "### Operator, bfloat16, forward" in "\n".join(report.render(report.by_device([read])))
+    rendered = "\n".join(report.render(report.by_device([read])))
+    assert "### Operator, bfloat16, forward\n" in rendered and "### Without the host\n" in rendered
+    assert "### Scaling, forward+backward, batch 1, 12 heads, head dim 64, norm layer, bfloat16\n" in rendered
+    assert rendered.count("Milliseconds of a replayed CUDA graph:") == 2
+    assert "| 128x12x197x64 | batch | 200 x7 |" in rendered
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -100,10 +108,13 @@ def test_measured_stands_beside_forecast(make_gpu):
     _, found, printed, _ = make_gpu()
     row = next(row for row in found["gpu"]["kernels"] if "forecast_us" in row)
     told = {"backend": "triton", "kernel": "forward", "shape": "128x12x197x64", "norm": "layer"}
-    assert row == {**told, "us": 200.0, "forecast_us": pytest.approx(100.0), "binding": "issue"}
-    assert re.search(r"triton 128x12x197x64 layer +200 \(2\.00 issue\)\n", printed)
-    assert re.search(r"cuda 32x12x577x32 batch +200\n", printed)
+    told |= {"us": 200.0, "launches": 7, "by_host": False}
+    assert row == {**told, "forecast_us": pytest.approx(100.0), "binding": "issue"}
+    assert re.search(r"triton 128x12x197x64 layer +200 \(2\.00 issue\) x7\n", printed)
+    assert re.search(r"cuda 32x12x577x32 batch +200 x7\n", printed)
+    assert re.search(r"scaling 1x12x4096x64 layer forward .+ 0\.25 0\.25 0\.25 0\.25 +30 30 30 30\n", printed)
     assert len(printed) < 12000
+    assert table.kernel_cell({"us": 3.0, "launches": 1, "by_host": True}) == "3 by host"
 
 
 def test_a_contender_that_hangs_while_it_is_timed_costs_no_other(make_gpu):
@@ -268,7 +279,11 @@ def test_profile(make_gpu, tmp_path, monkeypatch):
     program(
         folder,
         "compute-sanitizer",
-        "import sys\nracecheck = 'racecheck' in sys.argv\n"
+        "import pathlib, sys, time\nracecheck = 'racecheck' in sys.argv\n"
+        # All are there at once.
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / (sys.argv[sys.argv.index('--tool') + 1] + '.begun')).touch()\n"
+        "while len(list(folder.glob('*.begun'))) < 3: time.sleep(0.05)\n"
         "print('========= COMPUTE-SANITIZER')\n"
         "if racecheck: print('========= Error: Race reported between a and b')\n"
         "print('=========', 'RACECHECK SUMMARY: 1 hazard' if racecheck else 'ERROR SUMMARY: 0 errors')\n"
@@ -286,7 +301,19 @@ def test_profile(make_gpu, tmp_path, monkeypatch):
     assert jobs["compute-sanitizer memcheck"]["status"] == jobs["compute-sanitizer initcheck"]["status"] == "ok"
     assert jobs["compute-sanitizer racecheck"]["status"] == "wrong"
     assert "Race reported between a and b" in printed and "cuda backward: wait 0.50" in printed
+    assert jobs["warm cuda, profiled"]["status"] == jobs["warm cuda 3x32 layer float32"]["status"] == "ok"
     assert jobs["cuda graph, layer"]["status"] == jobs["triton stream, batch-training"]["status"] == "ok"
+
+
+def test_a_sanitizer_that_is_cut_off_is_not_called_a_hang(make_gpu, tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder, "compute-sanitizer", "import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    status, found, _, took = make_gpu("profile", seconds=12)
+    assert status == 0 and took < 12
+    told = [by_name(found)[f"compute-sanitizer {tool}"]["error"] for tool in profile.TOOLS]
+    assert all(re.fullmatch(r"no time: cut off after \d s", each) for each in told)
 
 
 def test_without_the_programs_that_watch(make_gpu, monkeypatch):
@@ -335,6 +362,34 @@ def test_tests_are_guarded_with_what_is_there(make_gpu, tmp_path, monkeypatch, c
     assert suite.pytest_command(one)[-2:] == ["-o", "faulthandler_timeout=60"]
     assert "pytest-timeout is not installed" in capsys.readouterr().out
     one.log.close()
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_launches_of_every_part_are_timed_and_the_first_is_profiled(backend, device, monkeypatch, forget_plans):
+    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 4))
+    monkeypatch.setattr(triton, "_processors", lambda tensor: 4)
+    forget_plans()
+    problem = worker.as_problem((5, 3, 17, 16), "layer")
+    given = measure.make_inputs(problem, device), measure.make_parameters(problem, device)
+    launches, _ = worker.recorded(backend, problem, *given)
+    counts = {name: len(each) for name, each in launches.items()}
+    sweep = {"triton": "grad_maps", "cuda": "backward"}[backend]
+    assert counts["forward"] == counts["unfold"] == 1 and counts[sweep] > 1
+
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: told.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: told.append("stop"))
+    with worker.hooked(backend, lambda name, launch: told.append(name)):
+        worker.launches(worker.Answers(io.StringIO()), backend, problem.shape, "layer")
+    profiled = [name for name, before in zip(told[1:], told, strict=False) if before == "start"]
+    assert sorted(profiled) == sorted(counts) and told.count("stop") == len(counts)
+
+
+def test_what_is_held_to_float64_in_float16_is_what_eager_arithmetic_can_do():
+    problem = worker.make_problem("batch-eval", heads=12, head_dim=64, seqlen=197, dtype="float16")
+    assert all(result.isfinite().all() for result in parity.compute(problem, "reference").values())
 
 
 @pytest.mark.slow

@@ -134,11 +134,49 @@ def test_the_operator_has_a_row_for_each_of_our_backends(printed):
     shape = ["8x12x197x64", "batch"]
     assert columns == [
         *("shape", "norm", "backend", "ms", "over SDPA", "best peer"),
-        *("speed-up", "FLOP/s", "roofline", "peak memory", "eager's"),
+        *("speed-up", "speed-up over eager", "speed-up over compiled", "FLOP/s", "roofline", "peak memory", "eager's"),
     ]
     compute = ["80% (compute)", "50% (compute)"]
-    assert triton == [*shape, "triton", "50", "1.25", "compiled", "2", "80 GFLOP/s", compute[0], "119 MB", "1.7 GB"]
-    assert cuda == [*shape, "cuda", "80", "2", "compiled", "1.25", "50 GFLOP/s", compute[1], "-", "1.7 GB"]
+    assert triton == [
+        *(*shape, "triton", "50", "1.25", "compiled", "2", "2.5", "2"),
+        *("80 GFLOP/s", compute[0], "119 MB", "1.7 GB"),
+    ]
+    assert cuda == [
+        *(*shape, "cuda", "80", "2", "compiled", "1.25", "1.56", "1.25"),
+        *("50 GFLOP/s", compute[1], "-", "1.7 GB"),
+    ]
+
+
+def test_times_without_the_host(printed):
+    benchmarks = comparison("operator", {"triton": 0.5, "eager": 0.25, "compiled": 0.125})
+    for benchmark, graph_ms in zip(benchmarks, (0.0625, 0.2, None), strict=True):
+        benchmark["extra_info"] |= {"graph_ms": graph_ms, "host_us": 400.0}
+    text = printed(benchmarks, comparison("operator", {"triton": 50}, "forward+backward"))
+    assert rows(text.partition("### Without the host\n")[2]) == [
+        ["operator", "direction", "triton", "eager", "compiled"],
+        ["---"] * 5,
+        ["8x12x197x64 batch float32", "forward", "0.5 / 0.0625 / 400", "0.25 / 0.2 / 400", "0.125 / - / 400"],
+    ]
+
+
+def test_kernels_stand_beside_their_forecasts(tmp_path, capsys):
+    place = {"backend": "cuda", "shape": "128x12x197x64", "norm": "layer"}
+    kernels = [
+        {**place, "kernel": "forward", "us": 180.0, "launches": 1, "by_host": False},
+        {**place, "kernel": "backward", "us": 400.0, "launches": 7, "by_host": False},
+        {**place, "kernel": "unfold", "us": 9.0, "launches": 1, "by_host": True},
+        {**place, "norm": "none", "kernel": "forward", "us": 9.0},
+    ]
+    kernels[1] |= {"forecast_us": 500.0, "binding": "L2"}
+    path = write(tmp_path / "check.json", comparison("operator", {"cuda": 50}), machine=GPU)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gpu": {"kernels": kernels}}))
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert rows(text.partition("### Kernels, measured beside forecast\n")[2]) == [
+        ["cuda", "norm", "forward", "backward", "unfold"],
+        ["---"] * 5,
+        ["128x12x197x64", "layer", "180", "400 (0.80 L2) x7", "9 by host"],
+    ]
 
 
 def test_masks_are_held_to_no_mask_and_to_plain_attention(printed):
@@ -491,16 +529,16 @@ def documents(tmp_path, monkeypatch):
 
 def test_the_documents_have_every_device(documents, capsys):
     pytest.importorskip("matplotlib")
-    write(documents / "results" / "b-cpu" / "operator.json", *everything()[:4])
-    write(documents / "results" / "b-cpu" / "scaling.json", *scaling())
-    write(documents / "results" / "a-gpu" / "all.json", *everything(), machine=GPU)
+    write(documents / "results" / "a-cpu" / "operator.json", *everything()[:4])
+    write(documents / "results" / "a-cpu" / "scaling.json", *scaling())
+    write(documents / "results" / "b-gpu" / "all.json", *everything(), machine=GPU)
     write(documents / "results" / "c" / "other.json", [{"stats": {}, "extra_info": {}}])
     assert report.main(["--docs"]) == 0
     text = (documents / "docs" / "benchmarks.md").read_text()
     assert text.startswith("# Benchmarks\n") and "do not\nedit" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Some GPU", "## Some CPU, avx2"]
     assert "`operator.json`" in text and "`scaling.json`" in text
-    pictures = {f"{device}-{name}.png" for device in ("a-gpu", "b-cpu") for name in ("speed-up", "roofline", "scaling")}
+    pictures = {f"{device}-{name}.png" for device in ("b-gpu", "a-cpu") for name in ("speed-up", "roofline", "scaling")}
     assert {each.name for each in (documents / "docs" / "benchmarks").iterdir()} == pictures
     assert all(f"](benchmarks/{name})\n" in text for name in pictures)
     assert "left out: " in (error := capsys.readouterr().err) and "other.json" in error

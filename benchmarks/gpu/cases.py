@@ -20,7 +20,8 @@ DROPOUT_P = 0.1
 class Sizes(NamedTuple):
     """Of a run: ``heads_and_dims`` of what is held to float64 at ``seqlen`` tokens, the first by single launches as
     well; ``timed``: batch, heads, tokens, head_dim; ``compiler``: torch.compile's backend; ``model``: and its batch;
-    ``small``: a model cut short; ``profiled``: what hardware counters are read of."""
+    ``small``: a model cut short; ``profiled``: what hardware counters are read of; ``scaling``: numbers of tokens of
+    one sample, with heads and head_dim of what is timed first."""
 
     heads_and_dims: tuple[tuple[int, int], ...]
     seqlen: int
@@ -29,7 +30,13 @@ class Sizes(NamedTuple):
     model: tuple[str, int]
     small: bool
     profiled: tuple[int, int, int, int]
+    scaling: tuple[int, ...]
     seconds: float
+
+    @property
+    def grown(self) -> list[tuple[int, int, int, int]]:
+        _, heads, _, head_dim = self.timed[0]
+        return [(1, heads, seqlen, head_dim) for seqlen in self.scaling]
 
 
 CARD = Sizes(
@@ -40,10 +47,16 @@ CARD = Sizes(
     model=("deepvit_16b", 128),
     small=False,
     profiled=(128, 12, 197, 64),
+    scaling=(256, 512, 1024, 2048, 4096),
     seconds=0.3,
 )
 # For the flow of stages alone, where kernels are emulated.
-EMULATED = Sizes(((3, 16),), 17, ((1, 3, 17, 16),), "aot_eager", ("deepvit_16b", 1), True, (1, 3, 17, 16), 0.0)
+EMULATED = Sizes(((3, 16),), 17, ((1, 3, 17, 16),), "aot_eager", ("deepvit_16b", 1), True, (1, 3, 17, 16), (32,), 0.0)
+# What compute-sanitizer watches.
+WATCHED = [
+    {"mode": mode, "heads": 3, "head_dim": 32, "seqlen": 50, "dtype": dtype}
+    for mode, dtype in (("layer", "bfloat16"), ("batch-training", "bfloat16"), ("layer", "float32"))
+]
 
 
 def name_of(shape: Any) -> str:
@@ -81,11 +94,13 @@ def _parity_jobs(sizes: Sizes, dtype: str, dropout_p: float) -> Iterator[Job]:
 def warm_jobs(sizes: Sizes) -> list[Job]:
     """Compilation of what will be timed: our kernels, then what torch.compile makes of the eager forms."""
     problems = [{"shape": shape, "norm": norm} for shape in sizes.timed for norm in TIMED_NORMS]
-    jobs = [Job(f"warm {name_of(p['shape'])} {p['norm']}", {"kind": "warm", **p}) for p in problems]
+    more = [{"shape": shape, "norm": "none"} for shape in sizes.timed]
+    more += [{"shape": shape, "norm": "layer"} for shape in sizes.grown]
+    jobs = [Job(f"warm {name_of(p['shape'])} {p['norm']}", {"kind": "warm", **p}) for p in problems + more]
     for problem, direction in itertools.product(problems, DIRECTIONS):
         name = f"compile {name_of(problem['shape'])} {problem['norm']} {direction}"
-        more = {"backward": direction != "forward", "compiler": sizes.compiler}
-        jobs.append(Job(name, {"kind": "warm_compiled", **problem, **more}))
+        how = {"backward": direction != "forward", "compiler": sizes.compiler}
+        jobs.append(Job(name, {"kind": "warm_compiled", **problem, **how}))
     return jobs
 
 
@@ -108,13 +123,33 @@ def timing_jobs(sizes: Sizes, able: tuple[str, ...]) -> list[Job]:
     for shape in sizes.timed:
         request = {"kind": "kernel_times", "shape": shape, "norm": "none", "seconds": sizes.seconds, "backends": able}
         jobs.append(Job(f"kernels {name_of(shape)} none", request))
+    for shape, direction in itertools.product(sizes.grown, DIRECTIONS):
+        request = {"kind": "operator", "of": "scaling", "shape": shape, "norm": "layer", "direction": direction}
+        request |= {"contenders": (*able, "eager", "sdpa"), "compiler": sizes.compiler, "seconds": sizes.seconds}
+        jobs.append(Job(f"scaling {name_of(shape)} layer {direction}", request))
     return jobs
 
 
-def stream_jobs(sizes: Sizes) -> list[Job]:
+def stream_problems(sizes: Sizes) -> list[dict[str, Any]]:
     heads, head_dim = sizes.heads_and_dims[0]
     problem = {"heads": heads, "head_dim": head_dim, "seqlen": sizes.seqlen, "dtype": "bfloat16"}
     return [
-        Job(f"{backend} {kind}, {mode}", {"kind": kind, "backend": backend, "mode": mode, **problem})
-        for kind, mode, backend in itertools.product(("stream", "graph"), ("layer", "batch-training"), BACKENDS)
+        {"backend": backend, "mode": mode, **problem}
+        for mode, backend in itertools.product(("layer", "batch-training"), BACKENDS)
     ]
+
+
+def stream_jobs(sizes: Sizes) -> list[Job]:
+    return [
+        Job(f"{problem['backend']} {kind}, {problem['mode']}", {"kind": kind, **problem})
+        for kind, problem in itertools.product(("stream", "graph"), stream_problems(sizes))
+    ]
+
+
+def profile_warm_jobs(sizes: Sizes) -> list[Job]:
+    """Compilation of all that PART=profile runs, what takes longest first."""
+    shape = {"shape": sizes.profiled, "norm": "layer"}
+    jobs = [Job(f"warm {backend}, profiled", {"kind": "warm", **shape, "backends": [backend]}) for backend in BACKENDS]
+    problems = [*stream_problems(sizes), *({"backend": "cuda", **watched} for watched in WATCHED)]
+    names = "{backend} {heads}x{head_dim} {mode} {dtype}"
+    return jobs + [Job(f"warm {names.format(**each)}", {"kind": "warm_step", **each}) for each in problems]

@@ -1,4 +1,4 @@
-"""Hardware counters of single launches, by Nsight Compute, and accesses checked by compute-sanitizer."""
+"""Streams and graphs, accesses checked by compute-sanitizer, and hardware counters of launches by Nsight Compute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu import cases, table
-from benchmarks.gpu.pool import NOT_RUN, Job, run_command
+from benchmarks.gpu.pool import NO_TIME, NOT_RUN, Job, run_command
 from benchmarks.gpu.run import Run
 
 # What Triton and CUDA launch that takes most of a step.
@@ -29,6 +30,9 @@ METRICS = (
     "smsp__inst_executed_op_local_ld.sum",
     "smsp__inst_executed_op_local_st.sum",
 )
+TOOLS = ("memcheck", "racecheck", "initcheck")
+# Of the budget; seconds of a tool, and of the counters of a backend.
+WARM_UNTIL, WATCHED_UNTIL, SANITIZER_SECONDS, NCU_SECONDS = 0.4, 0.75, 60, 60
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 # Columns of the table, and what they are made of: nanoseconds and counts as `--print-units base` gives them.
 SHOWN = {
@@ -90,9 +94,9 @@ def shown(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: metrics[metric] * factor for name, (metric, factor) in SHOWN.items() if metric in metrics}
 
 
-def sanitizer_command(tool: str, cases: list[dict[str, Any]]) -> list[str]:
+def sanitizer_command(tool: str, problems: list[dict[str, Any]]) -> list[str]:
     """The kernels of torch are none of its business."""
-    watched = worker_command({"kind": "step", "backend": "cuda", "cases": cases})
+    watched = worker_command({"kind": "step", "backend": "cuda", "cases": problems})
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=reattn", *watched]
 
 
@@ -104,17 +108,26 @@ def read_sanitizer(text: str) -> tuple[int | None, list[str]]:
 
 
 def profile(run: Run) -> None:
-    """Streams and graphs, counters of the longest launches of each backend, then the accesses of the CUDA kernels."""
+    """All is compiled first. Then streams, graphs and compute-sanitizer's tools at once, as none is timed, and at last
+    the counters of the longest launches, one backend at a time."""
     run.set_up()
+    until = run.clock.elapsed() + WARM_UNTIL * run.clock.budget
+    run.stage("compiling", cases.profile_warm_jobs(run.sizes), until)
+    until = WATCHED_UNTIL * run.clock.budget
+    sanitized = [Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool}) for tool in TOOLS]
+    run.jobs += sanitized
+    threads = [threading.Thread(target=sanitize, args=(run, job, until), daemon=True) for job in sanitized]
+    for thread in threads:
+        thread.start()
     if not run.emulated:
-        until = run.clock.elapsed() + 0.15 * run.clock.budget
-        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until, workers=4)
+        run.stage("streams and graphs", cases.stream_jobs(run.sizes), until)
     run.pool.close()
+    for thread in threads:
+        thread.join()
+    for job in sanitized:
+        run.say(f"{job.name}: {table.status(job.result)}")
+    run.write()
     wanted = {"kind": "launches", "shape": run.sizes.profiled, "norm": "layer"}
-    small = [
-        {"mode": mode, "heads": 3, "head_dim": 32, "seqlen": 50, "dtype": dtype}
-        for mode, dtype in (("layer", "bfloat16"), ("batch-training", "bfloat16"), ("layer", "float32"))
-    ]
     for backend in cases.BACKENDS:
         job = Job(f"ncu {backend}", {**wanted, "backend": backend})
         run.jobs.append(job)
@@ -123,11 +136,6 @@ def profile(run: Run) -> None:
             counted = Job(f"{backend} {kernel}", {"kind": "counters"})
             counted.result = {"status": "ok", "shown": shown(metrics), "stalls": stalls(metrics)}
             run.jobs.append(counted)
-        run.write()
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        job = Job(f"compute-sanitizer {tool}", {"kind": "sanitize", "tool": tool})
-        run.jobs.append(job)
-        job.result = watched(run, "compute-sanitizer", lambda tool=tool: sanitize(run, tool, small))
         run.say(f"{job.name}: {table.status(job.result)}")
         run.write()
     stalled = [
@@ -153,7 +161,7 @@ def count(run: Run, job: Job) -> dict[str, Any]:
     path = run.out / f"{job.name.replace(' ', '-')}.csv"
     result: dict[str, Any] = {}
     for metrics in (METRICS, ()):
-        result = run_command(ncu_command(job.request, path, metrics), min(60, run.clock.left() - 5), run.log)
+        result = run_command(ncu_command(job.request, path, metrics), min(NCU_SECONDS, run.clock.left() - 5), run.log)
         text = path.read_text(errors="replace") if path.is_file() else ""
         if metrics_by_kernel := read_ncu(text):
             return {**result, "metrics": metrics_by_kernel}
@@ -165,13 +173,21 @@ def count(run: Run, job: Job) -> dict[str, Any]:
     return result
 
 
-def sanitize(run: Run, tool: str, small: list[dict[str, Any]]) -> dict[str, Any]:
+def sanitize(run: Run, job: Job, until: float) -> None:
+    tool = job.request["tool"]
+    job.result = watched(run, "compute-sanitizer", lambda: read_tool(run, tool, until))
+
+
+def read_tool(run: Run, tool: str, until: float) -> dict[str, Any]:
     path = run.out / f"{tool}.log"
     with path.open("w") as log:
-        result = run_command(sanitizer_command(tool, small), min(80, run.clock.left() - 3), log)
+        seconds = min(SANITIZER_SECONDS, run.clock.left(until))
+        result = run_command(sanitizer_command(tool, cases.WATCHED), seconds, log)
     errors, lines = read_sanitizer(path.read_text(errors="replace"))
     if errors:
         return {**result, "status": "wrong", "error": f"{errors} reported: {' '.join(lines[1:4])}", "lines": lines}
+    if result["status"] == "hang" and seconds < SANITIZER_SECONDS:
+        return {**result, "status": NOT_RUN, "error": f"{NO_TIME}: cut off after {seconds:.0f} s"}
     if result["status"] == "ok" and errors is None:
         return {**result, "status": "failed", "error": "no summary"}
     return result

@@ -83,10 +83,12 @@ def parity(records: Records) -> list[str]:
 
 
 def comparisons(records: Records) -> list[str]:
-    """Milliseconds of every contender."""
+    """Milliseconds of every contender; of ours, the eager form and SDPA also those of a replayed graph, and
+    microseconds of the host, in a row."""
     done = [record for record in records if record.get("ms") and record["kind"] in ("operator", "model")]
     names = list(dict.fromkeys(name for record in done for name in record["ms"]))
     rows = [["milliseconds", *names, "ours / sdpa or plain ViT", "peak MB, ours / eager"]]
+    rows[0] += ["graph ms, ours / eager / sdpa", "host us, ours / eager / sdpa"]
     for record in done:
         ms, peaks = record["ms"], record["peak_bytes"]
         floor = ms.get("sdpa") or ms.get("plain ViT")
@@ -94,12 +96,17 @@ def comparisons(records: Records) -> list[str]:
         held = [f"{peaks[name] / 1e6:.0f}" if peaks.get(name) is not None else "-" for name in (*ours, "eager")]
         over = " ".join(f"{ms[name] / floor:.2f}" for name in ours) if floor else "-"
         cells = [f"{ms[name]:.4g}" if name in ms else "-" for name in names]
-        rows.append([record["name"], *cells, over or "-", " ".join(held)])
+        beside = [
+            " ".join(f"{known[name]:.3g}" if known.get(name) else "-" for name in (*ours, "eager", "sdpa"))
+            for known in (record.get("graph_ms", {}), record.get("host_us", {}))
+        ]
+        rows.append([record["name"], *cells, over or "-", " ".join(held), *beside])
     return columns(rows)
 
 
 def beside_forecast(records: Records, forecasts: Records) -> list[dict[str, Any]]:
-    """The microseconds of every kernel that was timed, and those that were forecast for it."""
+    """The microseconds of every kernel that was timed, all its launches of a training step together, and those that
+    were forecast for it."""
     expected = {(f["backend"], f["kernel"], f["shape"], f["norm"]): f for f in forecasts}
     found = []
     for record in records:
@@ -109,6 +116,7 @@ def beside_forecast(records: Records, forecasts: Records) -> list[dict[str, Any]
         for name, ms in record["ms"].items():
             backend, kernel = name.split(" ", 1)
             each = {"backend": backend, "kernel": kernel, "shape": shape, "norm": record["norm"], "us": 1e3 * ms}
+            each |= {"launches": record["launches"][name], "by_host": name in record["by_host"]}
             if forecast := expected.get((backend, kernel, shape, record["norm"])):
                 each |= {"forecast_us": 1e6 * forecast["seconds"], "binding": forecast["binding"]}
             found.append(each)
@@ -118,16 +126,24 @@ def beside_forecast(records: Records, forecasts: Records) -> list[dict[str, Any]
 def forecast_table(rows: Records) -> list[str]:
     """A row for each backend, shape and norm: microseconds of its kernels, over the forecast and what binds there."""
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    lines = [["us (over forecast, bound by)", *kernels]]
+    lines = [["us of a step's launches (over forecast, bound by) xLAUNCHES", *kernels]]
     for place in dict.fromkeys((row["backend"], row["shape"], row["norm"]) for row in rows):
         cells = dict.fromkeys(kernels, "-")
         for row in rows:
             if (row["backend"], row["shape"], row["norm"]) == place:
-                cells[row["kernel"]] = f"{row['us']:.4g}"
-                if "forecast_us" in row:
-                    cells[row["kernel"]] += f" ({row['us'] / row['forecast_us']:.2f} {row['binding']})"
+                cells[row["kernel"]] = kernel_cell(row)
         lines.append([" ".join(place), *cells.values()])
     return columns(lines)
+
+
+def kernel_cell(row: Mapping[str, Any]) -> str:
+    """Microseconds, the forecast and how many launches, if more than one; and whether the host's time is in it."""
+    cell = f"{row['us']:.4g}"
+    if "forecast_us" in row:
+        cell += f" ({row['us'] / row['forecast_us']:.2f} {row['binding']})"
+    if row["launches"] > 1:
+        cell += f" x{row['launches']}"
+    return cell + " by host" * row["by_host"]
 
 
 def counters(records: Records) -> list[str]:

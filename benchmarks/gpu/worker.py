@@ -127,12 +127,23 @@ def hooked(backend: str, hook: Callable[[str, Callable[[], Any]], Any]) -> Itera
         run = cuda_driver.launch
 
         def through(loaded: Any, *how: Any) -> None:
-            *where, params, tensors = how
+            *where, stream, params, tensors = how
             kept = type(params).from_buffer_copy(params)  # the next launch may be given the same ones, changed
-            hook(loaded.kernel.function, functools.partial(run, loaded, *where, kept, tensors))
+
+            def launch() -> None:
+                run(loaded, *where, current_stream(stream), kept, tensors)
+
+            hook(loaded.kernel.function, launch)
 
         with mock.patch.object(cuda_driver, "launch", through):
             yield
+
+
+def current_stream(otherwise: int) -> int:
+    """A launch that is made again may be on another stream, one that is captured."""
+    import torch
+
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else otherwise
 
 
 @contextlib.contextmanager
@@ -164,7 +175,9 @@ def make_problem(mode: str, heads: int, head_dim: int, seqlen: int, dtype: str, 
 
     options = {"dropout_p": dropout_p} if dropout_p else {}
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "batch": 2}
-    return parity.make_problem(mode, **sizes, dtype=getattr(torch, dtype), device=device(), seed=0, **options)
+    problem = parity.make_problem(mode, **sizes, dtype=getattr(torch, dtype), device=device(), seed=0, **options)
+    # As in benchmarks/measure.py: the sum of all rows that is the bias's gradient overflows in eager float16 otherwise.
+    return replace(problem, grad=problem.grad / 32) if dtype == "float16" else problem
 
 
 @handler
@@ -241,15 +254,28 @@ def as_problem(shape: Any, norm: str, dtype: str = "bfloat16") -> Any:
 
 
 @handler
-def warm(answers: Answers, shape: Any, norm: str, without: Any = ()) -> dict[str, Any]:
+def warm(answers: Answers, shape: Any, norm: str, backends: Any = None, without: Any = ()) -> dict[str, Any]:
     """Our kernels of a problem that will be timed."""
     from benchmarks import measure
 
     problem = as_problem(shape, norm)
-    for backend in able():
+    for backend in backends or able():
         call = operator_call(measure.operator(norm, backend), problem, True)
         with compiled_only(backend):
             call()
+    return {}
+
+
+@handler
+def warm_step(answers: Answers, backend: str, without: Any = (), **sizes: Any) -> dict[str, Any]:
+    """Those of a problem that is held to another, or watched; also where copies of its tensors lie otherwise."""
+    import parity as measure
+
+    problem, step = training_step(backend, sizes)
+    copies = {name: None if tensor is None else tensor.clone() for name, tensor in problem.tensors.items()}
+    with compiled_only(backend):
+        step()
+        measure.compute(problem.with_tensors(**copies), backend)
     return {}
 
 
@@ -288,8 +314,9 @@ def machine(answers: Answers, without: Any = ()) -> dict[str, Any]:
     return {"machine": {**found, "ceilings": told.ceilings(device())}, "able": able()}
 
 
-def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[dict[str, Callable[[], Any]], Any]:
-    """The launches of a training step by kernel, to be repeated; and the tensors that they need."""
+def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[dict[str, list[Any]], Any]:
+    """The launches of a training step by kernel, to be repeated; and the tensors that they need. A backward pass whose
+    maps do not fit the workspace launches its kernels for one part of it after the other."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -306,10 +333,10 @@ def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[
             kept.append(result)
             return result
 
-    launches: dict[str, Callable[[], Any]] = {}
+    launches: dict[str, list[Any]] = {}
 
     def record(name: str, launch: Callable[[], Any]) -> None:
-        launches[name] = launch
+        launches.setdefault(name, []).append(launch)
         launch()
 
     training = not problem.norm.endswith("-eval")
@@ -329,12 +356,14 @@ def recorded(backend: str, problem: Any, inputs: Any, parameters: Any) -> tuple[
 def kernel_times(
     answers: Answers, shape: Any, norm: str, backends: Any, seconds: float = 0.0, without: Any = ()
 ) -> dict[str, Any]:
-    """Milliseconds of each kernel by itself, with what it reads not in the L2 cache."""
+    """Milliseconds of each kernel by itself, all its launches of a training step together, with query, key and value
+    not in the L2 cache; from a CUDA graph, as a launch by the host may take longer than a small kernel."""
     from benchmarks import measure
 
     problem, where = as_problem(shape, norm), device()
     parameters, sets = measure.make_parameters(problem, where), measure.rotating_inputs(problem, where)
     calls: dict[str, list[Any]] = {}
+    counts: dict[str, int] = {}
     kept = []
     for backend in backends:
         if backend in without:
@@ -343,12 +372,28 @@ def kernel_times(
         for inputs in sets:
             launches, tensors = recorded(backend, problem, inputs, parameters)
             kept.append(tensors)
-            for name, launch in launches.items():
-                calls.setdefault(f"{backend} {name}", []).append(launch)
+            for kernel, mine in launches.items():
+                calls.setdefault(f"{backend} {kernel}", []).append(functools.partial(one_by_one, mine))
+                counts[f"{backend} {kernel}"] = len(mine)
         synchronize()
+    answers.begin("capturing", BEGIN_TIMING)
+    by_host: dict[str, str] = {}
+    for name, each in calls.items():
+        graph, why = measure.attempt(functools.partial(measure.captured, each)) if where.type == "cuda" else (None, "")
+        if graph is None:
+            by_host[name] = why
+        else:
+            calls[name] = [graph]
     answers.begin("timing", 2 * BEGIN_TIMING)
     turns, faults = measure.time_in_turns(calls, where, seconds, rounds=3)
-    return {"ms": {name: statistics.median(series) for name, series in turns.items()}, "faults": faults}
+    repeats = {name: 1 if name in by_host else len(sets) for name in turns}
+    ms = {name: statistics.median(series) / repeats[name] for name, series in turns.items()}
+    return {"ms": ms, "launches": counts, "by_host": by_host, "faults": faults}
+
+
+def one_by_one(launches: Any) -> None:
+    for launch in launches:
+        launch()
 
 
 # Compiling what was not compiled ahead, and a float64 reference.
@@ -376,9 +421,10 @@ def operator(
     contenders: Any,
     compiler: str,
     seconds: float = 0.0,
+    of: str = "operator",
     without: Any = (),
 ) -> dict[str, Any]:
-    """The operator beside its peers, each held to float64 first."""
+    """The operator beside its peers, each held to float64 first. ``of``: which of the report's kinds it is."""
     from benchmarks import compare, measure, peers
 
     problem, where, backward = as_problem(shape, norm), device(), direction != "forward"
@@ -403,12 +449,25 @@ def operator(
     parameters, inputs = measure.make_parameters(problem, where), measure.rotating_inputs(problem, where)
     calls = {name: [measure.make_call(p, each, parameters, backward) for each in inputs] for name, p in right.items()}
     comparison = compare.Comparison(calls, faults, where, seconds)
+    host = {name: measure.host_us(calls[name][0], where) for name in comparison.ms}
+    graphs: dict[str, float | None] = dict.fromkeys(comparison.ms)
+    not_captured: dict[str, str] = {}
+    for name in graphs:
+        if (step := f"a graph of {name}") in without:
+            not_captured[name] = "hung or crashed"
+            continue
+        answers.begin(step, BEGIN_TIMING, optional=True)
+        graphs[name], status = measure.attempt(functools.partial(measure.graph_ms, calls[name], where))
+        if status != "ok":
+            not_captured[name] = status
+    beside = {"peak_bytes": comparison.peak_bytes, "host_us": host, "graph_ms": graphs, "not_captured": not_captured}
 
     def facts(name: str) -> dict[str, Any]:
-        return {"direction": direction, **comparison.facts_of_problem(name, problem, backward, where)}
+        described = comparison.facts_of_problem(name, problem, backward, where)
+        return {"direction": direction, **described, "host_us": host[name], "graph_ms": graphs[name]}
 
-    found = entries(comparison, "operator", compare.label(problem, direction), facts)
-    return {"benchmarks": found, "ms": comparison.ms, "peak_bytes": comparison.peak_bytes, "faults": comparison.faults}
+    found = entries(comparison, of, compare.label(problem, direction), facts)
+    return {"benchmarks": found, "ms": comparison.ms, **beside, "faults": comparison.faults}
 
 
 @handler
@@ -556,7 +615,8 @@ def graph(answers: Answers, backend: str, without: Any = (), **sizes: Any) -> di
 
 @handler
 def launches(answers: Answers, backend: str, shape: Any, norm: str, without: Any = ()) -> dict[str, Any]:
-    """One training step of the operator, between the profiler's start and stop."""
+    """One training step of the operator; between the profiler's start and stop is the first launch of each kernel,
+    which is of the largest part of a backward pass."""
     import torch
 
     from benchmarks import measure
@@ -564,11 +624,22 @@ def launches(answers: Answers, backend: str, shape: Any, norm: str, without: Any
     call = operator_call(measure.operator(norm, backend), as_problem(shape, norm), True)
     with compiled_only(backend):
         call()
+    seen: set[str] = set()
+
+    def first_of_each(name: str, launch: Callable[[], Any]) -> None:
+        first = name not in seen
+        seen.add(name)
+        if first:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        launch()
+        if first:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+    with hooked(backend, first_of_each):
+        call()
     torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
     return {}
 
 
