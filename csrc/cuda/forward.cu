@@ -375,38 +375,48 @@ struct Output {
     return all(zeros == 0);
   }
 
-  REATTN_DEVICE void store(const Params& p, const Block& block, int head, int first_dim) {
+  // Whole rows go by way of the head's maps, which this warp alone has read, so that neighbours write what lies side by
+  // side.
+  REATTN_DEVICE void store(const Params& p, Shared<char> maps, const Block& block, int head, int first_dim) {
     const int first_row = block.first_row;
     const float slope = kLayer || kStatistics ? 1.0f : 1.0f / Folded(kFolded).vector(kUnit, head);
     const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
-    Element* to = head_rows(p.out, block.sample, head) + dim;
+    Element* to = head_rows(p.out, block.sample, head);
+    if constexpr (kWholeRows) sync_warp();
     for_each_row<kTiles>([&](int tile, int lower, int row) {
-      if (first_row + row >= p.out.rows) return;
-      Element* to_row = to + (first_row + row) * row_stride<kOutStride>(p.out);
+      if (!kWholeRows && first_row + row >= p.out.rows) return;
+      Element* to_row = to + (dim + (first_row + row) * row_stride<kOutStride>(p.out));
       float values[kOutDims / 8][2];
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          values[column][i] = sums[tile][column][2 * lower + i] * slope;
-        }
+        for (int i = 0; i < 2; i++) values[column][i] = sums[tile][column][2 * lower + i] * slope;
 #pragma unroll
       for (int i = 0; i < kOutDims / 8; i++) {
-        if constexpr (kDirect) {  // 2 kOutDims / 8 neighbours
+        if constexpr (kWholeRows) {
+          if (i % 4 == 0)
+            reattn::store(maps + (row * kRowStride + 2 * dim + 4 * i),
+                          uint4{pair(values, i), pair(values, i + 1), pair(values, i + 2), pair(values, i + 3)});
+        } else if constexpr (kDirect) {  // 2 kOutDims / 8 neighbours
           constexpr int kColumns = kOutDims / 8;
           const int column = 2 * i % kColumns, right = 2 * i / kColumns;
-          if constexpr (kColumns % 4 == 0 && kHeadDim == kOutDims) {
-            if (i % 4 == 0)
-              write(to_row + 2 * i,
-                    uint4{pair(values, i), pair(values, i + 1), pair(values, i + 2), pair(values, i + 3)});
-          } else {
-            write_pair(to_row + 2 * i, dim + 2 * i, values[column][right], values[column + 1][right]);
-          }
+          write_pair(to_row + 2 * i, dim + 2 * i, values[column][right], values[column + 1][right]);
         } else {
           write_pair(to_row + 8 * i, dim + 8 * i, values[i][0], values[i][1]);
         }
       }
     });
+    if constexpr (kWholeRows) {
+      sync_warp();
+      constexpr int kPieces = kOutDims / 8, kRowsAtOnce = kWarp / kPieces;  // of 16 bytes, in a row
+#pragma unroll
+      for (int i = 0; i < kRows / kRowsAtOnce; i++) {
+        const int row = i * kRowsAtOnce + lane() / kPieces, piece = lane() % kPieces;
+        if (first_row + row < p.out.rows)
+          write(to + ((first_row + row) * row_stride<kOutStride>(p.out) + 8 * piece),
+                load<uint4>(maps + (row * kRowStride + 16 * piece)));
+      }
+    }
   }
 
   // Into value_sum.
@@ -426,6 +436,10 @@ struct Output {
   }
 
  private:
+  // Lanes have 16 bytes of rows, which have room in the maps'.
+  static constexpr bool kWholeRows =
+      kDirect && kHeadDim == kOutDims && kOutDims % 32 == 0 && 2 * kOutDims <= kRowStride;
+
   static REATTN_DEVICE uint32_t pair(const float (&values)[kOutDims / 8][2], int i) {
     const int column = 2 * i % (kOutDims / 8), right = 2 * i / (kOutDims / 8);
     return pack<Narrow>(values[column][right], values[column + 1][right]);
@@ -589,7 +603,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         out = Output();
         out.add_strictly(p, stages, maps, block, head, 0, end, first_dim);
       }
-      out.store(p, block, head, first_dim);
+      out.store(p, maps, block, head, first_dim);
     });
   } else {
     Output out[kTurns];
@@ -625,7 +639,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         sync_block();  // as the vote leaves it
       }
     }
-    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, block, head, first_dim); });
+    for_each_head([&](int turn, int head, Shared<char> maps) { out[turn].store(p, maps, block, head, first_dim); });
   }
   if constexpr (kStatistics && kSeenByRow)
     for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });

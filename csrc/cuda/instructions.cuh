@@ -76,7 +76,11 @@ __device__ __forceinline__ float load_apart(Shared<float> from) {
 }
 template <class V, class T>
 __device__ __forceinline__ void store(Shared<T> to, V value) {
-  if constexpr (sizeof(V) == 8)
+  if constexpr (sizeof(V) == 16)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+  else if constexpr (sizeof(V) == 8)
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to.address), "f"(value.x), "f"(value.y) : "memory");
   else if constexpr (std::is_same_v<V, float>)
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to.address), "f"(value) : "memory");
@@ -109,10 +113,7 @@ __device__ __forceinline__ void copy_async(Shared<char> to, const void* from, bo
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(bytes) : "memory");
 #else
-  const uint4 value = inside ? read<uint4>(from) : uint4{};
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
+  store(to, inside ? read<uint4>(from) : uint4{});
 #endif
 }
 __device__ __forceinline__ void copy_async(Shared<char> to, const void* from) {
