@@ -103,7 +103,12 @@ __device__ __forceinline__ V read(const void* from) {
 }
 template <class V>
 __device__ __forceinline__ void write(void* to, V value) {
-  *static_cast<V*>(to) = value;
+  if constexpr (std::is_same_v<V, uint4>)  // which the compiler would write by words
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  else
+    *static_cast<V*>(to) = value;
 }
 
 // 16 bytes from device to shared memory, both at multiples of 16; zeros where outside, and then nothing is read. They
