@@ -325,25 +325,32 @@ enum class Weights { kMaps, kStrict, kOnes };
 struct Output {
   float sums[kTiles][kOutDims / 8][4] = {};
 
+  using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
+
+  // Of the values' first `end` keys.
+  template <Weights kWeights = Weights::kMaps>
+  REATTN_DEVICE void add(Values& values, Shared<char> maps, int end) {
+    // In pairs those that have 32 more behind them.
+    const int in_pairs = greater(end - 32, 0) / 32 * 32;
+    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
+    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+    int key = 0;
+#pragma unroll 1
+    for (; key < in_pairs; key += 32, from = from + 64)
+#pragma unroll
+      for (int i = 0; i < 2; i++) take<true, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+#pragma unroll 1
+    for (; key < end; key += 32, from = from + 64)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (key + 16 * i < end) take<false, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+  }
   // Of the keys from the first on, up to `end` behind it.
   template <Weights kWeights = Weights::kMaps>
   REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                          int first_key, int end, int first_dim) {
-    using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
     Values values(stages, p.value, block.sample, head, first_key, first_key + end, first_dim);
-    // In pairs those that have 16 more behind them.
-    const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
-    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
-    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    take<false, kWeights>(values, offset, maps, from, 0);
-    from = from + 32;
-#pragma unroll 1
-    for (int key = 16; key < in_pairs; key += 32, from = from + 64)
-#pragma unroll
-      for (int i = 0; i < 2; i++) take<true, kWeights>(values, offset, maps, from + 32 * i, key + 16 * i);
-#pragma unroll 1
-    for (int key = in_pairs; key < end; key += 16, from = from + 32)
-      take<false, kWeights>(values, offset, maps, from, key);
+    add<kWeights>(values, maps, end);
   }
 
   // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
@@ -446,8 +453,8 @@ struct Output {
   }
 
   // 16 keys.
-  template <bool kWhole, Weights kWeights, class Values>
-  REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
+  template <bool kWhole, Weights kWeights>
+  REATTN_DEVICE void take(Values& values, int slot, int offset, Shared<char> maps, Shared<char> from, int key) {
     constexpr bool kStrict = kWeights == Weights::kStrict, kOnes = kWeights == Weights::kOnes;
     constexpr int kOwnTiles = kOnes ? 1 : kTiles;  // of ones, all rows have the same
     if constexpr (kFloat) {
@@ -470,7 +477,7 @@ struct Output {
     } else {
       uint32_t mixed[kOwnTiles][4], operands[kOutDims / 8][2];
       if constexpr (kDirect) {
-        values.template next<kWhole>(operands);
+        values.template next<kWhole>(operands, slot);
         if constexpr (kStrict)
 #pragma unroll
           for (int i = 0; i < kOutDims / 4; i++) operands[i / 2][i % 2] = finite_or_zero(operands[i / 2][i % 2]);
@@ -595,10 +602,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   MixedSums moments;
   if constexpr (kResident) {
     RowMixing(p, moments).mix(block, 0, warp, rows, end);
+    // The first are on their way while other warps mix.
+    Output::Values values(stages, p.value, sample, warp, 0, end, first_dim);
     sync_block();
-    for_each_head([&](int, int head, Shared<char> maps) {
+    for_each_head([&](int turn, int head, Shared<char> maps) {
+      if (turn > 0) values = Output::Values(stages, p.value, sample, head, 0, end, first_dim);
       Output out;
-      out.add(p, stages, maps, block, head, 0, end, first_dim);
+      out.add(values, maps, end);
       if (kMasked && !out.finite()) {
         out = Output();
         out.add_strictly(p, stages, maps, block, head, 0, end, first_dim);

@@ -270,9 +270,16 @@ __device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(
 // The upper half of a 64-bit product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// Of two pairs of 16-bit elements the first of both, or the second.
-__device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+// Of two pairs of 16-bit elements the first of both, or the second. Where it stands: loads into the registers of a pair
+// that come behind it would else come first, and need others.
+template <uint32_t kBytes>
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "n"(kBytes));
+  return result;
+}
+__device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return permuted<0x5410>(a, b); }
+__device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return permuted<0x7632>(a, b); }
 
 // Two numbers rounded to nearest even, the first in the lower half; and back.
 template <class T>

@@ -210,7 +210,7 @@ class DirectRows {
 
 // Rows of one head as second operands of products over rows, 16 at a time, the last filled up with zeros: for head_dim
 // up to 64. Which columns are side by side in a product is free: its column n of the j-th 8 is column n * kColumns + j,
-// so that a lane has neighbours.
+// so that a lane has neighbours. Two times 16 are on their way, in slots that take turns.
 template <int kStride = 0>
 class DirectColumns {
  public:
@@ -224,31 +224,32 @@ class DirectColumns {
         left_(smaller(last_row, tensor.rows) - first_row - lane() % 4 * 2) {
     from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() / 4 * kColumns) +
             (first_row + lane() % 4 * 2) * step_;
-    fetch<false>();
+    fetch<false>(coming_[0]);
+    fetch<false>(coming_[1]);
   }
-  // The next 16 rows. kWhole: 16 more come behind them.
-  template <bool kWhole = false>
-  REATTN_DEVICE void next(Operands& operands) {
+  // The next 16 rows, from slot 0 first. kWhole: of those that then take the slot, all are there.
+  template <bool kWhole>
+  REATTN_DEVICE void next(Operands& operands, int slot) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const uint32_t upper = coming_[2 * half][i / 2], lower = coming_[2 * half + 1][i / 2];
+        const uint32_t upper = coming_[slot][2 * half][i / 2], lower = coming_[slot][2 * half + 1][i / 2];
         operands[i][half] = i % 2 ? seconds(upper, lower) : firsts(upper, lower);
       }
-    fetch<kWhole>();
+    fetch<kWhole>(coming_[slot]);
   }
 
  private:
   template <bool kWhole>
-  REATTN_DEVICE void fetch() {
+  REATTN_DEVICE void fetch(uint32_t (&coming)[4][kColumns / 2]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = i / 2 * 8 + i % 2;
       const char* from = from_ + row * step_;
       const bool inside = kWhole || left_ > row;
       const int room = kDepth == kOutDims ? kColumns : kDepth - lane() / 4 * kColumns;
-      uint32_t (&words)[kColumns / 2] = coming_[i];
+      uint32_t (&words)[kColumns / 2] = coming[i];
       if constexpr (kColumns == 8) {
         const uint4 four = inside && room > 0 ? read<uint4>(from) : uint4{};
         words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
@@ -268,7 +269,7 @@ class DirectColumns {
   const char* from_;
   int64_t step_;
   int left_;
-  uint32_t coming_[4][kColumns / 2];
+  uint32_t coming_[2][4][kColumns / 2];
 };
 
 // Makes zero of what is not finite of the columns in a stage.
