@@ -101,6 +101,13 @@ template <class V>
 __device__ __forceinline__ V read(const void* from) {
   return *static_cast<const V*>(from);
 }
+// The same address, of which nothing is read before the number is there: loads then take the registers that it was made
+// of, where they would else come first, and need others.
+__device__ __forceinline__ const char* after(const char* from, float number) {
+  size_t address = __cvta_generic_to_global(from);
+  asm volatile("" : "+l"(address) : "f"(number));
+  return static_cast<const char*>(__cvta_global_to_generic(address));
+}
 template <class V>
 __device__ __forceinline__ void write(void* to, V value) {
   if constexpr (std::is_same_v<V, uint4>)  // which the compiler would write by words

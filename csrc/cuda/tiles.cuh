@@ -169,8 +169,9 @@ REATTN_DEVICE void read_columns(const char* row, bool inside, Function function)
   }
 }
 
-// Rows of one head as second operands of such products, 16 at a time, the last filled up with zeros.
-template <int kStride = 0>
+// Rows of one head as second operands of such products, 16 at a time, the last filled up with zeros. As many times 16
+// are on their way as there are slots, which take turns.
+template <int kStride = 0, int kSlots = 1>
 class DirectRows {
  public:
   struct Operands {
@@ -181,23 +182,33 @@ class DirectRows {
       : step_(row_stride<kStride>(tensor) * int(sizeof(Element))),
         left_(smaller(last_row, tensor.rows) - first_row - lane() / 4) {
     from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head)) + (first_row + lane() / 4) * step_;
-    fetch<false>();
+#pragma unroll
+    for (Operands& coming : coming_) fetch<false>(coming);
   }
   // The next 16 rows. kWhole: 16 more come behind them.
   template <bool kWhole = false>
   REATTN_DEVICE Operands next() {
-    const Operands here = coming_;
-    fetch<kWhole>();
+    static_assert(kSlots == 1, "the next are in the only slot");
+    const Operands here = coming_[0];
+    fetch<kWhole>(coming_[0]);
     return here;
+  }
+  // The 16 rows in a slot, and others in their place once there are products with them. kWhole: all of these exist.
+  REATTN_DEVICE const Operands& in(int slot) const { return coming_[slot]; }
+  template <bool kWhole>
+  REATTN_DEVICE void replace(int slot, const float (&products)[kTiles][2][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; i++) from_ = after(from_, products[i / 2][i % 2][0]);
+    fetch<kWhole>(coming_[slot]);
   }
 
  private:
   template <bool kWhole>
-  REATTN_DEVICE void fetch() {
+  REATTN_DEVICE void fetch(Operands& coming) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
       read_columns(from_ + 8 * half * step_, kWhole || left_ > 8 * half,
-                   [&](int step, int right, uint32_t both) { coming_.part[half][step][right] = both; });
+                   [&](int step, int right, uint32_t both) { coming.part[half][step][right] = both; });
     from_ += 16 * step_;
     left_ -= 16;
   }
@@ -205,7 +216,7 @@ class DirectRows {
   const char* from_;
   int64_t step_;
   int left_;
-  Operands coming_;
+  Operands coming_[kSlots];
 };
 
 // Rows of one head as second operands of products over rows, 16 at a time, the last filled up with zeros: for head_dim
