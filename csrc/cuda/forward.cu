@@ -566,6 +566,7 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
 // about the same time.
 REATTN_DEVICE void prefetch_head(const Params& p, int sample, int head, int block, int blocks) {
   const int share = (p.key.rows + blocks - 1) / blocks;
+#pragma unroll 1
   for (int key = block * share + lane(); key < smaller((block + 1) * share, p.key.rows); key += kWarp)
 #pragma unroll
     for (int dim = 0; dim < kHeadDim; dim += 128 / int(sizeof(Element))) {
@@ -590,7 +591,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
 
   for_each_head(
       [&](int, int head, Shared<char>) { prefetch_head(p, sample, head, block_x() - sample * blocks, blocks); });
-  if (warp == 0) Folded(kFolded).prepare<!kFloat>(p);
+  if (warp == 0) {
+    const int row = smaller(first_row + lane() % kRows, p.query.rows - 1);
+    prefetch(head_rows(p.query, sample, 0) + row * row_stride<kQueryStride>(p.query));  // what it takes next
+    Folded(kFolded).prepare<!kFloat>(p);
+  }
   if constexpr (kPaddedHeads > kHeads)
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);

@@ -26,6 +26,8 @@ class Folded {
     fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = kHeads;
     const int head = smaller(lane(), kHeads - 1);
     const bool inside = lane() < kHeads;
+    const bool has_gamma = inside && fold.has_gamma();
+    const float gamma = has_gamma ? fold.gamma(head) : 0.0f, beta = has_gamma ? fold.beta(head) : 0.0f;
     const float mean = fold.row_mean(head), factor = fold.column_factor(head);
     float column_sum = 0, largest = 0, largest_from = 0;
     for (int g = 0; g < kHeads; g++) {
@@ -45,13 +47,12 @@ class Folded {
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) largest = larger(largest, shuffle_xor(largest, mask));
     const float unit = kScaled ? unit_of(largest, kLayer ? 50 : 116) : 1.0f;
-    const bool gamma = inside && fold.has_gamma();
     if (lane() < kPaddedHeads) {
       set(kShift, inside ? shift * unit : 0.0f);
-      set(kGamma, gamma ? fold.gamma(head) : 0.0f);
-      set(kBeta, gamma ? fold.beta(head) : 0.0f);
-      set(kCommon, gamma ? fold.common(head) : 0.0f);
-      set(kAlong, gamma ? fold.along(head) : 0.0f);
+      set(kGamma, gamma);
+      set(kBeta, beta);
+      set(kCommon, has_gamma ? fold.common(head) : 0.0f);
+      set(kAlong, has_gamma ? fold.along(head) : 0.0f);
       set(kUnit, unit);
       set(kUnitFrom, kScaled ? unit_of(largest_from, 116) : 1.0f);
     }
