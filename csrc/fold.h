@@ -72,8 +72,9 @@ struct Fold {
     return inverse_deviation(g) * (backward ? 1.0f : gamma(g));
   }
   REATTN_FOLD float weight(int h, int g) const { return weight(h, g, row_mean(h)); }
-  REATTN_FOLD float weight(int h, int g, float row_mean) const {
-    return (p.theta[h * p.heads + g] - row_mean) * column_factor(g);
+  REATTN_FOLD float weight(int h, int g, float row_mean) const { return weight(h, g, row_mean, column_factor(g)); }
+  REATTN_FOLD float weight(int h, int g, float row_mean, float column_factor) const {
+    return (p.theta[h * p.heads + g] - row_mean) * column_factor;
   }
   // column_sum: of the weights of g over h, not rounded to the maps' dtype.
   REATTN_FOLD float shift(int g, float column_sum) const {

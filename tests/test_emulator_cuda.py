@@ -59,6 +59,7 @@ FAULTS = {
     "race_of_blocks": f"block 1, .*{RACE}: block 0 writes the same",
     "read_of_other_block": f"block 1, .*{RACE}: block 0 writes the same",
     "device_misaligned": "device memory at an address that is no multiple of 16",
+    "prefetched_outside": "1 bytes of device memory 0 bytes behind a tensor's end",
     "copied_from_outside": "16 bytes of device memory 0 bytes behind a tensor's end",
     "no_pointer": "2 bytes of device memory outside all tensors",
 }
@@ -231,7 +232,7 @@ CHANGES = {
     "moments that are not there yet": ("forward.cu", "sync_block(); if", "if", "forward", NOT_THERE, BATCH),
     "maps of other lanes": ("forward.cu", "sync_warp(); Heads", "Heads", "forward", RACE, HALF),
     "moments of other lanes": ("forward.cu", "(kStatistics) { sync_warp();", "(kStatistics) {", "forward", RACE, BATCH),
-    "rows behind the last": ("forward.cu", "if (first_row + row >= p.out.rows) return;", "", "forward", OUTSIDE, HALF),
+    "rows behind the last": ("forward.cu", "&& first_row + row >= p.out.rows", "&& false", "forward", OUTSIDE, HALF),
     "LSE too far": ("forward.cu", "(first_row + row < rows_with_lse)", "(rows_with_lse)", "forward", OUTSIDE, HALF),
     "copies of other lanes": ("tiles.cuh", "arrived<0>(); sync_warp();", "arrived<0>();", "forward", RACE, FLOAT),
     "copies not awaited": ("tiles.cuh", "copies_arrived<0>();", ";", "forward", IN_FLIGHT, FLOAT),

@@ -325,25 +325,32 @@ enum class Weights { kMaps, kStrict, kOnes };
 struct Output {
   float sums[kTiles][kOutDims / 8][4] = {};
 
+  using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
+
+  // Of the values' first `end` keys.
+  template <Weights kWeights = Weights::kMaps>
+  REATTN_DEVICE void add(Values& values, Shared<char> maps, int end) {
+    // In pairs those that have 32 more behind them.
+    const int in_pairs = greater(end - 32, 0) / 32 * 32;
+    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
+    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+    int key = 0;
+#pragma unroll 1
+    for (; key < in_pairs; key += 32, from = from + 64)
+#pragma unroll
+      for (int i = 0; i < 2; i++) take<true, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+#pragma unroll 1
+    for (; key < end; key += 32, from = from + 64)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (key + 16 * i < end) take<false, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+  }
   // Of the keys from the first on, up to `end` behind it.
   template <Weights kWeights = Weights::kMaps>
   REATTN_DEVICE void add(const Params& p, Shared<char> stages, Shared<char> maps, const Block& block, int head,
                          int first_key, int end, int first_dim) {
-    using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
     Values values(stages, p.value, block.sample, head, first_key, first_key + end, first_dim);
-    // In pairs those that have 16 more behind them.
-    const int in_pairs = 16 + greater(end - 32, 0) / 32 * 32;
-    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
-    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
-    take<false, kWeights>(values, offset, maps, from, 0);
-    from = from + 32;
-#pragma unroll 1
-    for (int key = 16; key < in_pairs; key += 32, from = from + 64)
-#pragma unroll
-      for (int i = 0; i < 2; i++) take<true, kWeights>(values, offset, maps, from + 32 * i, key + 16 * i);
-#pragma unroll 1
-    for (int key = in_pairs; key < end; key += 16, from = from + 32)
-      take<false, kWeights>(values, offset, maps, from, key);
+    add<kWeights>(values, maps, end);
   }
 
   // The same where nothing hidden may reach a row: zero times what is not finite would. Maps of keys whose value is not
@@ -375,38 +382,48 @@ struct Output {
     return all(zeros == 0);
   }
 
-  REATTN_DEVICE void store(const Params& p, const Block& block, int head, int first_dim) {
+  // Whole rows go by way of the head's maps, which this warp alone has read, so that neighbours write what lies side by
+  // side.
+  REATTN_DEVICE void store(const Params& p, Shared<char> maps, const Block& block, int head, int first_dim) {
     const int first_row = block.first_row;
     const float slope = kLayer || kStatistics ? 1.0f : 1.0f / Folded(kFolded).vector(kUnit, head);
     const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
-    Element* to = head_rows(p.out, block.sample, head) + dim;
+    Element* to = head_rows(p.out, block.sample, head);
+    if constexpr (kWholeRows) sync_warp();
     for_each_row<kTiles>([&](int tile, int lower, int row) {
-      if (first_row + row >= p.out.rows) return;
-      Element* to_row = to + (first_row + row) * row_stride<kOutStride>(p.out);
+      if (!kWholeRows && first_row + row >= p.out.rows) return;
+      Element* to_row = to + (dim + (first_row + row) * row_stride<kOutStride>(p.out));
       float values[kOutDims / 8][2];
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          values[column][i] = sums[tile][column][2 * lower + i] * slope;
-        }
+        for (int i = 0; i < 2; i++) values[column][i] = sums[tile][column][2 * lower + i] * slope;
 #pragma unroll
       for (int i = 0; i < kOutDims / 8; i++) {
-        if constexpr (kDirect) {  // 2 kOutDims / 8 neighbours
+        if constexpr (kWholeRows) {
+          if (i % 4 == 0)
+            reattn::store(maps + (row * kRowStride + 2 * dim + 4 * i),
+                          uint4{pair(values, i), pair(values, i + 1), pair(values, i + 2), pair(values, i + 3)});
+        } else if constexpr (kDirect) {  // 2 kOutDims / 8 neighbours
           constexpr int kColumns = kOutDims / 8;
           const int column = 2 * i % kColumns, right = 2 * i / kColumns;
-          if constexpr (kColumns % 4 == 0 && kHeadDim == kOutDims) {
-            if (i % 4 == 0)
-              write(to_row + 2 * i,
-                    uint4{pair(values, i), pair(values, i + 1), pair(values, i + 2), pair(values, i + 3)});
-          } else {
-            write_pair(to_row + 2 * i, dim + 2 * i, values[column][right], values[column + 1][right]);
-          }
+          write_pair(to_row + 2 * i, dim + 2 * i, values[column][right], values[column + 1][right]);
         } else {
           write_pair(to_row + 8 * i, dim + 8 * i, values[i][0], values[i][1]);
         }
       }
     });
+    if constexpr (kWholeRows) {
+      sync_warp();
+      constexpr int kPieces = kOutDims / 8, kRowsAtOnce = kWarp / kPieces;  // of 16 bytes, in a row
+#pragma unroll
+      for (int i = 0; i < kRows / kRowsAtOnce; i++) {
+        const int row = i * kRowsAtOnce + lane() / kPieces, piece = lane() % kPieces;
+        if (first_row + row < p.out.rows)
+          write(to + ((first_row + row) * row_stride<kOutStride>(p.out) + 8 * piece),
+                load<uint4>(maps + (row * kRowStride + 16 * piece)));
+      }
+    }
   }
 
   // Into value_sum.
@@ -428,14 +445,18 @@ struct Output {
   }
 
  private:
+  // Lanes have 16 bytes of rows, which have room in the maps'.
+  static constexpr bool kWholeRows =
+      kDirect && kHeadDim == kOutDims && kOutDims % 32 == 0 && 2 * kOutDims <= kRowStride;
+
   static REATTN_DEVICE uint32_t pair(const float (&values)[kOutDims / 8][2], int i) {
     const int column = 2 * i % (kOutDims / 8), right = 2 * i / (kOutDims / 8);
     return pack<Narrow>(values[column][right], values[column + 1][right]);
   }
 
   // 16 keys.
-  template <bool kWhole, Weights kWeights, class Values>
-  REATTN_DEVICE void take(Values& values, int offset, Shared<char> maps, Shared<char> from, int key) {
+  template <bool kWhole, Weights kWeights>
+  REATTN_DEVICE void take(Values& values, int slot, int offset, Shared<char> maps, Shared<char> from, int key) {
     constexpr bool kStrict = kWeights == Weights::kStrict, kOnes = kWeights == Weights::kOnes;
     constexpr int kOwnTiles = kOnes ? 1 : kTiles;  // of ones, all rows have the same
     if constexpr (kFloat) {
@@ -458,7 +479,7 @@ struct Output {
     } else {
       uint32_t mixed[kOwnTiles][4], operands[kOutDims / 8][2];
       if constexpr (kDirect) {
-        values.template next<kWhole>(operands);
+        values.template next<kWhole>(operands, slot);
         if constexpr (kStrict)
 #pragma unroll
           for (int i = 0; i < kOutDims / 4; i++) operands[i / 2][i % 2] = finite_or_zero(operands[i / 2][i % 2]);
@@ -543,6 +564,19 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
   seen.store_sums(p, block, head, first_dim);
 }
 
+// Asks for a head's keys and values, before others wait for them: the blocks of a sample share them out, and begin at
+// about the same time.
+REATTN_DEVICE void prefetch_head(const Params& p, int sample, int head, int block, int blocks) {
+  const int share = (p.key.rows + blocks - 1) / blocks;
+#pragma unroll 1
+  for (int key = block * share + lane(); key < smaller((block + 1) * share, p.key.rows); key += kWarp)
+#pragma unroll
+    for (int dim = 0; dim < kHeadDim; dim += 128 / int(sizeof(Element))) {
+      prefetch(head_rows(p.key, sample, head) + (key * row_stride<kKeyStride>(p.key) + dim));
+      prefetch(head_rows(p.value, sample, head) + (key * row_stride<kValueStride>(p.value) + dim));
+    }
+}
+
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
 // comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
 __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
@@ -557,7 +591,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
   };
 
-  if (warp == 0) Folded(kFolded).prepare<!kFloat>(p);
+  for_each_head(
+      [&](int, int head, Shared<char>) { prefetch_head(p, sample, head, block_x() - sample * blocks, blocks); });
+  if (warp == 0) {
+    const int row = smaller(first_row + lane() % kRows, p.query.rows - 1);
+    prefetch(head_rows(p.query, sample, 0) + row * row_stride<kQueryStride>(p.query));  // what it takes next
+    Folded(kFolded).prepare<!kFloat>(p);
+  }
   if constexpr (kPaddedHeads > kHeads)
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
@@ -583,15 +623,18 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   MixedSums moments;
   if constexpr (kResident) {
     RowMixing(p, moments).mix(block, 0, warp, rows, end);
+    // The first are on their way while other warps mix.
+    Output::Values values(stages, p.value, sample, warp, 0, end, first_dim);
     sync_block();
-    for_each_head([&](int, int head, Shared<char> maps) {
+    for_each_head([&](int turn, int head, Shared<char> maps) {
+      if (turn > 0) values = Output::Values(stages, p.value, sample, head, 0, end, first_dim);
       Output out;
-      out.add(p, stages, maps, block, head, 0, end, first_dim);
+      out.add(values, maps, end);
       if (kMasked && !out.finite()) {
         out = Output();
         out.add_strictly(p, stages, maps, block, head, 0, end, first_dim);
       }
-      out.store(p, block, head, first_dim);
+      out.store(p, maps, block, head, first_dim);
     });
   } else {
     Output out[kTurns];
@@ -627,7 +670,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         sync_block();  // as the vote leaves it
       }
     }
-    for_each_head([&](int turn, int head, Shared<char>) { out[turn].store(p, block, head, first_dim); });
+    for_each_head([&](int turn, int head, Shared<char> maps) { out[turn].store(p, maps, block, head, first_dim); });
   }
   // Where all rows see the same, one block is enough.
   if (kStatistics && (kSeenByRow || first_row == 0))

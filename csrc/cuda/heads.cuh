@@ -21,12 +21,17 @@ class Folded {
   // from a head. Layer norm compares the heads, they have one unit.
   template <bool kScaled>
   REATTN_DEVICE void prepare(const Params& p) const {
+    Fold fold = p.fold;
+    // Known when the kernel is compiled: the other warps wait for this one.
+    fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = kHeads;
     const int head = smaller(lane(), kHeads - 1);
     const bool inside = lane() < kHeads;
-    const float mean = p.fold.row_mean(head);
+    const bool has_gamma = inside && fold.has_gamma();
+    const float gamma = has_gamma ? fold.gamma(head) : 0.0f, beta = has_gamma ? fold.beta(head) : 0.0f;
+    const float mean = fold.row_mean(head), factor = fold.column_factor(head);
     float column_sum = 0, largest = 0, largest_from = 0;
     for (int g = 0; g < kHeads; g++) {
-      const float weight = p.fold.weight(head, g, mean);
+      const float weight = fold.weight(head, g, mean, shuffle(factor, g));
       store(weights_ + (head * kWeightStride + g), weight);
       largest_from = larger(largest_from, absolute(weight));
     }
@@ -35,20 +40,19 @@ class Folded {
       const float weight = load<float>(weights_ + (from * kWeightStride + head));
       column_sum += weight, largest = larger(largest, absolute(weight));
     }
-    const float shift = p.fold.shift(head, column_sum);
+    const float shift = fold.shift(head, column_sum);
     // Maps that are kept are as much larger. Of a shift that is larger than all weights, these are next to nothing.
     largest = larger(largest * p.keep_scale, absolute(shift) * (kLayer ? 0x1p-40f : 0.125f));
     if constexpr (kLayer)
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) largest = larger(largest, shuffle_xor(largest, mask));
     const float unit = kScaled ? unit_of(largest, kLayer ? 50 : 116) : 1.0f;
-    const bool gamma = inside && p.fold.has_gamma();
     if (lane() < kPaddedHeads) {
       set(kShift, inside ? shift * unit : 0.0f);
-      set(kGamma, gamma ? p.fold.gamma(head) : 0.0f);
-      set(kBeta, gamma ? p.fold.beta(head) : 0.0f);
-      set(kCommon, gamma ? p.fold.common(head) : 0.0f);
-      set(kAlong, gamma ? p.fold.along(head) : 0.0f);
+      set(kGamma, gamma);
+      set(kBeta, beta);
+      set(kCommon, has_gamma ? fold.common(head) : 0.0f);
+      set(kAlong, has_gamma ? fold.along(head) : 0.0f);
       set(kUnit, unit);
       set(kUnitFrom, kScaled ? unit_of(largest_from, 116) : 1.0f);
     }

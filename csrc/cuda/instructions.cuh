@@ -76,7 +76,11 @@ __device__ __forceinline__ float load_apart(Shared<float> from) {
 }
 template <class V, class T>
 __device__ __forceinline__ void store(Shared<T> to, V value) {
-  if constexpr (sizeof(V) == 8)
+  if constexpr (sizeof(V) == 16)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+  else if constexpr (sizeof(V) == 8)
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to.address), "f"(value.x), "f"(value.y) : "memory");
   else if constexpr (std::is_same_v<V, float>)
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to.address), "f"(value) : "memory");
@@ -97,9 +101,25 @@ template <class V>
 __device__ __forceinline__ V read(const void* from) {
   return *static_cast<const V*>(from);
 }
+// Asks the L2 cache for the 128 bytes around it.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+// The same address, of which nothing is read before the number is there: loads then take the registers that it was made
+// of, where they would else come first, and need others.
+__device__ __forceinline__ const char* after(const char* from, float number) {
+  size_t address = __cvta_generic_to_global(from);
+  asm volatile("" : "+l"(address) : "f"(number));
+  return static_cast<const char*>(__cvta_global_to_generic(address));
+}
 template <class V>
 __device__ __forceinline__ void write(void* to, V value) {
-  *static_cast<V*>(to) = value;
+  if constexpr (std::is_same_v<V, uint4>)  // which the compiler would write by words
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  else
+    *static_cast<V*>(to) = value;
 }
 
 // 16 bytes from device to shared memory, both at multiples of 16; zeros where outside, and then nothing is read. They
@@ -109,10 +129,7 @@ __device__ __forceinline__ void copy_async(Shared<char> to, const void* from, bo
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(bytes) : "memory");
 #else
-  const uint4 value = inside ? read<uint4>(from) : uint4{};
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
+  store(to, inside ? read<uint4>(from) : uint4{});
 #endif
 }
 __device__ __forceinline__ void copy_async(Shared<char> to, const void* from) {
@@ -264,9 +281,16 @@ __device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(
 // The upper half of a 64-bit product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// Of two pairs of 16-bit elements the first of both, or the second.
-__device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+// Of two pairs of 16-bit elements the first of both, or the second. Where it stands: loads into the registers of a pair
+// that come behind it would else come first, and need others.
+template <uint32_t kBytes>
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "n"(kBytes));
+  return result;
+}
+__device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return permuted<0x5410>(a, b); }
+__device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return permuted<0x7632>(a, b); }
 
 // Two numbers rounded to nearest even, the first in the lower half; and back.
 template <class T>

@@ -95,7 +95,18 @@ class Softmax {
 
  private:
   using Scores = float[kTiles][2][4];
-  using Keys = std::conditional_t<kDirect, DirectRows<kKeyStride>, Stream<kDims, kKeyStride>>;
+  using Keys = std::conditional_t<kDirect, DirectRows<kKeyStride, 2>, Stream<kDims, kKeyStride>>;
+
+  // Of the next 16 keys, whose slots take turns. kWhole: 32 more behind them exist.
+  template <bool kWhole = false, class Rows>
+  REATTN_DEVICE void multiply(Scores& scores, Rows& keys, int slot) const {
+    if constexpr (kDirect) {
+      own_.multiply(scores, keys.in(slot));
+      keys.template replace<kWhole>(slot, scores);
+    } else {
+      own_.multiply(scores, keys.template next<kWhole>());
+    }
+  }
 
   // The largest score of all keys.
   REATTN_DEVICE void find_reference() {
@@ -103,12 +114,15 @@ class Softmax {
     const int end = block_.range.end;
     Keys keys(stages_, p_.key, sample_, head_, 0, end, 0);
 #pragma unroll 1
-    for (int key = 0; key < end; key += 16) {
-      Scores scores;
-      own_.multiply(scores, keys.next());
-      mask(scores, key);
-      add_to_reference(scores);
-    }
+    for (int key = 0; key < end; key += 32)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (key + 16 * i < end) {
+          Scores scores;
+          multiply(scores, keys, i);
+          mask(scores, key + 16 * i);
+          add_to_reference(scores);
+        }
     close_reference();
   }
   REATTN_DEVICE void add_to_reference(const Scores& scores) {
@@ -166,7 +180,7 @@ class Softmax {
     int key = first_key;
     {
       Scores scores;
-      own_.multiply(scores, keys.next());
+      multiply(scores, keys, 0);
       mask(scores, key);
       if (kSum && refer) {
         for_each_row<kTiles>([&](int tile, int lower, int) { reference_[tile][lower] = -kInfinity; });
@@ -176,24 +190,27 @@ class Softmax {
       take(scores, key);
       key += 16;
     }
-    // In pairs those that have 16 more behind them, and of which nothing is hidden.
-    const int in_pairs = key + block_.range.unhidden(key, greater(last_key - 16 - key, 0)) / 32 * 32;
+    // In pairs those that have 32 more behind them, and of which nothing is hidden.
+    const int in_pairs = key + block_.range.unhidden(key, greater(last_key - 32 - key, 0)) / 32 * 32;
 #pragma unroll 1
     for (; key < in_pairs; key += 32)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         Scores scores;
-        own_.multiply(scores, keys.template next<true>());
+        multiply<true>(scores, keys, 1 - i);
         if constexpr (kAdded) mask(scores, key + 16 * i);
         take(scores, key + 16 * i);
       }
 #pragma unroll 1
-    for (key = in_pairs; key < last_key; key += 16) {
-      Scores scores;
-      own_.multiply(scores, keys.next());
-      mask(scores, key);
-      take(scores, key);
-    }
+    for (; key < last_key; key += 32)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (key + 16 * i < last_key) {
+          Scores scores;
+          multiply(scores, keys, 1 - i);
+          mask(scores, key + 16 * i);
+          take(scores, key + 16 * i);
+        }
     if constexpr (kSum)
       for_each_row<kTiles>([&](int tile, int lower, int) {
         sum_[tile][lower] = kFloat ? quad_sum(sums[tile][2 * lower]) : sums[tile][2 * lower];

@@ -169,8 +169,9 @@ REATTN_DEVICE void read_columns(const char* row, bool inside, Function function)
   }
 }
 
-// Rows of one head as second operands of such products, 16 at a time, the last filled up with zeros.
-template <int kStride = 0>
+// Rows of one head as second operands of such products, 16 at a time, the last filled up with zeros. As many times 16
+// are on their way as there are slots, which take turns.
+template <int kStride = 0, int kSlots = 1>
 class DirectRows {
  public:
   struct Operands {
@@ -181,23 +182,33 @@ class DirectRows {
       : step_(row_stride<kStride>(tensor) * int(sizeof(Element))),
         left_(smaller(last_row, tensor.rows) - first_row - lane() / 4) {
     from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head)) + (first_row + lane() / 4) * step_;
-    fetch<false>();
+#pragma unroll
+    for (Operands& coming : coming_) fetch<false>(coming);
   }
   // The next 16 rows. kWhole: 16 more come behind them.
   template <bool kWhole = false>
   REATTN_DEVICE Operands next() {
-    const Operands here = coming_;
-    fetch<kWhole>();
+    static_assert(kSlots == 1, "the next are in the only slot");
+    const Operands here = coming_[0];
+    fetch<kWhole>(coming_[0]);
     return here;
+  }
+  // The 16 rows in a slot, and others in their place once there are products with them. kWhole: all of these exist.
+  REATTN_DEVICE const Operands& in(int slot) const { return coming_[slot]; }
+  template <bool kWhole>
+  REATTN_DEVICE void replace(int slot, const float (&products)[kTiles][2][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; i++) from_ = after(from_, products[i / 2][i % 2][0]);
+    fetch<kWhole>(coming_[slot]);
   }
 
  private:
   template <bool kWhole>
-  REATTN_DEVICE void fetch() {
+  REATTN_DEVICE void fetch(Operands& coming) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
       read_columns(from_ + 8 * half * step_, kWhole || left_ > 8 * half,
-                   [&](int step, int right, uint32_t both) { coming_.part[half][step][right] = both; });
+                   [&](int step, int right, uint32_t both) { coming.part[half][step][right] = both; });
     from_ += 16 * step_;
     left_ -= 16;
   }
@@ -205,12 +216,12 @@ class DirectRows {
   const char* from_;
   int64_t step_;
   int left_;
-  Operands coming_;
+  Operands coming_[kSlots];
 };
 
 // Rows of one head as second operands of products over rows, 16 at a time, the last filled up with zeros: for head_dim
 // up to 64. Which columns are side by side in a product is free: its column n of the j-th 8 is column n * kColumns + j,
-// so that a lane has neighbours.
+// so that a lane has neighbours. Two times 16 are on their way, in slots that take turns.
 template <int kStride = 0>
 class DirectColumns {
  public:
@@ -224,31 +235,32 @@ class DirectColumns {
         left_(smaller(last_row, tensor.rows) - first_row - lane() % 4 * 2) {
     from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() / 4 * kColumns) +
             (first_row + lane() % 4 * 2) * step_;
-    fetch<false>();
+    fetch<false>(coming_[0]);
+    fetch<false>(coming_[1]);
   }
-  // The next 16 rows. kWhole: 16 more come behind them.
-  template <bool kWhole = false>
-  REATTN_DEVICE void next(Operands& operands) {
+  // The next 16 rows, from slot 0 first. kWhole: of those that then take the slot, all are there.
+  template <bool kWhole>
+  REATTN_DEVICE void next(Operands& operands, int slot) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const uint32_t upper = coming_[2 * half][i / 2], lower = coming_[2 * half + 1][i / 2];
+        const uint32_t upper = coming_[slot][2 * half][i / 2], lower = coming_[slot][2 * half + 1][i / 2];
         operands[i][half] = i % 2 ? seconds(upper, lower) : firsts(upper, lower);
       }
-    fetch<kWhole>();
+    fetch<kWhole>(coming_[slot]);
   }
 
  private:
   template <bool kWhole>
-  REATTN_DEVICE void fetch() {
+  REATTN_DEVICE void fetch(uint32_t (&coming)[4][kColumns / 2]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = i / 2 * 8 + i % 2;
       const char* from = from_ + row * step_;
       const bool inside = kWhole || left_ > row;
       const int room = kDepth == kOutDims ? kColumns : kDepth - lane() / 4 * kColumns;
-      uint32_t (&words)[kColumns / 2] = coming_[i];
+      uint32_t (&words)[kColumns / 2] = coming[i];
       if constexpr (kColumns == 8) {
         const uint4 four = inside && room > 0 ? read<uint4>(from) : uint4{};
         words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
@@ -268,7 +280,7 @@ class DirectColumns {
   const char* from_;
   int64_t step_;
   int left_;
-  uint32_t coming_[4][kColumns / 2];
+  uint32_t coming_[2][4][kColumns / 2];
 };
 
 // Makes zero of what is not finite of the columns in a stage.
