@@ -21,34 +21,39 @@ class Folded {
   // from a head. Layer norm compares the heads, they have one unit.
   template <bool kScaled>
   REATTN_DEVICE void prepare(const Params& p) const {
+    Fold fold = p.fold;
+    // Known when compiled.
+    fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = kHeads;
     const int head = smaller(lane(), kHeads - 1);
-    const bool inside = lane() < kHeads;
-    const float mean = p.fold.row_mean(head);
+    const bool inside = lane() < kHeads, scaled = inside && fold.has_gamma();
+    // All that is read and does not depend on other lanes, before anything is stored.
+    const float mean = fold.row_mean(head);
+    float weights[kHeads];
+#pragma unroll
+    for (int g = 0; g < kHeads; g++) weights[g] = fold.weight(head, g, mean);
+    const float gamma = scaled ? fold.gamma(head) : 0.0f, beta = scaled ? fold.beta(head) : 0.0f;
+    const float common = scaled ? fold.common(head) : 0.0f, along = scaled ? fold.along(head) : 0.0f;
     float column_sum = 0, largest = 0, largest_from = 0;
+#pragma unroll
     for (int g = 0; g < kHeads; g++) {
-      const float weight = p.fold.weight(head, g, mean);
-      store(weights_ + (head * kWeightStride + g), weight);
-      largest_from = larger(largest_from, absolute(weight));
+      store(weights_ + (head * kWeightStride + g), weights[g]);
+      largest_from = larger(largest_from, absolute(weights[g]));
     }
     sync_warp();
     for (int from = 0; from < kHeads; from++) {
       const float weight = load<float>(weights_ + (from * kWeightStride + head));
       column_sum += weight, largest = larger(largest, absolute(weight));
     }
-    const float shift = p.fold.shift(head, column_sum);
+    const float shift = fold.shift(head, column_sum);
     // Maps that are kept are as much larger. Of a shift that is larger than all weights, these are next to nothing.
     largest = larger(largest * p.keep_scale, absolute(shift) * (kLayer ? 0x1p-40f : 0.125f));
     if constexpr (kLayer)
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) largest = larger(largest, shuffle_xor(largest, mask));
     const float unit = kScaled ? unit_of(largest, kLayer ? 50 : 116) : 1.0f;
-    const bool gamma = inside && p.fold.has_gamma();
     if (lane() < kPaddedHeads) {
       set(kShift, inside ? shift * unit : 0.0f);
-      set(kGamma, gamma ? p.fold.gamma(head) : 0.0f);
-      set(kBeta, gamma ? p.fold.beta(head) : 0.0f);
-      set(kCommon, gamma ? p.fold.common(head) : 0.0f);
-      set(kAlong, gamma ? p.fold.along(head) : 0.0f);
+      set(kGamma, gamma), set(kBeta, beta), set(kCommon, common), set(kAlong, along);
       set(kUnit, unit);
       set(kUnitFrom, kScaled ? unit_of(largest_from, 116) : 1.0f);
     }
