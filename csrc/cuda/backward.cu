@@ -470,6 +470,42 @@ struct NoRows {
   REATTN_DEVICE Shared<char> next() const { return {}; }
 };
 
+// Rows of one head as second operands of products over head_dim, 16 at a time: so many of these 16 are on their way to
+// registers. Instead of rows outside there is the last one: zeros would be copied once they have arrived.
+template <int kStride>
+class RowsAhead {
+ public:
+  static constexpr int kAhead = 2;
+  using Operands = typename DirectRows<kStride>::Operands;
+
+  // Rows first_row to last_row - 1, of which there are some. Nothing is on its way until it is started.
+  REATTN_DEVICE RowsAhead(const Tensor& tensor, int sample, int head, int first_row, int last_row)
+      : step_(row_stride<kStride>(tensor) * int(sizeof(Element))), left_(last_row - first_row - lane() / 4) {
+    from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head)) + (first_row + lane() / 4) * step_;
+  }
+  REATTN_DEVICE void start() {
+#pragma unroll
+    for (int place = 0; place < kAhead; place++) fetch<false>(place);
+  }
+  REATTN_DEVICE const Operands& operator[](int place) const { return coming_[place]; }
+  // The next that are not on their way, in the place of what is done with. kWhole: they are inside.
+  template <bool kWhole>
+  REATTN_DEVICE void fetch(int place) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      read_columns(from_ + (kWhole ? 8 * half : smaller(8 * half, left_ - 1)) * step_, true,
+                   [&](int step, int right, uint32_t both) { coming_[place].part[half][step][right] = both; });
+    from_ += 16 * step_;
+    left_ -= 16;
+  }
+
+ private:
+  const char* from_;
+  int64_t step_;
+  int left_;
+  Operands coming_[kAhead];
+};
+
 // What a warp does for one head.
 class HeadGradients {
  public:
@@ -487,66 +523,25 @@ class HeadGradients {
     });
   }
 
-  // The maps of some keys.
-  REATTN_DEVICE void fill_maps(int first_key) const {
-    const Shared<char> maps = at(kMaps + head_ * kHeadStride);
-    const OwnRows<kQueryStride, kDirect> own(p_.query, place_.sample, head_, place_.first_row);
-    const Dropout dropout(p_, place_.sample, head_);
-    Shared<char> to = maps + lane_place_;
-    for_each_product<kKeyStride>(own, p_.key, first_key, [&](auto ragged, int key, float (&products)[1][2][4]) {
-      float (&probs)[2][4] = products[0];
-      exponentiate<ragged.value>(products, first_key + key);
-#pragma unroll
-      for (int right = 0; right < 2; right++) {
-        float (&prob)[4] = probs[right];
-        if constexpr (kDropout) {
-          float kept[4] = {prob[0], prob[1], prob[2], prob[3]};
-          dropout.drop(kept, place_.first_row + lane() / 4, first_key + key + 8 * right + lane() % 4 * 2);
-#pragma unroll
-          for (int i = 0; i < 4; i++) prob[i] = kept[i] == 0 ? -prob[i] : prob[i];
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; i++) prob[i] -= p_.centre;
-        }
-      }
-      if constexpr (kFloat)
-        store_tile(as<float>(maps) + key, kRowStride, probs);
-      else
-        store_matrices(to, Packed<Narrow>(probs).part);
-      to = to + 32;
-    });
-  }
-
-  // The gradients of the normalised maps, grad value^T; returns their sum over rows and keys.
-  REATTN_DEVICE float fill_gradients(int first_key) const {
-    const Shared<char> grads = at(kGrads + head_ * kHeadStride);
-    const OwnRows<kOutStride, kDirect> own(p_.grad, place_.sample, head_, place_.first_row);
-    float sums[4] = {};
-    Shared<char> to = grads + lane_place_;
-    for_each_product<kValueStride>(own, p_.value, first_key, [&](auto ragged, int key, float (&products)[1][2][4]) {
-      if constexpr (kMasked && ragged.value)
-        mask_.for_each<1>(place_.first_row, first_key + key, [&](int, int right, int i, float added) {
-          if (added == -kInfinity) products[0][right][i] = 0;
-        });
-      if constexpr (kFloat) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) sums[i / 2 % 2 * 2] += products[0][i / 4][i % 4];
-        store_tile(as<float>(grads) + key, kRowStride, products[0]);
-      } else {
-        const Packed<Narrow> packed(products[0]);
-        if constexpr (kNorm) add_rows(sums, packed);
-        store_matrices(to, packed.part);
-        to = to + 32;
-      }
-    });
-    float sum = 0;
-    for_each_row<1>([&](int, int lower, int row) {
-      const float of_row = kFloat ? quad_sum(sums[2 * lower]) : sums[2 * lower];
-      if (row < place_.rows) sum += of_row;
-    });
-#pragma unroll
-    for (int mask = 4; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
-    return sum;
+  // The maps of some keys, and the gradients of the normalised maps, grad value^T; returns the sum of these over rows
+  // and keys.
+  REATTN_DEVICE float fill(int first_key) const {
+    const OwnRows<kQueryStride, kDirect> query(p_.query, place_.sample, head_, place_.first_row);
+    const int last_key = first_key + smaller(kKeys, (kMasked ? place_.range.end : p_.key.rows) - first_key);
+    if constexpr (kDirect) {
+      RowsAhead<kKeyStride> keys(p_.key, place_.sample, head_, first_key, last_key);
+      RowsAhead<kValueStride> values(p_.value, place_.sample, head_, first_key, last_key);
+      keys.start();
+      const OwnRows<kOutStride, true> grad(p_.grad, place_.sample, head_, place_.first_row);
+      fill_maps(query, keys, first_key, last_key, [&] { values.start(); });
+      return fill_gradients(grad, values, first_key, last_key);
+    } else {
+      Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, first_key, last_key, 0);
+      fill_maps(query, keys, first_key, last_key, [] {});
+      Stream<kDims, kValueStride> values(stages_, p_.value, place_.sample, head_, first_key, last_key, 0);
+      const OwnRows<kOutStride> grad(p_.grad, place_.sample, head_, place_.first_row);
+      return fill_gradients(grad, values, first_key, last_key);
+    }
   }
 
   // delta += a lane's part of the sums of P dP of the keys in shared memory, and mass += that of P. On tensor cores,
@@ -739,28 +734,116 @@ class HeadGradients {
   }
 
  private:
+  // Before_last: called before the last keys are multiplied.
+  template <class Own, class Rows, class Function>
+  REATTN_DEVICE void fill_maps(const Own& own, Rows& keys, int first_key, int last_key, Function before_last) const {
+    const Shared<char> maps = at(kMaps + head_ * kHeadStride);
+    const Dropout dropout(p_, place_.sample, head_);
+    Shared<char> to = maps + lane_place_;
+    for_each_product(
+        own, keys, first_key, last_key, before_last, [&](auto ragged, int key, float (&products)[1][2][4]) {
+          float (&probs)[2][4] = products[0];
+          exponentiate<ragged.value>(products, first_key + key);
+#pragma unroll
+          for (int right = 0; right < 2; right++) {
+            float (&prob)[4] = probs[right];
+            if constexpr (kDropout) {
+              float kept[4] = {prob[0], prob[1], prob[2], prob[3]};
+              dropout.drop(kept, place_.first_row + lane() / 4, first_key + key + 8 * right + lane() % 4 * 2);
+#pragma unroll
+              for (int i = 0; i < 4; i++) prob[i] = kept[i] == 0 ? -prob[i] : prob[i];
+            } else {
+#pragma unroll
+              for (int i = 0; i < 4; i++) prob[i] -= p_.centre;
+            }
+          }
+          if constexpr (kFloat)
+            store_tile(as<float>(maps) + key, kRowStride, probs);
+          else
+            store_matrices(to, Packed<Narrow>(probs).part);
+          to = to + 32;
+        });
+  }
+
+  template <class Own, class Rows>
+  REATTN_DEVICE float fill_gradients(const Own& own, Rows& values, int first_key, int last_key) const {
+    const Shared<char> grads = at(kGrads + head_ * kHeadStride);
+    float sums[4] = {};
+    Shared<char> to = grads + lane_place_;
+    for_each_product(
+        own, values, first_key, last_key, [] {},
+        [&](auto ragged, int key, float (&products)[1][2][4]) {
+          if constexpr (kDirect && ragged.value) clear_outside(products[0], first_key + key);
+          if constexpr (kMasked && ragged.value)
+            mask_.for_each<1>(place_.first_row, first_key + key, [&](int, int right, int i, float added) {
+              if (added == -kInfinity) products[0][right][i] = 0;
+            });
+          if constexpr (kFloat) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) sums[i / 2 % 2 * 2] += products[0][i / 4][i % 4];
+            store_tile(as<float>(grads) + key, kRowStride, products[0]);
+          } else {
+            const Packed<Narrow> packed(products[0]);
+            if constexpr (kNorm) add_rows(sums, packed);
+            store_matrices(to, packed.part);
+            to = to + 32;
+          }
+        });
+    float sum = 0;
+    for_each_row<1>([&](int, int lower, int row) {
+      const float of_row = kFloat ? quad_sum(sums[2 * lower]) : sums[2 * lower];
+      if (row < place_.rows) sum += of_row;
+    });
+#pragma unroll
+    for (int mask = 4; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+  }
+
   // Visits the products of own rows with rows of another tensor, 16 at a time: function(whether some of them may lie
   // outside or be hidden, key in the tile, products).
-  template <int kStride, class Own, class Function>
-  REATTN_DEVICE void for_each_product(const Own& own, const Tensor& tensor, int first_key, Function function) const {
-    const int keys = smaller(kKeys, (kMasked ? place_.range.end : tensor.rows) - first_key);
-    using Rows = std::conditional_t<kDirect, DirectRows<kStride>, Stream<kDims, kStride>>;
-    Rows rows(stages_, tensor, place_.sample, head_, first_key, first_key + keys, 0);
-    const int in_pairs = smaller(keys, place_.range.unhidden(first_key, keys) + 16);
+  template <class Own, class Rows, class Before, class Function>
+  REATTN_DEVICE void for_each_product(const Own& own, Rows& rows, int first_key, int last_key, Before before_last,
+                                      Function function) const {
+    const int keys = last_key - first_key, unhidden = place_.range.unhidden(first_key, keys);
     int key = 0;
+    if constexpr (kDirect) {
+      constexpr int kAhead = Rows::kAhead;
 #pragma unroll 1
-    for (; key + 48 <= in_pairs; key += 32)
+      for (; key + 16 * kAhead <= unhidden && key + 32 * kAhead <= keys; key += 16 * kAhead)
 #pragma unroll
-      for (int group = 0; group < 2; group++) {
-        float products[1][2][4];
-        own.multiply(products, rows.template next<true>());
-        function(std::integral_constant<bool, false>(), key + 16 * group, products);
-      }
+        for (int place = 0; place < kAhead; place++) {
+          float products[1][2][4];
+          own.multiply(products, rows[place]);
+          rows.template fetch<true>(place);
+          function(std::integral_constant<bool, false>(), key + 16 * place, products);
+        }
+      before_last();
 #pragma unroll 1
-    for (; key < keys; key += 16) {
-      float products[1][2][4];
-      own.multiply(products, rows.next());
-      function(std::integral_constant<bool, true>(), key, products);
+      for (; key < keys; key += 16 * kAhead)
+#pragma unroll
+        for (int place = 0; place < kAhead; place++) {
+          if (key + 16 * place >= keys) break;
+          float products[1][2][4];
+          own.multiply(products, rows[place]);
+          if (key + 16 * (place + kAhead) < keys) rows.template fetch<false>(place);
+          function(std::integral_constant<bool, true>(), key + 16 * place, products);
+        }
+    } else {
+      const int in_pairs = smaller(keys, unhidden + 16);
+#pragma unroll 1
+      for (; key + 48 <= in_pairs; key += 32)
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+          float products[1][2][4];
+          own.multiply(products, rows.template next<true>());
+          function(std::integral_constant<bool, false>(), key + 16 * group, products);
+        }
+#pragma unroll 1
+      for (; key < keys; key += 16) {
+        float products[1][2][4];
+        own.multiply(products, rows.next());
+        function(std::integral_constant<bool, true>(), key, products);
+      }
     }
   }
   // Ragged: some of the keys may lie outside the sequence, or be hidden.
@@ -912,10 +995,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
 #pragma unroll 1
   for (int first_key = 0; first_key < (kResident ? 1 : place.range.end); first_key += kKeys) {
     const int keys = smaller(kKeys, place.range.end - first_key);
-    for_each_head([&](int turn, const HeadGradients& head, Element*) {
-      head.fill_maps(first_key);
-      beta[turn] += head.fill_gradients(first_key);
-    });
+    for_each_head([&](int turn, const HeadGradients& head, Element*) { beta[turn] += head.fill(first_key); });
     sync_block();
     RowGradients gradients(p, place, first_key, scratch);
     gradients.run(sums, warp, keys, mixed + first_key);

@@ -22,18 +22,22 @@ class Folded {
   template <bool kScaled>
   REATTN_DEVICE void prepare(const Params& p) const {
     Fold fold = p.fold;
-    // Known when the kernel is compiled: the other warps wait for this one.
+    // Known when the kernel is compiled; and all that is read before anything is stored: the other warps wait for this
+    // one.
     fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = kHeads;
     const int head = smaller(lane(), kHeads - 1);
-    const bool inside = lane() < kHeads;
-    const bool has_gamma = inside && fold.has_gamma();
+    const bool inside = lane() < kHeads, has_gamma = inside && fold.has_gamma();
     const float gamma = has_gamma ? fold.gamma(head) : 0.0f, beta = has_gamma ? fold.beta(head) : 0.0f;
+    const float common = has_gamma ? fold.common(head) : 0.0f, along = has_gamma ? fold.along(head) : 0.0f;
     const float mean = fold.row_mean(head), factor = fold.column_factor(head);
+    float weights[kHeads];
+#pragma unroll
+    for (int g = 0; g < kHeads; g++) weights[g] = fold.weight(head, g, mean, shuffle(factor, g));
     float column_sum = 0, largest = 0, largest_from = 0;
+#pragma unroll
     for (int g = 0; g < kHeads; g++) {
-      const float weight = fold.weight(head, g, mean, shuffle(factor, g));
-      store(weights_ + (head * kWeightStride + g), weight);
-      largest_from = larger(largest_from, absolute(weight));
+      store(weights_ + (head * kWeightStride + g), weights[g]);
+      largest_from = larger(largest_from, absolute(weights[g]));
     }
     sync_warp();
     for (int from = 0; from < kHeads; from++) {
@@ -49,10 +53,7 @@ class Folded {
     const float unit = kScaled ? unit_of(largest, kLayer ? 50 : 116) : 1.0f;
     if (lane() < kPaddedHeads) {
       set(kShift, inside ? shift * unit : 0.0f);
-      set(kGamma, gamma);
-      set(kBeta, beta);
-      set(kCommon, has_gamma ? fold.common(head) : 0.0f);
-      set(kAlong, has_gamma ? fold.along(head) : 0.0f);
+      set(kGamma, gamma), set(kBeta, beta), set(kCommon, common), set(kAlong, along);
       set(kUnit, unit);
       set(kUnitFrom, kScaled ? unit_of(largest_from, 116) : 1.0f);
     }

@@ -4,12 +4,12 @@
 
 namespace reattn {
 
-constexpr int kTiles = REATTN_TILES;  // of 16 keys, in a warp
-static_assert(!kFloat || kTiles == 2, "of float, a lane's sums are laid out for 32 keys of a warp");
-constexpr int kWarps = 4;
-constexpr int kKeys = 16 * kTiles * kWarps;  // that a block owns
-constexpr int kRows = kFloat ? 16 : 32;      // in a stage
-constexpr int kStages = 3;
+constexpr int kWarps = REATTN_WARPS;
+constexpr int kKeys = REATTN_KEYS;  // that a block owns at most, a multiple of 16
+constexpr int kTiles = 2;  // of 16 keys, that a warp owns at most; of float, a lane's sums are laid out for both
+constexpr int kRows = kFloat ? 16 : 32;  // in a stage
+constexpr int kStages = kFloat ? 3 : 4;
+static_assert(kKeys <= 16 * kTiles * kWarps && (!kFloat || kKeys == 16 * kTiles * kWarps), "a warp owns all its keys");
 
 // Bytes. Rows are odd multiples of 16 apart, so that 8 of them lie in different banks.
 constexpr int kMapBytes = kKeys * int(sizeof(Element)), kMapStride = kMapBytes + 16;
@@ -60,9 +60,9 @@ class Copies {
 // and columns 2t, 2t + 1, 2t + 8, ...; of others four keys and four columns at a time.
 class Sums {
  public:
-  // Where, in a stage, a lane finds what it multiplies.
-  REATTN_DEVICE Sums() {
-    const int first_map = warp() * kTiles * 16 * int(sizeof(Element)), first_other = kRows * kMapStride;
+  // Where, in a stage, a lane finds what it multiplies: maps of the warp's keys, which begin there in the block's.
+  REATTN_DEVICE explicit Sums(int own_key) {
+    const int first_map = own_key * int(sizeof(Element)), first_other = kRows * kMapStride;
     map_ = kept(first_map +
                 (kFloat ? lane() / 4 * 16 : (lane() % 8 + lane() / 16 * 8) * kMapStride + lane() / 8 % 2 * 16));
     other_ = kept(first_other + (kFloat ? lane() % 4 * 16 : lane() % 16 * kOtherStride + lane() / 16 * 16));
@@ -131,29 +131,33 @@ class Sums {
   int map_, other_;
 };
 
-// Blocks of more keys on a multiprocessor: for a third one, lanes would spill but on 9.0 and 10.x.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int kTallBlocks = 3;
-#else
-constexpr int kTallBlocks = 2;
-#endif
+// Of so many tiles the first of a part, of as many parts as there are.
+REATTN_DEVICE int first_of_part(int tiles, int part, int parts) { return unsigned(tiles * part) / unsigned(parts); }
 
 // A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
 // samples of the launch times heads. A launch has rows.
-__global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
-    products(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(const __grid_constant__ Params p) {
   constexpr int kChunks = (kHeadDim + kOutDims - 1) / kOutDims;
   const int head = block_y() % unsigned(kHeads), sample = p.first_sample + block_y() / unsigned(kHeads);
   const bool of_key = block_x() % 2u;
-  const int first_dim = block_x() / 2u % kChunks * kOutDims, first_key = block_x() / (2u * kChunks) * kKeys;
-  const int keys = round_up(p.key.rows, 16), rows = smaller(p.rows_of_launch, p.query.rows - p.first_row);
+  const int first_dim = block_x() / 2u % kChunks * kOutDims, block = block_x() / (2u * kChunks);
+  const int keys = round_up(p.key.rows, 16), blocks = (p.key.rows + kKeys - 1) / kKeys;
+  // Blocks have tiles of keys, and warps those of their block, as nearly alike many as may be; of float, warps have
+  // all.
+  const int first_tile = kFloat ? block * kKeys / 16 : first_of_part(keys / 16, block, blocks);
+  const int tiles = kFloat ? kKeys / 16 : first_of_part(keys / 16, block + 1, blocks) - first_tile;
+  const int first_key = 16 * first_tile, own = 16 * first_of_part(tiles, warp(), kWarps);
+  const int own_key = first_key + own;
+  const int own_keys = smaller(16 * first_of_part(tiles, warp() + 1, kWarps) - own, p.key.rows - own_key);
+  const int rows = smaller(p.rows_of_launch, p.query.rows - p.first_row);
 
   const Tensor& other = of_key ? p.query : p.grad;
   const Element* maps = static_cast<const Element*>(of_key ? p.grad_scores : p.mixed);
   // Of 16 rows, maps were left of the keys that some of them see.
   const int end = smaller(round_up(KeyRange(p, sample, p.query.rows, 0).end, 16), keys);
+  const int end_column = smaller(end - first_key, 16 * tiles);
   Copies<kMapBytes, false> map_copies(0, maps + (int64_t(block_y()) * p.rows_of_launch * keys + first_key), keys,
-                                      end - first_key);
+                                      end_column);
   Copies<kOtherBytes, kDepth % kOutDims == 0> other_copies(
       kRows * kMapStride, head_rows(other, sample, head) + (p.first_row * other.row_stride + first_dim),
       other.row_stride, kDepth - first_dim);
@@ -167,7 +171,8 @@ __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
     if (left > 0) {
       const int first_row = p.first_row + rows - left;
       map_copies.fetch(memory + stage, left, [&](int row, int columns) {
-        return kCausal ? smaller(columns, columns - end + (first_row + row) / 16 * 16 + 16) : columns;
+        return kCausal ? smaller(columns, columns - end_column - first_key + (first_row + row) / 16 * 16 + 16)
+                       : columns;
       });
       // The query of a row that sees nothing may be anything.
       other_copies.fetch(memory + stage, left, [&](int row, int columns) {
@@ -179,15 +184,13 @@ __global__ void __launch_bounds__(32 * kWarps, kTiles > 2 ? kTallBlocks : 4)
   };
 
   for (int i = 0; i < kStages - 1; i++) fetch(i * kStageBytes);
-  Sums sums;
-  const int own_key = first_key + warp() * kTiles * 16, own_keys = p.key.rows - own_key;
-  int stage = 0, released = (kStages - 1) * kStageBytes, end_row = p.first_row + skipped;
+  Sums sums(own);
+  int stage = 0, released = (kStages - 1) * kStageBytes;
   const auto step = [&] {
     copies_arrived<kStages - 2>();
     sync_block();
     fetch(released);
-    end_row += kRows;
-    if (kCausal && end_row <= own_key) {
+    if (kCausal && p.first_row + rows - left - (kStages - 1) * kRows <= own_key) {
       // Rows that see none of the warp's keys.
     } else if (own_keys > 16 * (kTiles - 1)) {
       sums.add<true>(memory + stage, own_keys);

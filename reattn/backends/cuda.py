@@ -353,7 +353,7 @@ def _backward_work(
         of_sums, sums = _grad_sums_work(problem, shape, (strides[3], strides[7]), mask)
         params.out, params.splits, sum_blocks = of_sums.out, of_sums.splits, of_sums.blocks
     params.blocks = blocks = batch * -(-seqlen // plan.rows)
-    product_block = 32 * cuda_plan.PRODUCT_WARPS, cut.products.shared_bytes
+    product_block = 32 * cut.products.warps, cut.products.shared_bytes
     parts = tuple(
         (
             part,

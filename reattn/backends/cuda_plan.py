@@ -177,30 +177,29 @@ MOST_KEYS = 1024
 
 
 class ProductPlan(NamedTuple):
-    """How products.cu cuts the keys: a warp owns 16 times ``tiles`` of them. ``blocks``: for a sample and head, chunks
-    of columns and both gradients included."""
+    """How products.cu cuts the keys: a block owns up to ``keys`` of them. ``blocks``: for a sample and head, chunks of
+    columns and both gradients included."""
 
-    tiles: int
+    keys: int
+    warps: int
     shared_bytes: int
     blocks: int
 
     @property
     def constants(self) -> tuple[tuple[str, int], ...]:
         """As csrc/cuda takes them."""
-        return ("REATTN_TILES", self.tiles), ("REATTN_SHARED_BYTES", self.shared_bytes)
-
-
-PRODUCT_WARPS = 4
-PRODUCT_STAGES = 3
+        return tuple((f"REATTN_{name.upper()}", getattr(self, name)) for name in ("keys", "warps", "shared_bytes"))
 
 
 def plan_products(size: Size) -> ProductPlan:
-    """More keys a warp are fewer instructions, where there are so many."""
+    """A warp owns 32 keys, or some less."""
     element_bytes, _, head_dim, _, _, seqlen_k, *_ = size
-    tiles, rows = (2, 16) if element_bytes == 4 else (4 if seqlen_k > 128 else 2, 32)
-    keys, dims = 16 * PRODUCT_WARPS * tiles, min(round_up(head_dim, 16), OUT_DIMS)
-    shared_bytes = PRODUCT_STAGES * rows * ((keys + dims) * element_bytes + 32)
-    return ProductPlan(tiles, shared_bytes, 2 * -(-head_dim // OUT_DIMS) * -(-seqlen_k // keys))
+    if element_bytes == 4:
+        keys, warps, rows, stages = 128, 4, 16, 3
+    else:
+        keys, warps, rows, stages = min(round_up(seqlen_k, 16), 256), 8 if seqlen_k > 128 else 4, 32, 4
+    shared_bytes = stages * rows * ((keys + min(round_up(head_dim, 16), OUT_DIMS)) * element_bytes + 32)
+    return ProductPlan(keys, warps, shared_bytes, 2 * -(-head_dim // OUT_DIMS) * -(-seqlen_k // keys))
 
 
 class BackwardCut(NamedTuple):
