@@ -419,6 +419,8 @@ class Machine {
         return;
       case Op::fence:
         return;
+      case Op::prefetch:
+        return each(lanes, [&](int lane) { find(get<uint64_t>(i.of[0], lane) + uint64_t(i.offset), 1, lane); });
       case Op::pack:
         return pack(i, lanes);
       case Op::unpack:
@@ -1282,8 +1284,8 @@ class Machine {
            uint64_t(bytes) <= ranges_[range].end - address;
   }
 
-  // `align`: what the address has to be a multiple of.
-  uint8_t* device(uint64_t address, int bytes, int align, int lane, bool writes, const uint8_t* data) {
+  // The range that has them is the last one then.
+  void find(uint64_t address, int bytes, int lane) {
     if (!holds(last_, address, bytes)) {
       const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), address,
                                           [](uint64_t a, const Range& r) { return a < r.begin; });
@@ -1297,6 +1299,11 @@ class Machine {
         fail(std::to_string(bytes) + " bytes of device memory " + where, lane);
       }
     }
+  }
+
+  // `align`: what the address has to be a multiple of.
+  uint8_t* device(uint64_t address, int bytes, int align, int lane, bool writes, const uint8_t* data) {
+    find(address, bytes, lane);
     if (address % uint64_t(align))
       fail("device memory at an address that is no multiple of " + std::to_string(align), lane);
     report_.counts[size_t(at_ - p_.instructions.data())].device_bytes += uint64_t(bytes);

@@ -93,6 +93,7 @@ const std::unordered_map<std::string, Op> kOps = {
     {"barrier", Op::bar},
     {"membar", Op::fence},
     {"fence", Op::fence},
+    {"prefetch", Op::prefetch},
     {"bra", Op::bra},
     {"ret", Op::ret},
     {"exit", Op::ret},
@@ -500,6 +501,7 @@ class Parser {
     static const char* const known[] = {"sync",   "aligned", "row",     "col", "cta",  "gl",
                                         "sys",    "sc",      "acq_rel", "cc",  "to",   "global",
                                         "shared", "proxy",   "async",   "b4e", "wrap", "noftz"};
+    if (op == Op::prefetch) return word == "global" || word == "L2";
     if (op == Op::mov || op == Op::bra || op == Op::bar || op == Op::fence || op == Op::mma || op == Op::shfl ||
         op == Op::vote || op == Op::bar_warp || op == Op::movmatrix || op == Op::shf || op == Op::ldmatrix ||
         op == Op::stmatrix)
@@ -763,6 +765,9 @@ class Parser {
         expect(1);
         jumps_.emplace_back(int(p_.instructions.size()), args[0]);
         return;
+      case Op::prefetch:
+        expect(1);
+        return address(i, 0, args[0]);
       case Op::fence:
       case Op::ret:
         return;

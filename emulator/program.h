@@ -106,6 +106,7 @@ enum class Op : uint8_t {
   bar,
   bar_warp,
   fence,
+  prefetch,
   bra,
   ret,
 };

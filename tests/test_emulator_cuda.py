@@ -59,6 +59,7 @@ FAULTS = {
     "race_of_blocks": f"block 1, .*{RACE}: block 0 writes the same",
     "read_of_other_block": f"block 1, .*{RACE}: block 0 writes the same",
     "device_misaligned": "device memory at an address that is no multiple of 16",
+    "prefetched_outside": "1 bytes of device memory 0 bytes behind a tensor's end",
     "copied_from_outside": "16 bytes of device memory 0 bytes behind a tensor's end",
     "no_pointer": "2 bytes of device memory outside all tensors",
 }

@@ -173,6 +173,7 @@ KERNEL(read_of_other_block) {
     write<float>(p.out, read<float>(p.in));
 }
 KERNEL(device_misaligned) { use(p, read<uint4>(p.in + 8)); }
+KERNEL(prefetched_outside) { prefetch(p.in + 65536); }
 KERNEL(copied_from_outside) { copy_async(shared_memory() + 16 * thread(), p.in + 65536, true); }
 KERNEL(no_pointer) { use(p, {read<uint16_t>(p.a), 0, 0, 0}); }
 
