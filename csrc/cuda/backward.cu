@@ -506,6 +506,64 @@ class RowsAhead {
   Operands coming_[kAhead];
 };
 
+// The same as second operands of products over rows, in the order of columns of DirectColumns.
+template <int kStride>
+class ColumnsAhead {
+ public:
+  static constexpr int kAhead = 2, kColumns = kDims / 8;
+  using Operands = uint32_t[kColumns][2];
+
+  // Rows up to last_row - 1, of which there are some.
+  REATTN_DEVICE ColumnsAhead(const Tensor& tensor, int sample, int head, int last_row)
+      : step_(row_stride<kStride>(tensor) * int(sizeof(Element))), left_(last_row - lane() % 4 * 2) {
+    from_ =
+        reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() / 4 * kColumns) + lane() % 4 * 2 * step_;
+#pragma unroll
+    for (int place = 0; place < kAhead; place++) fetch<false>(place);
+  }
+  REATTN_DEVICE void get(Operands& operands, int place) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t upper = coming_[place][2 * half][i / 2], lower = coming_[place][2 * half + 1][i / 2];
+        operands[i][half] = i % 2 ? seconds(upper, lower) : firsts(upper, lower);
+      }
+  }
+  // As RowsAhead.
+  template <bool kWhole>
+  REATTN_DEVICE void fetch(int place) {
+    const int room = kDepth == kDims ? kColumns : kDepth - lane() / 4 * kColumns;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = i / 2 * 8 + i % 2;
+      const char* from = from_ + (kWhole ? row : smaller(row, left_ - 1)) * step_;
+      uint32_t (&words)[kColumns / 2] = coming_[place][i];
+      if constexpr (kColumns == 8) {
+        const uint4 four = room > 0 ? read<uint4>(from) : uint4{};
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+      } else if constexpr (kColumns == 4) {
+        const uint2 two = room > 0 ? read<uint2>(from) : uint2{};
+        words[0] = two.x, words[1] = two.y;
+      } else {
+#pragma unroll
+        for (int word = 0; word < kColumns / 2; word++)
+          words[word] = room > 2 * word ? read<uint32_t>(from + 4 * word) : 0;
+      }
+    }
+    from_ += 16 * step_;
+    left_ -= 16;
+  }
+
+ private:
+  const char* from_;
+  int64_t step_;
+  int left_;
+  uint32_t coming_[kAhead][4][kColumns / 2];
+};
+// Of keys, where what is hidden in them need not be kept from the gradient of the query.
+constexpr bool kKeysAhead = kDirect && kResident && !kMasked;
+
 // What a warp does for one head.
 class HeadGradients {
  public:
@@ -600,18 +658,22 @@ class HeadGradients {
     sync_warp();
   }
 
-  // The gradients of the scores, which go to the workspace, and the gradient of the query.
-  REATTN_DEVICE void run(const float (&delta)[2], Element* grad_scores) const {
+  // The gradients of the scores, which go to the workspace, and the gradient of the query. Delta and mass are those of
+  // add_delta, where keys are not resident.
+  template <class Keys = std::conditional_t<kKeysAhead, ColumnsAhead<kKeyStride>, Stream<kDims, kKeyStride>>>
+  REATTN_DEVICE void run(float (&delta)[2], float (&mass)[2], Element* grad_scores) const {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     const int end = place_.range.end;
-    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, end, 0);
+    Keys keys = start<Keys>(end);
+    if constexpr (kResident) add_delta(delta, mass, end);
+    finish_delta(delta, mass);
     if constexpr (kResident && !kFloat) {
       const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
       Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
       Shared<char> copied = {kept((grads + (row * kRowStride + piece * 16)).address)}, from = maps + lane_place_;
-      const auto take = [&](Shared<char> stage, int group) {
+      const auto take = [&](auto multiply, int group) {
         Packed<Narrow> map, scores;
         load_matrices(map.part, from + 32 * group);
         load_matrices(scores.part, from + (kGrads - kMaps + 32 * group));
@@ -624,17 +686,51 @@ class HeadGradients {
         }
         sync_warp();
         store_matrices(from + (kGrads - kMaps + 32 * group), scores.part);
-        multiply(grad_query, scores, stage + offset);
+        multiply(scores);
         sync_warp();
         copy_tile(to + 16 * group, copied + 32 * group);
       };
       int key = 0;
-#pragma unroll 1
-      for (; key + 48 <= end; key += 32, from = from + 64, copied = copied + 64, to += 32)
+      if constexpr (kKeysAhead) {
+        constexpr int kAhead = Keys::kAhead;
+        const auto take_some = [&](auto whole, int place) {
+          take(
+              [&](const Packed<Narrow>& scores) {
+                typename Keys::Operands operands;
+                keys.get(operands, place);
 #pragma unroll
-        for (int group = 0; group < 2; group++) take(keys.template next<true>(), group);
+                for (int column = 0; column < kDims / 8; column++)
+                  multiply_add<Narrow>(grad_query[column], scores.part, operands[column]);
+                constexpr bool kWhole = decltype(whole)::value;
+                if (kWhole || key + 16 * (place + kAhead) < end) keys.template fetch<kWhole>(place);
+              },
+              place);
+        };
+        const auto advance = [&] {
+          key += 16 * kAhead, from = from + 32 * kAhead, copied = copied + 32 * kAhead, to += 16 * kAhead;
+        };
 #pragma unroll 1
-      for (; key < end; key += 16, from = from + 32, copied = copied + 32, to += 16) take(keys.next(), 0);
+        for (; key + 32 * kAhead <= end; advance())
+#pragma unroll
+          for (int place = 0; place < kAhead; place++) take_some(std::integral_constant<bool, true>(), place);
+#pragma unroll 1
+        for (; key < end; advance())
+#pragma unroll
+          for (int place = 0; place < kAhead; place++)
+            if (key + 16 * place < end) take_some(std::integral_constant<bool, false>(), place);
+      } else {
+        const auto multiply_by = [&](Shared<char> stage) {
+          return
+              [&grad_query, row = stage + offset](const Packed<Narrow>& scores) { multiply(grad_query, scores, row); };
+        };
+#pragma unroll 1
+        for (; key + 48 <= end; key += 32, from = from + 64, copied = copied + 64, to += 32)
+#pragma unroll
+          for (int group = 0; group < 2; group++) take(multiply_by(keys.template next<true>()), group);
+#pragma unroll 1
+        for (; key < end; key += 16, from = from + 32, copied = copied + 32, to += 16)
+          take(multiply_by(keys.next()), 0);
+      }
     } else if constexpr (kResident) {
 #pragma unroll 1
       for (int key = 0; key < end; key += 16) {
@@ -686,10 +782,26 @@ class HeadGradients {
       }
     }
     if (kMasked && !finite(grad_query)) multiply_strictly(grad_query, grad_scores);
-    Element* all = head_rows(p_.grad_query, place_.sample, head_) + lane() % 4 * 2;
+    // A lane has pairs of columns, or those of ColumnsAhead.
+    const int first_column = lane() % 4 * (kKeysAhead ? kDims / 4 : 2);
+    Element* all = head_rows(p_.grad_query, place_.sample, head_) + first_column;
     for_each_row<1>([&](int, int lower, int row) {
       if (row >= place_.rows) return;
       Element* to = all + (place_.first_row + row) * p_.grad_query.row_stride;
+      if constexpr (kKeysAhead) {
+        constexpr int kColumns = kDims / 8;
+        const auto scaled = [&](int i) { return grad_query[i % kColumns][2 * lower + i / kColumns] * p_.scale; };
+        const auto pair = [&](int i) { return pack<Narrow>(scaled(i), scaled(i + 1)); };
+#pragma unroll
+        for (int i = 0; i < 2 * kColumns; i += 2) {
+          if constexpr (kHeadDim == kDims && kColumns % 4 == 0) {
+            if (i % 8 == 0) write(to + i, uint4{pair(i), pair(i + 2), pair(i + 4), pair(i + 6)});
+          } else {
+            write_pair(to + i, first_column + i, scaled(i), scaled(i + 1));
+          }
+        }
+        return;
+      }
 #pragma unroll
       for (int column = 0; column < kDims / 8; column++)
         write_pair(to + 8 * column, 8 * column + lane() % 4 * 2, grad_query[column][2 * lower] * p_.scale,
@@ -734,6 +846,14 @@ class HeadGradients {
   }
 
  private:
+  // All keys, for products over them.
+  template <class Keys>
+  REATTN_DEVICE Keys start(int end) const {
+    if constexpr (kKeysAhead)
+      return {p_.key, place_.sample, head_, end};
+    else
+      return {stages_, p_.key, place_.sample, head_, 0, end, 0};
+  }
   // Before_last: called before the last keys are multiplied.
   template <class Own, class Rows, class Function>
   REATTN_DEVICE void fill_maps(const Own& own, Rows& keys, int first_key, int last_key, Function before_last) const {
@@ -988,6 +1108,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
         function(turn, HeadGradients(p, place, scratch, head), grad_scores + head * place.head_stride);
   };
 
+  prefetch_heads(p, place.sample, warp, place.first_row / kRows, (p.query.rows + kRows - 1) / kRows);
   if (warp == 0) Folded(kFolded).prepare<kScaled>(p);
   if (thread() < 8) store(as<uint32_t>(at(kOnes)) + thread(), pack<Narrow>(1, 1));
   Sums sums;
@@ -1000,15 +1121,15 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
     RowGradients gradients(p, place, first_key, scratch);
     gradients.run(sums, warp, keys, mixed + first_key);
     sync_block();
-    for_each_head([&](int turn, const HeadGradients& head, Element* to) {
-      head.add_delta(delta[turn], mass[turn], keys);
-      if constexpr (!kResident) head.save_gradients(to, first_key, keys);
-    });
+    if constexpr (!kResident)
+      for_each_head([&](int turn, const HeadGradients& head, Element* to) {
+        head.add_delta(delta[turn], mass[turn], keys);
+        head.save_gradients(to, first_key, keys);
+      });
   }
   const int64_t block_number = place.number(p);
   for_each_head([&](int turn, const HeadGradients& head, Element* to) {
-    head.finish_delta(delta[turn], mass[turn]);
-    head.run(delta[turn], to);
+    head.run(delta[turn], mass[turn], to);
     if (lane() == 0)
       write(p.vectors + (block_number * (3 * kPaddedHeads) + 2 * kPaddedHeads + warp + turn * kWarps), beta[turn]);
   });

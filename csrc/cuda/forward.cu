@@ -564,19 +564,6 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
   seen.store_sums(p, block, head, first_dim);
 }
 
-// Asks for a head's keys and values, before others wait for them: the blocks of a sample share them out, and begin at
-// about the same time.
-REATTN_DEVICE void prefetch_head(const Params& p, int sample, int head, int block, int blocks) {
-  const int share = (p.key.rows + blocks - 1) / blocks;
-#pragma unroll 1
-  for (int key = block * share + lane(); key < smaller((block + 1) * share, p.key.rows); key += kWarp)
-#pragma unroll
-    for (int dim = 0; dim < kHeadDim; dim += 128 / int(sizeof(Element))) {
-      prefetch(head_rows(p.key, sample, head) + (key * row_stride<kKeyStride>(p.key) + dim));
-      prefetch(head_rows(p.value, sample, head) + (key * row_stride<kValueStride>(p.value) + dim));
-    }
-}
-
 // A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
 // comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
 __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
@@ -591,8 +578,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
   };
 
-  for_each_head(
-      [&](int, int head, Shared<char>) { prefetch_head(p, sample, head, block_x() - sample * blocks, blocks); });
+  prefetch_heads(p, sample, warp, block_x() - sample * blocks, blocks);
   if (warp == 0) {
     const int row = smaller(first_row + lane() % kRows, p.query.rows - 1);
     prefetch(head_rows(p.query, sample, 0) + row * row_stride<kQueryStride>(p.query));  // what it takes next

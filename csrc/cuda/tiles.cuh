@@ -381,4 +381,19 @@ class OwnRows {
   uint32_t held_[kFloat ? 1 : kTiles][kDims / 16][4];
 };
 
+// Has a warp ask for the keys and values of its heads, before others wait for them: the blocks of a sample share them
+// out, and begin at about the same time.
+REATTN_DEVICE void prefetch_heads(const Params& p, int sample, int warp, int block, int blocks) {
+  const int share = (p.key.rows + blocks - 1) / blocks;
+#pragma unroll 1
+  for (int head = warp; head < kHeads; head += kWarps)
+#pragma unroll 1
+    for (int key = block * share + lane(); key < smaller((block + 1) * share, p.key.rows); key += kWarp)
+#pragma unroll
+      for (int dim = 0; dim < kHeadDim; dim += 128 / int(sizeof(Element))) {
+        prefetch(head_rows(p.key, sample, head) + (key * row_stride<kKeyStride>(p.key) + dim));
+        prefetch(head_rows(p.value, sample, head) + (key * row_stride<kValueStride>(p.value) + dim));
+      }
+}
+
 }  // namespace reattn
