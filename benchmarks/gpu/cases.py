@@ -120,13 +120,13 @@ def timing_jobs(sizes: Sizes, able: tuple[str, ...]) -> list[Job]:
             request |= {"contenders": (*able, "eager", "plain ViT"), "small": sizes.small, "seconds": sizes.seconds}
             name = f"{sizes.model[0]}, batch {sizes.model[1]}, training"
             jobs.append(Job(name, {"kind": "model", **request}))
-    for shape in sizes.timed:
-        request = {"kind": "kernel_times", "shape": shape, "norm": "none", "seconds": sizes.seconds, "backends": able}
-        jobs.append(Job(f"kernels {name_of(shape)} none", request))
     for shape, direction in itertools.product(sizes.grown, DIRECTIONS):
         request = {"kind": "operator", "of": "scaling", "shape": shape, "norm": "layer", "direction": direction}
         request |= {"contenders": (*able, "eager", "sdpa"), "compiler": sizes.compiler, "seconds": sizes.seconds}
         jobs.append(Job(f"scaling {name_of(shape)} layer {direction}", request))
+    for shape in sizes.timed:
+        request = {"kind": "kernel_times", "shape": shape, "norm": "none", "seconds": sizes.seconds, "backends": able}
+        jobs.append(Job(f"kernels {name_of(shape)} none", request))
     return jobs
 
 
