@@ -44,7 +44,6 @@ struct Params {
   bool added_up;             // statistics holds sums already: of ranks, or of many blocks
   double positions;          // queries times keys, of the batch, where there is no mask
   double* final_statistics;  // where finish writes them
-  int64_t rescaling_blocks;  // of finish, but for the one that writes the statistics
   int splits;  // blocks that share the rows of a sample and head, where sums are taken or outputs rescaled
   MaskTensor mask;
 };

@@ -50,10 +50,10 @@ struct Columns {
 struct Part {
   int sample, head, first_row, end_row, column, row;
 
-  REATTN_DEVICE Part(const Params& p, int rows) {
-    const int part = block_x() % p.splits, rows_of_part = (rows + p.splits - 1) / p.splits;
-    head = block_x() / p.splits % kHeads;
-    sample = block_x() / p.splits / kHeads;
+  REATTN_DEVICE Part(const Params& p, int block, int rows) {
+    const int part = block % p.splits, rows_of_part = (rows + p.splits - 1) / p.splits;
+    head = block / p.splits % kHeads;
+    sample = block / p.splits / kHeads;
     first_row = part * rows_of_part;
     end_row = smaller(first_row + rows_of_part, rows);
     column = thread() % kLanes * kWidth;
@@ -92,14 +92,20 @@ struct Three {
 };
 constexpr int kNumbers = kMasked ? 3 : 2;
 
-// The sums over all threads of a block, for each of them.
-REATTN_DEVICE Three block_sum(Three three) {
+// The sums over all lanes of a warp, for each of them.
+REATTN_DEVICE Three warp_sum(Three three) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     three.first += shuffle_xor(three.first, mask);
     three.second += shuffle_xor(three.second, mask);
     if constexpr (kMasked) three.third += shuffle_xor(three.third, mask);
   }
+  return three;
+}
+
+// The sums over all threads of a block, for each of them.
+REATTN_DEVICE Three block_sum(Three three) {
+  three = warp_sum(three);
   const Shared<float2> own = scratch() + kNumbers * warp();
   sync_block();  // what was there before has been read
   if (lane() == 0) {
@@ -117,21 +123,23 @@ REATTN_DEVICE Three block_sum(Three three) {
   return three;
 }
 
-// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks); or of three.
-template <bool kThree = false>
+// The sums of a head's two numbers that blocks left in vectors, (2 heads, blocks), or of three: by a block, or by a
+// warp.
+template <bool kThree = false, bool kByWarp = false>
 REATTN_DEVICE Three sums_of(const Params& p, int head) {
   const float *first = p.vectors + head * p.blocks, *second = first + kHeads * p.blocks;
   Three three{0, 0, 0};
 #pragma unroll 4
-  for (int64_t block = thread(); block < p.blocks; block += kSumThreads) {
+  for (int64_t block = kByWarp ? lane() : thread(); block < p.blocks; block += kByWarp ? kWarp : kSumThreads) {
     three.first += double(read<float>(first + block)), three.second += double(read<float>(second + block));
     if constexpr (kThree) three.third += double(read<float>(second + kHeads * p.blocks + block));
   }
-  return block_sum(three);
+  return kByWarp ? warp_sum(three) : block_sum(three);
 }
 // Over the mixed maps; the third is the number of positions.
+template <bool kByWarp = false>
 REATTN_DEVICE Three forward_sums_of(const Params& p, int head) {
-  Three sums = sums_of<kMasked>(p, head);
+  Three sums = sums_of<kMasked, kByWarp>(p, head);
   if constexpr (!kMasked) sums.third = p.positions;
   return sums;
 }
@@ -150,13 +158,14 @@ REATTN_DEVICE Fold in_units(const Params& p, int head) {
 }
 
 // Statistics of one head: from what the forward blocks left, or from sums over ranks.
+template <bool kByWarp = false>
 REATTN_DEVICE Moments moments_of(const Params& p, const Fold& fold, int head, double& positions) {
   const double* statistics = p.fold.p.statistics;
   if (p.added_up) {
     positions = read<double>(statistics + 2 * kHeads + head);
     return Moments(read<double>(statistics + head), read<double>(statistics + kHeads + head), positions, p.fold.p.eps);
   }
-  const Three sums = forward_sums_of(p, head);
+  const Three sums = forward_sums_of<kByWarp>(p, head);
   positions = sums.third;
   const RawSums raw(fold.p, head, sums.first, sums.second, positions);
   return Moments(raw.sum, raw.squares, positions, p.fold.p.eps);
@@ -182,24 +191,25 @@ __global__ void __launch_bounds__(kSumThreads) add_up(const __grid_constant__ Pa
   write(p.fold.p.statistics + 2 * kHeads + head, sums.third);
 }
 
-// out = slope out + level times the sum of the values; the block after all others writes the statistics.
+// out = slope out + level times the sum of the values. The first block writes the statistics, a warp those of a head:
+// it takes longer than the others.
 __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Params p) {
   double positions;
-  if (block_x() == p.rescaling_blocks) {
-    for (int head = 0; head < kHeads; head++) {
+  if (block_x() == 0) {
+    for (int head = warp(); head < kHeads; head += kSumThreads / kWarp) {
       const Fold fold = in_units(p, head);
-      const Moments moments = moments_of(p, fold, head, positions);
-      if (thread() > 0) continue;
+      const Moments moments = moments_of<true>(p, fold, head, positions);
+      if (lane() > 0) continue;
       update_running(fold.p, moments, positions, head);
       write(p.final_statistics + head, moments.mean - mixed_centre(fold.p, head));
       write(p.final_statistics + kHeads + head, moments.inverse_deviation);
       write(p.final_statistics + 2 * kHeads + head, positions);
     }
-    if (thread() > 0) return;
-    if (p.fold.p.num_batches_tracked) *p.fold.p.num_batches_tracked += 1;
+    sync_block();  // all have read the number of batches
+    if (thread() == 0 && p.fold.p.num_batches_tracked) *p.fold.p.num_batches_tracked += 1;
     return;
   }
-  const Part part(p, p.out.rows);
+  const Part part(p, block_x() - 1, p.out.rows);
   float sum[kWidth];
   if (!kSeenByRow && !part.idle()) part.read_value_sum(p, 1, 0, sum);
   const Fold fold = in_units(p, part.head);
@@ -220,7 +230,7 @@ __global__ void __launch_bounds__(kSumThreads) finish(const __grid_constant__ Pa
 
 // Sums of grad * out and of grad times the sum of the values: see csrc/fold.h.
 __global__ void __launch_bounds__(kSumThreads) grad_sums(const __grid_constant__ Params p) {
-  const Part part(p, p.grad.rows);
+  const Part part(p, block_x(), p.grad.rows);
   float of_out = 0, of_values = 0;
   if (!part.idle()) {
     const Element *grads = part.first<Element>(p.grad), *outs = part.first<Element>(p.out);

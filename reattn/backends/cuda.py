@@ -296,10 +296,10 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
     if problem.batch_statistics:
         names += ["add_up"] * adds_up + ["finish"] * (not problem.synchronised)
         params.added_up = adds_up
-        _set_splits(params, shape, device)
+        params.splits = common.splits(shape, _describe(device)[1])
     specs = _specs(tuple(names), problem, mask, plan, _row_strides(*strides, out_stride))
     sweep, *sums = cuda_driver.kernels(specs, device)
-    blocks = {"add_up": heads, "finish": params.rescaling_blocks + 1}
+    blocks = {"add_up": heads, "finish": _finish_blocks(shape, params)}
     grid = (params.blocks, -(-problem.head_dim // cuda_plan.OUT_DIMS))
     launches = (_sum_launch(kernel, blocks[name]) for kernel, name in zip(sums, names[1:], strict=True))
     return Work(params, ((sweep, grid, 32 * plan.warps, plan.shared_bytes), *launches))
@@ -313,9 +313,9 @@ def _finish_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, str
     device = _index(problem.device)
     params = _template(problem, shape, key_shape, strides[:3], mask)
     params.out, params.added_up = _strided(strides[3], shape[2]), True
-    _set_splits(params, shape, device)
+    params.splits = common.splits(shape, _describe(device)[1])
     (kernel,) = cuda_driver.kernels(_specs(("finish",), problem, mask), device)
-    return Work(params, (_sum_launch(kernel, params.rescaling_blocks + 1),))
+    return Work(params, (_sum_launch(kernel, _finish_blocks(shape, params)),))
 
 
 @cuda_driver.remembered
@@ -373,10 +373,9 @@ def _backward_work(
     return BackwardWork(params, cut, sums, sum_blocks, parts, unfolds, end + 4 * heads, offsets)
 
 
-def _set_splits(params: Params, shape: torch.Size, device: int) -> None:
-    """Of the blocks of finish."""
-    params.splits = common.splits(shape, _describe(device)[1])
-    params.rescaling_blocks = shape[0] * shape[1] * params.splits
+def _finish_blocks(shape: torch.Size, params: Params) -> int:
+    """One for the statistics, and those that share the rows of each sample and head."""
+    return 1 + shape[0] * shape[1] * params.splits
 
 
 def _sum_launch(kernel: Loaded, blocks: int) -> Launch:

@@ -66,7 +66,6 @@ class Params(Structure):
         ("added_up", c_bool),
         ("positions", c_double),
         ("final_statistics", c_void_p),
-        ("rescaling_blocks", c_int64),
         ("splits", c_int),
         ("mask", MaskTensor),
     ]
