@@ -20,7 +20,7 @@ LIMITS = {
 }
 # Of head_dim 32 in those of head_dim 64: exp2, packing, mixing and norm do not depend on it. Wavefronts of shared
 # memory in those that there would be without conflicts.
-SMALLER_HEADS, CONFLICTS = 0.92, 1.3
+SMALLER_HEADS, CONFLICTS = {"forward": 0.92, "backward": 0.97}, 1.3
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def test_instructions(norm, which):
 
 @pytest.mark.parametrize(("norm", "which"), LIMITS)
 def test_smaller_heads_issue_less(norm, which):
-    assert instructions(32, norm, which) <= SMALLER_HEADS * instructions(64, norm, which)
+    assert instructions(32, norm, which) <= SMALLER_HEADS[which] * instructions(64, norm, which)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
