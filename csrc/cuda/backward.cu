@@ -561,8 +561,8 @@ class ColumnsAhead {
   int left_;
   uint32_t coming_[kAhead][4][kColumns / 2];
 };
-// Of keys, where what is hidden in them need not be kept from the gradient of the query.
-constexpr bool kKeysAhead = kDirect && kResident && !kMasked;
+constexpr bool kKeysAhead = kDirect && kResident;  // for the gradient of the query
+using AllKeys = std::conditional_t<kKeysAhead, ColumnsAhead<kKeyStride>, Stream<kDims, kKeyStride>>;
 
 // What a warp does for one head.
 class HeadGradients {
@@ -660,7 +660,7 @@ class HeadGradients {
 
   // The gradients of the scores, which go to the workspace, and the gradient of the query. Delta and mass are those of
   // add_delta, where keys are not resident.
-  template <class Keys = std::conditional_t<kKeysAhead, ColumnsAhead<kKeyStride>, Stream<kDims, kKeyStride>>>
+  template <class Keys = AllKeys>
   REATTN_DEVICE void run(float (&delta)[2], float (&mass)[2], Element* grad_scores) const {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
@@ -811,29 +811,53 @@ class HeadGradients {
 
   // The gradient of the query once more, from those of the scores: what is hidden in a key does not reach it, where it
   // is not finite. Where it is seen, those of the scores are not.
+  template <class Keys = AllKeys>
   REATTN_DEVICE void multiply_strictly(float (&grad_query)[kDims / 8][4], const Element* grad_scores) const {
 #pragma unroll
     for (int i = 0; i < kDims / 2; i++) grad_query[i / 4][i % 4] = 0;
-    const Shared<char> tile = at(kGrads + head_ * kHeadStride);
-    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     sync_warp();  // what other lanes have written is there
-    Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, 0, place_.range.end, 0);
-#pragma unroll 1
-    for (int key = 0; key < place_.range.end; key += 16) {
-      const Shared<char> stage = keys.next();
-      make_finite<kDims>(stage);
-      float scores[2][4] = {};
+    const int end = place_.range.end;
+    Keys keys = start<Keys>(end);
+    const auto scores_at = [&](int key, float (&scores)[2][4]) {
       for_each_pair([&](int right, int lower, int row, int column) {
         if (row >= place_.rows) return;
         const float2 pair = read_pair(grad_scores + (int64_t(row) * place_.keys + key + column));
         scores[right][2 * lower] = pair.x, scores[right][2 * lower + 1] = pair.y;
       });
-      if constexpr (kFloat) {
-        store_tile(as<float>(tile), kRowStride, scores);
-        sync_warp();
-        multiply(grad_query, tile, stage);
-      } else {
-        multiply(grad_query, Packed<Narrow>(scores), stage + offset);
+    };
+    if constexpr (kKeysAhead) {
+#pragma unroll 1
+      for (int key = 0; key < end; key += 16 * Keys::kAhead)
+#pragma unroll
+        for (int place = 0; place < Keys::kAhead; place++) {
+          if (key + 16 * place >= end) break;
+          float scores[2][4] = {};
+          scores_at(key + 16 * place, scores);
+          const Packed<Narrow> packed(scores);
+          typename Keys::Operands operands;
+          keys.get(operands, place);
+#pragma unroll
+          for (int column = 0; column < kDims / 8; column++)
+            multiply_add<Narrow>(grad_query[column], packed.part,
+                                 {finite_or_zero(operands[column][0]), finite_or_zero(operands[column][1])});
+          if (key + 16 * (place + Keys::kAhead) < end) keys.template fetch<false>(place);
+        }
+    } else {
+      const Shared<char> tile = at(kGrads + head_ * kHeadStride);
+      const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+#pragma unroll 1
+      for (int key = 0; key < end; key += 16) {
+        const Shared<char> stage = keys.next();
+        make_finite<kDims>(stage);
+        float scores[2][4] = {};
+        scores_at(key, scores);
+        if constexpr (kFloat) {
+          store_tile(as<float>(tile), kRowStride, scores);
+          sync_warp();
+          multiply(grad_query, tile, stage);
+        } else {
+          multiply(grad_query, Packed<Narrow>(scores), stage + offset);
+        }
       }
     }
   }

@@ -658,8 +658,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     }
     for_each_head([&](int turn, int head, Shared<char> maps) { out[turn].store(p, maps, block, head, first_dim); });
   }
-  // Where all rows see the same, one block is enough.
-  if (kStatistics && (kSeenByRow || first_row == 0))
+  // Where all rows see the same, one block is enough: the last one, which has the fewest rows.
+  if (kStatistics && (kSeenByRow || first_row + kRows >= p.query.rows))
     for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
   if constexpr (kStatistics) moments.store(p, warp);
 }
