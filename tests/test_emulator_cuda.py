@@ -253,6 +253,8 @@ CHANGES = {
     "copies of other threads": ("products.cu", "sync_block(); fetch", "fetch", "products", RACE, HALF),
     "too many rows": ("products.cu", "row_ < rows ? columns_of", "true ? columns_of", "products", OUTSIDE, HALF),
     "a key too many": ("products.cu", "p.key.rows - own_key)", "p.key.rows - own_key + 1)", "products", OUTSIDE, HALF),
+    "stages still read": ("products.cu", "sync_block();  // all have left", "// all have left", "products", RACE, HALF),
+    "keys of other lanes": ("products.cu", "sync_warp(); to +=", "to +=", "products", RACE, HALF),
     "sums of other threads": ("sums.cu", "sync_block(); double total", "double total", "unfold", NOT_THERE, HALF),
     "registers swapped": ("instructions.cuh", "{%4, %5, %6, %7}", "{%4, %6, %5, %7}", None, None, HALF),
     "scale": ("scores.cuh", "rounded_product(score, ", "rounded_product(1.01f * score, ", None, None, HALF),

@@ -17,6 +17,15 @@ constexpr int kOtherBytes = kOutDims * int(sizeof(Element)), kOtherStride = kOth
 constexpr int kStageBytes = kRows * (kMapStride + kOtherStride);
 static_assert(kStages * kStageBytes == REATTN_SHARED_BYTES, "the plan knows how much shared memory a block takes");
 
+// Gradients are written 16 bytes a lane: by way of the stages, behind the maps of the first.
+constexpr bool kWholePieces = !kFloat && kHeadDim % kVector == 0;
+static_assert(!kWholePieces || kKeys * kOtherStride <= (kStages - 1) * kStageBytes + kRows * kOtherStride,
+              "the stages have room for it");
+
+// The row of so many times 4 lanes that have 16 bytes each: of two times 4, the second a row 4 further down, which lies
+// in other banks.
+REATTN_DEVICE int row_of_4_lanes(int group) { return group / 8 * 8 + group % 2 * 4 + group % 8 / 2; }
+
 // A thread's share of the copies into a stage: some 16 bytes of one row, of which kBytes lie there. What does not exist
 // becomes zero; kWhole: all columns do.
 template <int kBytes, bool kWhole>
@@ -26,11 +35,10 @@ class Copies {
 
  public:
   REATTN_DEVICE Copies(int to, const Element* rows, int64_t stride, int columns) {
-    // Of two times 4 lanes, the second copy a row 4 further down, which lies in other banks.
     const unsigned group = thread() / unsigned(kLanes), lane = thread() % unsigned(kLanes);
-    row_ = kLanes == 4 ? group / 8 * 8 + group % 2 * 4 + group % 8 / 2 : group;
-    from_ = reinterpret_cast<const char*>(rows + (row_ * stride + lane * kVector));
+    row_ = kLanes == 4 ? row_of_4_lanes(group) : group;
     step_ = kRows * stride * int(sizeof(Element));
+    from_ = reinterpret_cast<const char*>(rows + (row_ * stride + lane * kVector)) - step_;
     to_ = kept(to + row_ * (kBytes + 16) + lane * 16);
     columns_ = columns - int(lane) * kVector;
   }
@@ -41,13 +49,13 @@ class Copies {
   // of them are to be read.
   template <class Columns>
   REATTN_DEVICE void fetch(Shared<char> stage, int rows, Columns columns_of) {
+    from_ += step_;  // not behind the copies, which have to have taken their addresses first
     const Shared<char> to = stage + to_;
     const int columns = row_ < rows ? columns_of(row_, columns_) : 0;
 #pragma unroll
     for (int i = 0; i < kPieces; i += kLanes)
       if (kPieces % kLanes == 0 || thread() % kLanes < kPieces - i)
         copy_async(to + 16 * i, from_ + 16 * i, kWhole ? columns > 0 : i * kVector < columns);
-    from_ += step_;
   }
 
  private:
@@ -111,6 +119,25 @@ class Sums {
   REATTN_DEVICE void scale(float factor) {
 #pragma unroll
     for (int i = 0; i < kTiles * kOutDims / 2; i++) sums_[i / (kOutDims / 2)][i / 4 % (kOutDims / 8)][i % 4] *= factor;
+  }
+  // As elements, for the warp's first keys: with so many keys of the block before them, to where stages have what maps
+  // are multiplied by. Rows of as many bytes as there.
+  REATTN_DEVICE void store(Shared<char> stage, int own_key, int keys) const {
+    const Shared<char> to = stage + (other_ + own_key * kOtherStride);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) {
+      if (16 * tile >= keys) break;
+#pragma unroll
+      for (int column = 0; column < kOutDims / 8; column += 2) {
+        uint32_t parts[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float* pair = sums_[tile][column + i / 2] + i % 2 * 2;
+          parts[i] = pack<Narrow>(pair[0], pair[1]);
+        }
+        store_matrices(to + (16 * tile * kOtherStride + 16 * column), parts);
+      }
+    }
   }
   // Calls function(key of the warp, column, two sums), for the warp's first keys.
   template <class Function>
@@ -220,9 +247,25 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(cons
   if (of_key) sums.scale(p.scale);
   const Tensor& grad = of_key ? p.grad_key : p.grad_value;
   Element* to = head_rows(grad, sample, head) + (own_key * grad.row_stride + first_dim);
-  sums.for_each_pair(own_keys, [&](int key, int column, const float* pair) {
-    write_pair(to + (key * grad.row_stride + column), first_dim + column, pair[0], pair[1]);
-  });
+  if constexpr (kWholePieces) {
+    constexpr int kPieces = kOutDims / kVector, kAtOnce = kWarp / kPieces;  // of a row; rows
+    const int group = lane() / kPieces, dim = lane() % kPieces * kVector;
+    const int row = kPieces == 4 ? row_of_4_lanes(group) : group;
+    const bool inside = group < kAtOnce && (kHeadDim % kOutDims == 0 || first_dim + dim < kHeadDim);
+    const int left = inside ? own_keys - row : 0;
+    const Shared<char> from{kept((memory + (kRows * kMapStride + (own + row) * kOtherStride + 2 * dim)).address)};
+    sync_block();  // all have left the stages
+    sums.store(memory, own, own_keys);
+    sync_warp();
+    to += row * grad.row_stride + dim;
+#pragma unroll
+    for (int i = 0; i < 16 * kTiles; i += kAtOnce, to += kAtOnce * grad.row_stride)
+      if (i < left) write(to, load<uint4>(from + i * kOtherStride));
+  } else {
+    sums.for_each_pair(own_keys, [&](int key, int column, const float* pair) {
+      write_pair(to + (key * grad.row_stride + column), first_dim + column, pair[0], pair[1]);
+    });
+  }
 }
 
 }  // namespace reattn
