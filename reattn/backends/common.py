@@ -167,7 +167,7 @@ def address(tensor: Tensor | None) -> int:
 
 # Bytes of the maps that one kernel of a backward pass leaves to others, unless a block for each multiprocessor leaves
 # more. So many fit the L2 cache of an H100.
-WORKSPACE_BYTES = 48 << 20
+WORKSPACE_BYTES = 192 << 20
 
 
 class Part(NamedTuple):
