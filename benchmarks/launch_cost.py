@@ -2,8 +2,9 @@
 
 Needs no GPU: calls are made on CPU tensors, with all that the backend does up to ``cuLaunchKernel``, which does nothing
 here. So torch's guard, its stream and the driver itself are not in it. Prints microseconds of a direction, the best of
-several rounds; of that, what torch needs to allocate the results; launches, and how many functions are called. "operator"
-is a forward pass of ``re_attention`` without gradients: its checks, the choice of a backend and torch's dispatcher too.
+several rounds; of that, what torch needs to allocate the results; launches, and how many functions are called.
+"operator" is a forward pass of ``re_attention`` without gradients: its checks, the choice of a backend and torch's
+dispatcher too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import math
 import os
 import random
@@ -80,10 +81,10 @@ def use_cut(monkeypatch, use_launch, forget_plans):
                 pytest.skip("needs a card with more shared memory")
             return plan
 
-        def launches_of(size, multiprocessors):
+        def launches_of(size, shared_bytes, multiprocessors):
             block = 2 * 16 * size.heads * cuda_plan.round_up(size.seqlen_k, 16) * size.element_bytes
             monkeypatch.setattr(common, "WORKSPACE_BYTES", cut.launch_blocks * block)
-            return cuda_plan.cut_backward(size, 1)
+            return cuda_plan.cut_backward(size, shared_bytes, 1)
 
         def count(loaded, *args):
             launched[loaded.kernel.function] += 1
@@ -328,6 +329,16 @@ def test_plan_of_a_card(card, heads, batch, length):
     plans = [cuda_plan.make_plan(kernel, size, *CARDS[card]) for kernel in ("forward", "backward")]
     assert [(plan.rows, plan.keys, plan.warps) for plan in plans] == [*PLANS[card, heads, batch, length]]
     assert all(plan.resident == (plan.keys >= length) for plan in plans)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("card", CARDS)
+def test_products_fit_every_card(card, element_bytes):
+    for head_dim, length in itertools.product((8, 32, 64, 128), (16, 128, 129, 197, 256, 257, 5000)):
+        shared_bytes, multiprocessors = CARDS[card]
+        size = Size(element_bytes, 12, head_dim, 128, length, length, False)
+        plan = cuda_plan.cut_backward(size, shared_bytes, multiprocessors).products
+        assert plan.shared_bytes <= shared_bytes and 16 * 2 * plan.warps >= plan.keys, (head_dim, length)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -801,7 +812,7 @@ def test_grids_are_within_limits():
         (1 << 20, 1, 16, 16),
         (9, 7, 70, 70),
     ]:
-        cut = cuda_plan.cut_backward(Size(2, heads, 128, batch, seqlen, seqlen_k, False), 132)
+        cut = cuda_plan.cut_backward(Size(2, heads, 128, batch, seqlen, seqlen_k, False), MOST_SHARED, 132)
         assert all(part.samples * heads < 1 << 16 for part in cut.parts)
 
 

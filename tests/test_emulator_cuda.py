@@ -273,7 +273,7 @@ def test_faults_of_the_kernels_themselves(change, sources, monkeypatch):
     (sources / "cuda" / file).write_text(text)
     # Launches of 32 rows, which another one follows.
     monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 2))
+    monkeypatch.setattr(cuda, "_cut", lambda size, shared_bytes, _: cuda_plan.cut_backward(size, shared_bytes, 2))
     problem = {"mode": "layer", "dtype": torch.float16} | options
     error, pattern = (Fault, rf"reattn\d+{kernel}E.*: block .*({reported})") if reported else (AssertionError, None)
     with pytest.raises(error, match=pattern):

@@ -367,7 +367,7 @@ def test_tests_are_guarded_with_what_is_there(make_gpu, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_launches_of_every_part_are_timed_and_the_first_is_profiled(backend, device, monkeypatch, forget_plans):
     monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 4))
+    monkeypatch.setattr(cuda, "_cut", lambda size, shared_bytes, _: cuda_plan.cut_backward(size, shared_bytes, 4))
     monkeypatch.setattr(triton, "_processors", lambda tensor: 4)
     forget_plans()
     problem = worker.as_problem((5, 3, 17, 16), "layer")

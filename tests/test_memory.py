@@ -125,7 +125,7 @@ def test_workspace_is_bounded_whatever_the_batch(element_bytes, multiprocessors)
     lengths = (1, 15, 197, 577, 6000)
     for heads, batch, seqlen, seqlen_k in itertools.product((1, 12, 32), (1, 7, 128), lengths, lengths):
         size = cuda_plan.Size(element_bytes, heads, 64, batch, seqlen, seqlen_k, False)
-        cut = cuda_plan.cut_backward(size, multiprocessors)
+        cut = cuda_plan.cut_backward(size, cuda_plan.SHARED_LIMIT[90], multiprocessors)
         assert 2 * cut.maps * element_bytes <= workspace_bound(size, multiprocessors), size
         whole = all(part.rows == seqlen for part in cut.parts)
         # Those of a sample alone.
@@ -171,7 +171,7 @@ def test_memory_of_a_call_grows_by_no_map(batch_statistics, backend, largest, mo
     mode = "batch-training" if batch_statistics else "layer"
     device = device_of(backend)
     monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(cuda, "_cut", lambda size, multiprocessors: cuda_plan.cut_backward(size, 4))
+    monkeypatch.setattr(cuda, "_cut", lambda size, shared_bytes, _: cuda_plan.cut_backward(size, shared_bytes, 4))
     monkeypatch.setattr(triton, "_processors", lambda tensor: 4)
     forget_plans()
 

@@ -159,7 +159,9 @@ class Sums {
 };
 
 // Of so many tiles the first of a part, of as many parts as there are.
-REATTN_DEVICE int first_of_part(int tiles, int part, int parts) { return unsigned(tiles * part) / unsigned(parts); }
+REATTN_DEVICE int first_of_part(int tiles, int part, int parts) {
+  return unsigned(tiles) * unsigned(part) / unsigned(parts);
+}
 
 // A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
 // samples of the launch times heads. A launch has rows.

@@ -381,10 +381,12 @@ class OwnRows {
   uint32_t held_[kFloat ? 1 : kTiles][kDims / 16][4];
 };
 
+constexpr int kMostAskedFor = 1024;  // keys, by a block
 // Has a warp ask for the keys and values of its heads, before others wait for them: the blocks of a sample share them
 // out, and begin at about the same time.
 REATTN_DEVICE void prefetch_heads(const Params& p, int sample, int warp, int block, int blocks) {
   const int share = (p.key.rows + blocks - 1) / blocks;
+  if (share > kMostAskedFor) return;  // the cache would forget them
 #pragma unroll 1
   for (int head = warp; head < kHeads; head += kWarps)
 #pragma unroll 1

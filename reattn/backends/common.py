@@ -166,7 +166,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 # Bytes of the maps that one kernel of a backward pass leaves to others, unless a block for each multiprocessor leaves
-# more. So many fit the L2 cache of an H100.
+# more. What fits an L2 cache was slower on an H200, since more parts end in waves that fill less of the card.
 WORKSPACE_BYTES = 192 << 20
 
 
@@ -193,19 +193,25 @@ def add_mask_gradient(grad_mask: Tensor, grad_scores: Tensor, part: Part, heads:
 
 
 def cut_workspace(
-    row_bytes: int, batch: int, seqlen: int, block_rows: int, multiprocessors: int, multiple: int
+    row_bytes: int,
+    batch: int,
+    seqlen: int,
+    block_rows: int,
+    multiprocessors: int,
+    multiple: int,
+    most_samples: int = 1 << 31,
 ) -> tuple[Part, ...]:
     """Cuts a backward pass into parts whose maps fit the workspace: WORKSPACE_BYTES, or what a block of rows for each
     multiprocessor takes if that is more, whatever the batch. ``row_bytes``: of the maps of a query row, all heads.
 
-    The first part is the largest. A sample that comes in several parts is cut at multiples of ``multiple`` rows, which
-    may add so many rows to a part.
+    The first part is the largest, and has ``most_samples`` at most. A sample that comes in several parts is cut at
+    multiples of ``multiple`` rows, which may add so many rows to a part.
     """
     blocks = -(-seqlen // block_rows)
     # In whole waves of the card.
     waves = WORKSPACE_BYTES // (row_bytes * block_rows * multiprocessors)
     most = max(1, waves) * multiprocessors
-    samples = max(1, min(batch, most // blocks))
+    samples = max(1, min(batch, most_samples, most // blocks))
     step = -(-blocks // -(-blocks // most)) * block_rows  # of the rows of a sample: all, or alike many
     step = min(-(-step // multiple) * multiple, seqlen)
     return tuple(

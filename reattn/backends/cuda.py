@@ -338,7 +338,7 @@ def _backward_work(
     batch, heads, seqlen, _ = shape
     size, device = _size(problem, shape, key_shape), _index(problem.device)
     shared_bytes, multiprocessors = _describe(device)
-    plan, cut = _plan("backward", size, shared_bytes, multiprocessors), _cut(size, multiprocessors)
+    plan, cut = _plan("backward", size, shared_bytes, multiprocessors), _cut(size, shared_bytes, multiprocessors)
     # All at once, should they not be compiled yet.
     names = ("backward", "products", "unfold", *(("grad_sums", "add_up") if problem.batch_statistics else ()))
     specs = _specs(names, problem, mask, plan, _row_strides(*strides[:4]), cut.products)
@@ -442,8 +442,8 @@ def _plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) -> P
 
 
 @functools.lru_cache(4096)
-def _cut(size: Size, multiprocessors: int) -> BackwardCut:
-    return cuda_plan.cut_backward(size, multiprocessors)
+def _cut(size: Size, shared_bytes: int, multiprocessors: int) -> BackwardCut:
+    return cuda_plan.cut_backward(size, shared_bytes, multiprocessors)
 
 
 def _specs(

@@ -190,15 +190,19 @@ class ProductPlan(NamedTuple):
         return tuple((f"REATTN_{name.upper()}", getattr(self, name)) for name in ("keys", "warps", "shared_bytes"))
 
 
-def plan_products(size: Size) -> ProductPlan:
-    """A warp owns 32 keys, or some less."""
+def plan_products(size: Size, shared_bytes: int) -> ProductPlan:
+    """A warp owns 32 keys, or some less; a block 8 warps where there are keys for them, and shared memory."""
     element_bytes, _, head_dim, _, _, seqlen_k, *_ = size
+    rows, stages = (16, 3) if element_bytes == 4 else (32, 4)
+
+    def plan(keys: int, warps: int) -> ProductPlan:
+        taken = stages * rows * ((keys + min(round_up(head_dim, 16), OUT_DIMS)) * element_bytes + 32)
+        return ProductPlan(keys, warps, taken, 2 * -(-head_dim // OUT_DIMS) * -(-seqlen_k // keys))
+
     if element_bytes == 4:
-        keys, warps, rows, stages = 128, 4, 16, 3
-    else:
-        keys, warps, rows, stages = min(round_up(seqlen_k, 16), 256), 8 if seqlen_k > 128 else 4, 32, 4
-    shared_bytes = stages * rows * ((keys + min(round_up(head_dim, 16), OUT_DIMS)) * element_bytes + 32)
-    return ProductPlan(keys, warps, shared_bytes, 2 * -(-head_dim // OUT_DIMS) * -(-seqlen_k // keys))
+        return plan(128, 4)
+    wide = plan(min(round_up(seqlen_k, 16), 256), 8 if seqlen_k > 128 else 4)
+    return wide if wide.shared_bytes <= shared_bytes else plan(128, 4)
 
 
 class BackwardCut(NamedTuple):
@@ -211,11 +215,13 @@ class BackwardCut(NamedTuple):
     sums: int
 
 
-def cut_backward(size: Size, multiprocessors: int) -> BackwardCut:
+def cut_backward(size: Size, shared_bytes: int, multiprocessors: int) -> BackwardCut:
     """See :func:`reattn.backends.common.cut_workspace`."""
     element_bytes, heads, head_dim, batch, seqlen, seqlen_k, *_ = size
     keys = round_up(seqlen_k, 16)
-    parts = cut_workspace(2 * heads * keys * element_bytes, batch, seqlen, 16, multiprocessors, 16)
+    # products has a block for each sample and head in the grid's second dimension.
+    most_samples = 65535 // heads
+    parts = cut_workspace(2 * heads * keys * element_bytes, batch, seqlen, 16, multiprocessors, 16, most_samples)
     first = parts[0]
     sums = heads * seqlen_k * head_dim if first.rows < seqlen else 0
-    return BackwardCut(parts, plan_products(size), first.samples * heads * first.rows * keys, sums)
+    return BackwardCut(parts, plan_products(size, shared_bytes), first.samples * heads * first.rows * keys, sums)
