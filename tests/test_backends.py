@@ -132,7 +132,7 @@ def test_cpu_says_why_it_cannot_be_imported(extension_cannot_be_imported):
 def test_auto_prefers_what_was_faster():
     """CUDA before Triton: on an H200 it was faster, or once, with a bias at 1024 tokens, a tenth slower."""
     assert list(BACKENDS)[:2] == ["cuda", "triton"]
-    results = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200" / "backends.json"
+    results = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200" / "kernels" / "backends.json"
     rows = json.loads(results.read_text())["rows"]
     ratios = [row["us"]["cuda"][way] / row["us"]["triton"][way] for row in rows for way in row["us"]["cuda"]]
     assert len(ratios) > 40 and max(ratios) < 1.1 and sorted(ratios)[-2] < 1

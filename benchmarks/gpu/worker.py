@@ -310,7 +310,8 @@ def machine(answers: Answers, without: Any = ()) -> dict[str, Any]:
         return {"machine": {"device": "emulated"}, "able": able()}
     found = told.machine_info(device())
     # A copy of the tree has no history: who made it can tell.
-    found["commit"] = found["commit"] or os.environ.get("REATTN_COMMIT")
+    if commit := os.environ.get("REATTN_COMMIT"):
+        found |= {"commit": commit, "modified": False}
     return {"machine": {**found, "ceilings": told.ceilings(device())}, "able": able()}
 
 
