@@ -113,5 +113,6 @@ class FusedBackend(Backend, Protocol):
     ) -> Gradients:
         """All gradients. ``sums``: as :meth:`grad_sums` returns them, summed over ranks; None: of this batch.
         ``outputs.out`` is not read where there are no batch statistics. ``into``: tensors that take the gradients of
-        query, key and value; rows contiguous."""
+        query, key and value; rows contiguous, and as far apart as in tensors that torch has just allocated: they are
+        written 16 bytes at a time."""
         ...
