@@ -174,7 +174,7 @@ def test_use_backend(monkeypatch):
 
 
 def test_use_backend_refuses_unknown_names_at_once():
-    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'triton', .*\], got 'flash'"):
+    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'cuda', .*\], got 'flash'"):
         use_backend("flash")
 
 
