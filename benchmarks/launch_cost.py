@@ -93,7 +93,7 @@ def step(norm: str) -> dict[str, Callable[[], Any]]:
         "backward": lambda: cuda.backward(problem, grad, inputs, outputs, None),
         "operator": operator,
         "results": lambda: (
-            common.empty_outputs(problem, inputs.query, None),
+            common.empty_outputs(problem, inputs),
             common.empty_gradients(problem, inputs, None),
         ),
     }

@@ -21,17 +21,17 @@ namespace reattn {
 
 enum class Norm : int { kNone, kLayer, kBatch };
 
-// Vectors have an element for each head, and are null where there are none.
+// Vectors have an element for each head after mixing, and are null where there are none.
 struct Parameters {
-  const float* theta;  // (heads, heads): heads before mixing down, after it across
+  const float* theta;  // (heads, heads_out): heads before mixing down, after it across
   const float *bias, *norm_weight, *norm_bias;
   float *running_mean, *running_var;
   int64_t* num_batches_tracked;
-  double* statistics;  // of the batch, (3, heads): mean of the centred maps, 1 / deviation, positions
-  double* grad_sums;   // (2, heads): of grad * out, and of grad times the sum of the values
+  double* statistics;  // of the batch, (3, heads_out): mean of the centred maps, 1 / deviation, positions
+  double* grad_sums;   // (2, heads_out): of grad * out, and of grad times the sum of the values
   Norm norm;
   bool training;  // batch norm: statistics of the batch
-  int heads;
+  int heads, heads_out;
   float output_scale, eps;
   float momentum;    // of the running statistics; negative: the mean over all batches
   float centre;      // the mean of the maps, nearly: what their statistics are summed about
@@ -54,15 +54,15 @@ struct Fold {
   REATTN_FOLD float beta(int g) const { return p.output_scale * or_else(p.norm_bias, g, 0.0f); }
   // 1 / standard deviation, of the batch or as it runs.
   REATTN_FOLD float inverse_deviation(int g) const {
-    return p.training ? float(p.statistics[p.heads + g]) : 1.0f / std::sqrt(p.running_var[g] + p.eps);
+    return p.training ? float(p.statistics[p.heads_out + g]) : 1.0f / std::sqrt(p.running_var[g] + p.eps);
   }
 
-  // What layer norm takes from the weights of head h: centring over the heads is linear.
+  // What layer norm takes from the weights of head h: centring over the heads after mixing is linear.
   REATTN_FOLD float row_mean(int h) const {
     if (p.norm != Norm::kLayer) return 0.0f;
     float sum = 0;
-    for (int g = 0; g < p.heads; g++) sum += p.theta[h * p.heads + g];
-    return sum / float(p.heads);
+    for (int g = 0; g < p.heads_out; g++) sum += p.theta[h * p.heads_out + g];
+    return sum / float(p.heads_out);
   }
   // The factor of a column of theta.
   REATTN_FOLD float column_factor(int g) const {
@@ -74,7 +74,7 @@ struct Fold {
   REATTN_FOLD float weight(int h, int g) const { return weight(h, g, row_mean(h)); }
   REATTN_FOLD float weight(int h, int g, float row_mean) const { return weight(h, g, row_mean, column_factor(g)); }
   REATTN_FOLD float weight(int h, int g, float row_mean, float column_factor) const {
-    return (p.theta[h * p.heads + g] - row_mean) * column_factor;
+    return (p.theta[h * p.heads_out + g] - row_mean) * column_factor;
   }
   // column_sum: of the weights of g over h, not rounded to the maps' dtype.
   REATTN_FOLD float shift(int g, float column_sum) const {
@@ -82,8 +82,8 @@ struct Fold {
     if (p.norm == Norm::kNone) return p.output_scale * bias + taken;
     if (p.norm == Norm::kLayer) {
       float sum = 0;
-      for (int other = 0; other < p.heads; other++) sum += or_else(p.bias, other, 0.0f);
-      return bias - sum / float(p.heads) + taken;
+      for (int other = 0; other < p.heads_out; other++) sum += or_else(p.bias, other, 0.0f);
+      return bias - sum / float(p.heads_out) + taken;
     }
     if (p.training) {
       const float offset = backward ? float(p.statistics[g]) * inverse_deviation(g) : 0.0f;
@@ -102,14 +102,14 @@ struct Fold {
 
   // Through batch statistics, the gradient of A is gamma dN - common - along A.
   REATTN_FOLD double positions(int g) const {
-    const double positions = p.statistics[2 * p.heads + g];
+    const double positions = p.statistics[2 * p.heads_out + g];
     return positions > 0 ? positions : 1.0;
   }
   REATTN_FOLD float common(int g) const {
-    return batch_statistics() ? float(gamma(g) * p.grad_sums[p.heads + g] / positions(g)) : 0.0f;
+    return batch_statistics() ? float(gamma(g) * p.grad_sums[p.heads_out + g] / positions(g)) : 0.0f;
   }
   REATTN_FOLD float along(int g) const {
-    return batch_statistics() ? float((p.grad_sums[g] - beta(g) * p.grad_sums[p.heads + g]) / positions(g)) : 0.0f;
+    return batch_statistics() ? float((p.grad_sums[g] - beta(g) * p.grad_sums[p.heads_out + g]) / positions(g)) : 0.0f;
   }
 
   // The gradients of what the user gave, from sums over all maps, by head: of P dA, of dA, of dN A, of dN.
@@ -117,8 +117,8 @@ struct Fold {
   REATTN_FOLD double grad_theta(const Sums& grad_weights_of_h, int g) const {
     double mean = 0;
     if (p.norm == Norm::kLayer) {
-      for (int other = 0; other < p.heads; other++) mean += grad_weights_of_h[other];
-      mean /= p.heads;
+      for (int other = 0; other < p.heads_out; other++) mean += grad_weights_of_h[other];
+      mean /= p.heads_out;
     }
     return (grad_weights_of_h[g] - mean) * column_factor(g);
   }
@@ -127,8 +127,8 @@ struct Fold {
     if (batch_statistics()) return 0;  // the mean takes it away
     double mean = 0;
     if (p.norm == Norm::kLayer) {
-      for (int other = 0; other < p.heads; other++) mean += grad_shift[other];
-      mean /= p.heads;
+      for (int other = 0; other < p.heads_out; other++) mean += grad_shift[other];
+      mean /= p.heads_out;
     }
     return (grad_shift[g] - mean) * column_factor(g);
   }
@@ -151,7 +151,7 @@ struct Moments {
 // What a head's mixed maps are about: the centre of the maps, mixed.
 REATTN_FOLD double mixed_centre(const Parameters& p, int g) {
   double column = 0;
-  for (int h = 0; h < p.heads; h++) column += double(p.theta[h * p.heads + g]);
+  for (int h = 0; h < p.heads; h++) column += double(p.theta[h * p.heads_out + g]);
   return column * double(p.centre);
 }
 

@@ -39,7 +39,7 @@ _OPTIONS = (
     "*, str backend, str? norm, bool training, bool synchronised, str? mask, bool mask_gradient, bool is_causal, "
     "float scale, float output_scale, float eps, float dropout_p, float? momentum"
 )
-_MASKS = "Tensor? seed, Tensor? attn_mask, "
+_MASKS = "Tensor? seed, Tensor? attn_mask, Tensor? pre_theta, "
 _library.define(f"forward({_MAPS}{_PARAMETERS}{_UPDATED}{_MASKS}{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"finish({_MAPS}{_PARAMETERS}{_UPDATED}{_MASKS}Tensor(d!) out, Tensor lse, Tensor statistics, "
@@ -55,7 +55,7 @@ _library.define(
 _library.define(
     f"backward_into(Tensor grad, Tensor? grad_sums, {_MAPS}{_PARAMETERS}{_STATISTICS}{_MASKS}Tensor out, "
     f"Tensor lse, Tensor statistics, Tensor value_sum, Tensor(a!) grad_query, Tensor(b!) grad_key, "
-    f"Tensor(c!) grad_value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor(c!) grad_value, {_OPTIONS}) -> ({', '.join(['Tensor'] * (len(Gradients._fields) - 3))})"
 )
 
 
@@ -78,10 +78,15 @@ def _to_update(inputs: Inputs, options: dict[str, Any]) -> Inputs:
     return inputs
 
 
+def _problem(inputs: Inputs, options: dict[str, Any]) -> Problem:
+    mixed = {"pre_mixed": inputs.pre_theta is not None, "heads_out": inputs.theta.shape[1]}
+    return Problem.of(inputs.query, **mixed, **options)
+
+
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
     inputs = _to_update(Inputs(*tensors), options)
-    outputs = FUSED[backend].forward(Problem.of(inputs.query, **options), inputs)
+    outputs = FUSED[backend].forward(_problem(inputs, options), inputs)
     if options["training"] and not options["synchronised"]:
         _note_update(inputs)
     return outputs
@@ -90,7 +95,7 @@ def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
     inputs, outputs = _to_update(Inputs(*tensors[:_INPUTS]), options), Outputs(*tensors[_INPUTS:])
-    statistics = FUSED[backend].finish(Problem.of(inputs.query, **options), inputs, outputs)
+    statistics = FUSED[backend].finish(_problem(inputs, options), inputs, outputs)
     _note_update(inputs)
     return statistics
 
@@ -110,20 +115,20 @@ def _grad_sums(grad: Tensor, *tensors: Any, backend: str, **options: Any) -> Any
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
     inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
-    return FUSED[backend].backward(Problem.of(inputs.query, **options), grad, inputs, outputs, grad_sums)
+    return FUSED[backend].backward(_problem(inputs, options), grad, inputs, outputs, grad_sums)
 
 
 @torch.library.impl(_library, "backward_into", "CompositeExplicitAutograd")
 def _backward_into(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **options: Any) -> Any:
     inputs, outputs, into = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:-3]), tensors[-3:]
-    problem = Problem.of(inputs.query, **options)
+    problem = _problem(inputs, options)
     return tuple(FUSED[backend].backward(problem, grad, inputs, outputs, grad_sums, into)[3:])
 
 
 @torch.library.register_fake("reattn::forward", lib=_library)
 def _(*tensors: Any, backend: str, **options: Any) -> Any:
     inputs = Inputs(*tensors)
-    return tuple(empty_outputs(Problem.of(inputs.query, **options), inputs.query, inputs.attn_mask))
+    return tuple(empty_outputs(_problem(inputs, options), inputs))
 
 
 @torch.library.register_fake("reattn::finish", lib=_library)
@@ -148,7 +153,7 @@ def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **opt
 
 
 def _empty_like_parameters(grad: Tensor, inputs: Inputs, mask_gradient: bool, **_: Any) -> tuple[Tensor, ...]:
-    given = (*inputs[3:7], inputs.attn_mask if mask_gradient else None)
+    given = (*inputs[3:7], inputs.attn_mask if mask_gradient else None, inputs.pre_theta)
     return tuple(grad.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape) for t in given)
 
 
@@ -180,7 +185,7 @@ for _name in ("forward", "backward"):
 
 def _count_flops() -> None:
     """Tells torch's FlopCounterMode of the products in the definition, which are those of the reference: query and key,
-    mixing, maps and value; two for each in the backward pass. As for torch's own attention, masks save nothing.
+    both mixings, maps and value; two for each in the backward pass. As for torch's own attention, masks save nothing.
 
     What a fused backend computes again in its backward pass is not counted: it is no part of the definition.
     """
@@ -189,9 +194,12 @@ def _count_flops() -> None:
     except Exception:  # it imports Triton, and a broken one raises anything; nobody counts with it then
         return
 
-    def forward(query: torch.Size, key: torch.Size, value: torch.Size, theta: torch.Size, *_: Any, **__: Any) -> int:
-        batch, heads, seqlen, head_dim = query
-        return 2 * batch * seqlen * key[2] * heads * (2 * head_dim + theta[1])
+    def forward(*shapes: Any, **_: Any) -> int:
+        inputs = Inputs(*shapes[:_INPUTS])
+        batch, heads, seqlen, head_dim = inputs.query
+        heads_out = inputs.theta[1]
+        mixing = heads * (heads_out + (heads if inputs.pre_theta is not None else 0))
+        return 2 * batch * seqlen * inputs.key[2] * ((heads + heads_out) * head_dim + mixing)
 
     def backward(grad: torch.Size, grad_sums: torch.Size | None, *shapes: Any, **_: Any) -> int:
         return 2 * forward(*shapes)
@@ -305,7 +313,8 @@ def _of_others(inputs: Inputs, gradients: Sequence[Tensor], options: dict[str, A
     """What the Function returns beside the gradients of query, key and value: the others, in the order of its
     arguments."""
     parameters = (None if given is None else grad for given, grad in zip(inputs[3:7], gradients[:4], strict=True))
-    return *parameters, *(None,) * 4, gradients[4] if options["mask_gradient"] else None, None, None
+    of_mask = gradients[4] if options["mask_gradient"] else None
+    return *parameters, *(None,) * 4, of_mask, None if inputs.pre_theta is None else gradients[5], None, None
 
 
 def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:

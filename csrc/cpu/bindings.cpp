@@ -51,7 +51,8 @@ Call make_call(size_t isa, int threads, int dtype, int norm, const std::array<in
       std::tie(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]);
   call.kernels = p.dtype == Dtype::kBFloat16 && set.bfloat16 ? set.bfloat16 : set.float32;
   call.parameters.norm = Norm(norm);
-  call.parameters.heads = int(p.heads);
+  p.heads_out = p.heads;
+  call.parameters.heads = call.parameters.heads_out = int(p.heads);
   call.parameters.centre = 1.0f / float(p.seqlen_k);
   call.parameters.unit_scale = 1.0f;
   return call;
@@ -96,6 +97,9 @@ PYBIND11_MODULE(_cpu, m) {
       *to[dim] = sizes[dim] > 1 ? strides[dim] : 0;
     }
   });
+  call.def_property(
+      "heads_out", [](const Call& call) { return call.problem.heads_out; },
+      [](Call& call, int heads) { call.problem.heads_out = call.parameters.heads_out = heads; });
 #define REATTN_NUMBER(name, field)                       \
   call.def_property(                                     \
       name, [](const Call& call) { return call.field; }, \
@@ -117,6 +121,7 @@ PYBIND11_MODULE(_cpu, m) {
   REATTN_ADDRESS("value_sum", problem.value_sum);
   REATTN_ADDRESS("grad_mask", problem.mask.grad);
   REATTN_ADDRESS("theta", parameters.theta);
+  REATTN_ADDRESS("pre_theta", pre_theta);
   REATTN_ADDRESS("bias", parameters.bias);
   REATTN_ADDRESS("norm_weight", parameters.norm_weight);
   REATTN_ADDRESS("norm_bias", parameters.norm_bias);
@@ -126,6 +131,7 @@ PYBIND11_MODULE(_cpu, m) {
   REATTN_ADDRESS("statistics", parameters.statistics);
   REATTN_ADDRESS("grad_sums", parameters.grad_sums);
   REATTN_ADDRESS("grad_theta", grad_theta);
+  REATTN_ADDRESS("grad_pre_theta", grad_pre_theta);
   REATTN_ADDRESS("grad_bias", grad_bias);
   REATTN_ADDRESS("grad_norm_weight", grad_norm_weight);
   REATTN_ADDRESS("grad_norm_bias", grad_norm_bias);

@@ -70,7 +70,8 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   plan.depth = round_up(p.head_dim, kernels.depth_multiple);
 
   const int64_t tile = kernels.row_tile, wanted_bytes = backward ? kBackwardBytes : kForwardBytes;
-  const int64_t element_bytes = (backward ? 2 : 1) * p.heads * int64_t(sizeof(float));
+  const int64_t most_heads = std::max(p.heads, p.heads_out);
+  const int64_t element_bytes = (backward ? 2 : 1) * most_heads * int64_t(sizeof(float));
   const int64_t row_bytes = element_bytes * plan.ld_keys;
   const int64_t fewest = (backward ? 4 : 2) * tile, most = 8 * tile;
   plan.block_rows = std::clamp(wanted_bytes / row_bytes, fewest, most);
@@ -81,19 +82,20 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   }
   plan.ld_block = spread(round_up(plan.block_keys, kernels.lanes));
   const int64_t vectors = ceil_div(plan.block_keys, kernels.lanes);
-  const int64_t tile_vectors = std::max<int64_t>(kTileBytes / (p.heads * kernels.lanes * int64_t(sizeof(float))), 1);
+  const int64_t tile_vectors = std::max<int64_t>(kTileBytes / (most_heads * kernels.lanes * int64_t(sizeof(float))), 1);
   plan.tile_keys = ceil_div(vectors, ceil_div(vectors, tile_vectors)) * kernels.lanes;
 
-  const int64_t key_bytes = p.heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
-  int64_t sample_bytes = 2 * key_bytes;
+  const int64_t both_heads = p.heads + p.heads_out;
+  const int64_t packed_bytes = both_heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
+  int64_t sample_bytes = packed_bytes;
   plan.groups = 1;
   if (backward) {
-    const int64_t grad_bytes = 2 * p.heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
+    const int64_t grad_bytes = both_heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
     // What sums the gradient of the mask over samples takes these one after the other.
     const bool one_by_one = p.mask.grad && p.mask.sizes[0] < p.batch;
     const int64_t wanted = ceil_div(kBackwardUnits, one_by_one ? 1 : p.batch), affordable = kGroupBytes / grad_bytes;
     plan.groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / kGroupRows}), 1);
-    sample_bytes = 4 * key_bytes + plan.groups * grad_bytes;
+    sample_bytes = 2 * packed_bytes + plan.groups * grad_bytes;
   } else {
     plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kForwardUnits), fewest, plan.block_rows);
   }
@@ -178,20 +180,22 @@ class Memory {
 // The norm as the kernels take it.
 class Folded {
  public:
-  Folded(const Call& call, bool backward) : fold_{call.parameters, backward}, heads_(call.parameters.heads) {
+  Folded(const Call& call, bool backward) : fold_{call.parameters, backward}, heads_out_(call.parameters.heads_out) {
     const Parameters& p = call.parameters;
-    memory_.resize(size_t(heads_ * (heads_ + 7)));
-    float *weight = memory_.data(), *shift = weight + heads_ * heads_;
-    for (int h = 0; h < heads_; h++) {
+    vectors_ = size_t(p.heads * heads_out_);
+    memory_.resize(vectors_ + size_t(7 * heads_out_));
+    float *weight = memory_.data(), *shift = weight + vectors_;
+    for (int h = 0; h < p.heads; h++) {
       const float mean = fold_.row_mean(h);
-      for (int g = 0; g < heads_; g++) weight[h * heads_ + g] = (p.theta[h * heads_ + g] - mean);
+      for (int g = 0; g < heads_out_; g++) weight[h * heads_out_ + g] = (p.theta[h * heads_out_ + g] - mean);
     }
-    for (int g = 0; g < heads_; g++) {
+    for (int g = 0; g < heads_out_; g++) {
       const float factor = fold_.column_factor(g);
       float sum = 0;
-      for (int h = 0; h < heads_; h++) sum += weight[h * heads_ + g] *= factor;
+      for (int h = 0; h < p.heads; h++) sum += weight[h * heads_out_ + g] *= factor;
       shift[g] = fold_.shift(g, sum);
     }
+    mixing.of_scores = call.pre_theta;
     mixing.weight = weight, mixing.shift = shift;
     mixing.eps = p.eps;
     mixing.over_heads = p.norm == Norm::kLayer;
@@ -206,7 +210,7 @@ class Folded {
 
   // With the statistics that are final by now.
   void set_output() {
-    const double *offset = fold_.p.statistics, *inverse = offset + heads_;
+    const double *offset = fold_.p.statistics, *inverse = offset + heads_out_;
     mixing.slope = fill(4, [&](int g) { return fold_.slope(g, inverse[g]); });
     mixing.level = fill(5, [&](int g) { return fold_.level(g, inverse[g], offset[g]); });
   }
@@ -216,13 +220,14 @@ class Folded {
  private:
   template <class Function>
   const float* fill(int which, Function function) {
-    float* vector = memory_.data() + heads_ * (heads_ + 1 + which);
-    for (int g = 0; g < heads_; g++) vector[g] = function(g);
+    float* vector = memory_.data() + vectors_ + size_t((1 + which) * heads_out_);
+    for (int g = 0; g < heads_out_; g++) vector[g] = function(g);
     return vector;
   }
 
   Fold fold_;
-  int heads_;
+  int heads_out_;
+  size_t vectors_;  // where they begin
   std::vector<float> memory_;
 };
 
@@ -241,17 +246,24 @@ class Run {
   void run(int64_t sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
-    const int64_t packed = plan.wave * p.heads;
-    const int64_t columns = packed * plan.packed_keys * plan.depth * kernels_.operand_bytes;
-    const int64_t rows = packed * plan.keys * plan.ld_dim * kernels_.operand_bytes;
-    const int64_t grads = backward_ ? packed * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
+    // Of a head of every sample.
+    const int64_t columns = plan.wave * plan.packed_keys * plan.depth * kernels_.operand_bytes;
+    const int64_t rows = plan.wave * plan.keys * plan.ld_dim * kernels_.operand_bytes;
+    const int64_t grads = backward_ ? plan.wave * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t most = plan.wave * units_per_sample, threads = std::min<int64_t>(threads_, most);
     const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
     const int64_t stretches_of_keys = ceil_div(plan.keys, kernels_.stretch);
-    const int64_t value_sums = values ? p.batch * stretches_of_keys * p.heads * p.head_dim * int64_t(sizeof(float)) : 0;
-    const int64_t spoilt = p.mask.any() && !backward_ ? packed * plan.keys : 0;
-    const int64_t sizes[] = {columns, rows,  backward_ ? columns : 0, backward_ ? rows : 0,
-                             grads,   grads, scratch * threads,       value_sums,
+    const int64_t value_sums =
+        values ? p.batch * stretches_of_keys * p.heads_out * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t spoilt = p.mask.any() && !backward_ ? plan.wave * p.heads_out * plan.keys : 0;
+    const int64_t sizes[] = {p.heads * columns,
+                             p.heads_out * rows,
+                             backward_ ? p.heads_out * columns : 0,
+                             backward_ ? p.heads * rows : 0,
+                             p.heads * grads,
+                             p.heads_out * grads,
+                             scratch * threads,
+                             value_sums,
                              spoilt};
     constexpr int kParts = sizeof sizes / sizeof *sizes;
     int64_t total = 0;
@@ -292,7 +304,7 @@ class Run {
   // Where queries see different keys: the sums of the values that each sees.
   void sum_seen_values() const {
     const Problem& p = job_.problem;
-    parallel_for(threads_, p.batch * p.heads * stretches_of_queries(p, kernels_.stretch),
+    parallel_for(threads_, p.batch * p.heads_out * stretches_of_queries(p, kernels_.stretch),
                  [&](int, int64_t unit) { kernels_.sum_values(job_, unit); });
   }
 
@@ -306,7 +318,7 @@ class Run {
  private:
   void add_up_values(int64_t stretches) const {
     const Problem& p = job_.problem;
-    const int64_t size = p.heads * p.head_dim;
+    const int64_t size = p.heads_out * p.head_dim;
     for (int64_t sample = 0; sample < p.batch; sample++) {
       const float* from = job_.work.value_sums + sample * stretches * size;
       float* to = p.value_sum + sample * size;
@@ -346,12 +358,13 @@ class Run {
 void sum_by_head(const Call& call, int64_t numbers, void (*work)(const Job&, int64_t), double* sums) {
   const Problem& p = call.problem;
   Job job{p, {}, {}, {}, 0, 0, numbers};
-  std::vector<double> partial(size_t(p.batch * p.heads * numbers));
+  const int64_t heads = p.heads_out;
+  std::vector<double> partial(size_t(p.batch * heads * numbers));
   job.work.partial = partial.data();
-  parallel_for(call.threads, p.batch * p.heads, [&](int, int64_t unit) { work(job, unit); });
-  std::fill_n(sums, numbers * p.heads, 0.0);
-  for (int64_t unit = 0; unit < p.batch * p.heads; unit++)
-    for (int64_t i = 0; i < numbers; i++) sums[i * p.heads + unit % p.heads] += partial[size_t(unit * numbers + i)];
+  parallel_for(call.threads, p.batch * heads, [&](int, int64_t unit) { work(job, unit); });
+  std::fill_n(sums, numbers * heads, 0.0);
+  for (int64_t unit = 0; unit < p.batch * heads; unit++)
+    for (int64_t i = 0; i < numbers; i++) sums[i * heads + unit % heads] += partial[size_t(unit * numbers + i)];
 }
 
 }  // namespace
@@ -361,23 +374,24 @@ void run_forward(const Call& call) {
   const Parameters& parameters = call.parameters;
   const Folded folded(call, false);
   const bool sums = folded.mixing.sum_maps;
-  std::vector<double> found(size_t(3 * p.heads));
+  const int64_t heads = p.heads_out;
+  std::vector<double> found(size_t(3 * heads));
   if (p.batch * p.seqlen > 0) {
     Run run(call, folded.mixing, false);
-    run.run(sums ? 3 * p.heads : 0, sums && p.value_rows == 1, ceil_div(p.seqlen, run.plan().block_rows),
+    run.run(sums ? 3 * heads : 0, sums && p.value_rows == 1, ceil_div(p.seqlen, run.plan().block_rows),
             call.kernels->forward);
     if (sums && p.value_rows > 1) run.sum_seen_values();
     if (sums) found = run.sums();
   } else if (sums) {
-    std::fill_n(p.value_sum, p.batch * p.heads * p.value_rows * p.head_dim, 0.0f);
+    std::fill_n(p.value_sum, p.batch * heads * p.value_rows * p.head_dim, 0.0f);
   }
   if (!sums) return;
-  for (int g = 0; g < p.heads; g++) {
-    const double positions = found[size_t(2 * p.heads + g)];
-    const RawSums raw(parameters, g, found[size_t(g)], found[size_t(p.heads + g)], positions);
+  for (int g = 0; g < heads; g++) {
+    const double positions = found[size_t(2 * heads + g)];
+    const RawSums raw(parameters, g, found[size_t(g)], found[size_t(heads + g)], positions);
     parameters.statistics[g] = raw.sum;
-    parameters.statistics[p.heads + g] = raw.squares;
-    parameters.statistics[2 * p.heads + g] = positions;
+    parameters.statistics[heads + g] = raw.squares;
+    parameters.statistics[2 * heads + g] = positions;
   }
   if (!call.synchronised) run_finish(call);
 }
@@ -385,12 +399,13 @@ void run_forward(const Call& call) {
 void run_finish(const Call& call) {
   const Problem& p = call.problem;
   const Parameters& parameters = call.parameters;
-  for (int g = 0; g < p.heads; g++) {
-    const double positions = parameters.statistics[2 * p.heads + g];
-    const Moments moments(parameters.statistics[g], parameters.statistics[p.heads + g], positions, parameters.eps);
+  const int64_t heads = p.heads_out;
+  for (int g = 0; g < heads; g++) {
+    const double positions = parameters.statistics[2 * heads + g];
+    const Moments moments(parameters.statistics[g], parameters.statistics[heads + g], positions, parameters.eps);
     update_running(parameters, moments, positions, g);
     parameters.statistics[g] = moments.mean - mixed_centre(parameters, g);
-    parameters.statistics[p.heads + g] = moments.inverse_deviation;
+    parameters.statistics[heads + g] = moments.inverse_deviation;
   }
   if (parameters.num_batches_tracked) ++*parameters.num_batches_tracked;
   Folded folded(call, false);
@@ -406,21 +421,24 @@ void run_backward(const Call& call) {
   const Problem& p = call.problem;
   const Parameters& parameters = call.parameters;
   Call given = call;
-  std::vector<double> grad_sums(size_t(2 * p.heads));
+  const int64_t heads_out = p.heads_out;
+  std::vector<double> grad_sums(size_t(2 * heads_out));
   if (parameters.norm == Norm::kBatch && parameters.training && !parameters.grad_sums) {
     given.parameters.grad_sums = grad_sums.data();
     run_grad_sums(given);
   }
   const Folded folded(given, true);
   Run run(given, folded.mixing, true);
-  run.run(gradient_sums(p.heads), false, run.plan().groups, call.kernels->backward);
+  run.run(gradient_sums(p, folded.mixing), false, run.plan().groups, call.kernels->backward);
   const std::vector<double> sums = run.sums();
   const Fold fold{given.parameters, true};
-  const double *of_theta = sums.data(), *of_shift = of_theta + p.heads * p.heads, *of_gamma = of_shift + p.heads,
-               *of_beta = of_gamma + p.heads;
-  for (int g = 0; g < p.heads; g++) {
+  const double *of_theta = sums.data(), *of_shift = of_theta + p.heads * heads_out, *of_gamma = of_shift + heads_out,
+               *of_beta = of_gamma + heads_out, *of_scores = of_beta + heads_out;
+  for (int64_t i = 0; call.grad_pre_theta && i < p.heads * p.heads; i++)
+    call.grad_pre_theta[i] = float(double(p.scale) * of_scores[i]);
+  for (int g = 0; g < heads_out; g++) {
     for (int h = 0; h < p.heads; h++)
-      call.grad_theta[h * p.heads + g] = float(fold.grad_theta(of_theta + h * p.heads, g));
+      call.grad_theta[h * heads_out + g] = float(fold.grad_theta(of_theta + h * heads_out, g));
     if (call.grad_bias) call.grad_bias[g] = float(fold.grad_bias(of_shift, g));
     if (call.grad_norm_weight) call.grad_norm_weight[g] = float(fold.grad_norm(of_gamma[g]));
     if (call.grad_norm_bias) call.grad_norm_bias[g] = float(fold.grad_norm(of_beta[g]));

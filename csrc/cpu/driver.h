@@ -12,8 +12,9 @@ struct Call {
   int threads;
   Problem problem;
   Parameters parameters;
+  const float* pre_theta;  // (heads, heads), or null
   bool synchronised;
-  float *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
+  float *grad_pre_theta, *grad_theta, *grad_bias, *grad_norm_weight, *grad_norm_bias;
 };
 
 // The output; with batch statistics over several ranks, what finish needs of this one.

@@ -23,7 +23,7 @@ static_assert(kColumns % kLanes == 0);
 
 // The sum of the values that a query sees.
 inline float* value_sum(const Problem& p, int64_t sample, int64_t head, int64_t row) {
-  return p.value_sum + ((sample * p.heads + head) * p.value_rows + (p.value_rows > 1 ? row : 0)) * p.head_dim;
+  return p.value_sum + ((sample * p.heads_out + head) * p.value_rows + (p.value_rows > 1 ? row : 0)) * p.head_dim;
 }
 
 // Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
@@ -44,52 +44,58 @@ class Layout {
   int64_t used_ = 0;
 };
 
-// A thread's memory. A name in the plural has a part for each head.
+// A thread's memory. A name in the plural has a part for each head: before mixing, or after it where this says so.
 template <class E>
 struct Scratch {
   using Operand = typename E::Operand;
 
-  Operand *queries, *grads;      // [block_rows, depth]
+  Operand *queries, *grads;      // [block_rows, depth]; grads after mixing
   Operand *queries_t, *grads_t;  // the same transposed, where products need it
-  float* maps;                   // [block_rows, ld_block]: scores, then mixed maps
-  float* grad_maps;              // gradients of the mixed maps, then of the scores
+  float* maps;                   // [block_rows, ld_block]: scores, then mixed maps, after mixing
+  float* grad_maps;              // gradients of the mixed maps, after mixing, then of the scores
+  float* unmixed;                // a row of scores before they are mixed, then of their gradients [heads, ld_block]
   float* probs;                  // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
   float* grad_probs;             // gradients of a row of softmax maps [heads, ld_block]
   float* terms;                  // of the mask, for a row [heads, ld_block]; of one head where all have the same
-  float *mixed, *grad_mixed;     // [heads, tile_keys]
-  float* weight;                 // of this row, [heads, heads]
+  float *mixed, *grad_mixed;     // [heads_out, tile_keys]
+  float* weight;                 // of this row, [heads, heads_out]
   float* outs;                   // [block_rows, ld_dim]
   float *largest, *sums;         // [heads, block_rows]; in the backward pass, delta
-  float *products, *norm_sums;   // a vector each: [heads + 1, heads]; [2, heads], in the forward pass of A and A^2
+  float *products, *norm_sums;   // a vector each: [heads + 1, heads_out]; [2, heads_out], forward of A and A^2
+  float* score_products;         // a vector each: [heads, heads]
   Operand* paired;               // a head's maps, rows in the order that products need
   size_t size;
 
   Scratch(const Job& job, bool backward, char* base) {
     const Plan& plan = job.plan;
-    const int64_t heads = job.problem.heads, rows = plan.block_rows;
+    const int64_t heads = job.problem.heads, heads_out = job.problem.heads_out, rows = plan.block_rows;
+    const int64_t most_heads = heads > heads_out ? heads : heads_out;
+    const bool mixes_scores = job.mixing.of_scores;
     Layout layout(base);
     queries = layout.take<Operand>(heads * rows * plan.depth);
-    maps = layout.take<float>(heads * rows * plan.ld_block);
+    maps = layout.take<float>(most_heads * rows * plan.ld_block);
     probs = layout.take<float>((2 * heads + 1) * plan.ld_block);
     const int64_t heads_of_mask = !job.problem.mask.any() ? 0 : Mask(job.problem).by_head() ? heads : 1;
     terms = layout.take<float>(heads_of_mask * plan.ld_block);
-    mixed = layout.take<float>(heads * plan.tile_keys);
-    weight = layout.take<float>(heads * heads);
-    outs = layout.take<float>(heads * rows * plan.ld_dim);
+    unmixed = layout.take<float>(mixes_scores ? heads * plan.ld_block : 0);
+    mixed = layout.take<float>(heads_out * plan.tile_keys);
+    weight = layout.take<float>(heads * heads_out);
+    outs = layout.take<float>(most_heads * rows * plan.ld_dim);
     largest = layout.take<float>(heads * rows);
     sums = layout.take<float>(heads * rows);
-    norm_sums = layout.take<float>(2 * heads * kLanes);
+    norm_sums = layout.take<float>(2 * heads_out * kLanes);
     grads = queries_t = grads_t = paired = nullptr;
-    grad_maps = grad_mixed = grad_probs = products = nullptr;
+    grad_maps = grad_mixed = grad_probs = products = score_products = nullptr;
     if (backward) {
-      products = layout.take<float>((heads + 1) * heads * kLanes);
-      grads = layout.take<Operand>(heads * rows * plan.depth);
-      grad_maps = layout.take<float>(heads * rows * plan.ld_block);
-      grad_mixed = layout.take<float>(heads * plan.tile_keys);
+      products = layout.take<float>((heads + 1) * heads_out * kLanes);
+      score_products = layout.take<float>(mixes_scores ? heads * heads * kLanes : 0);
+      grads = layout.take<Operand>(heads_out * rows * plan.depth);
+      grad_maps = layout.take<float>(most_heads * rows * plan.ld_block);
+      grad_mixed = layout.take<float>(heads_out * plan.tile_keys);
       grad_probs = layout.take<float>(heads * plan.ld_block);
       if (E::kGroup > 1) {
         queries_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
-        grads_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
+        grads_t = layout.take<Operand>(heads_out * E::transposed_size(rows, plan.depth));
         paired = layout.take<Operand>(E::paired_size(rows, plan.ld_block));
       }
     }
@@ -118,6 +124,7 @@ class Block {
         first_row_(first_row),
         rows_(rows),
         heads_(p_.heads),
+        heads_out_(p_.heads_out),
         products_(p_.scale * kLog2e),
         exponents_(1.0f),
         mask_(p_),
@@ -133,17 +140,17 @@ class Block {
   int64_t end_key() const { return end_key_; }
 
   void load_queries(bool backward) {
-    load(p_.query, s_.queries);
-    // What is NaN in a query that sees no key may reach no gradient.
+    load(p_.query, s_.queries, heads_);
+    // What is NaN in a query that sees no key may reach no gradient. Where scores are mixed, every head is made of all.
     if (backward && p_.mask.any())
       for (int64_t h = 0; h < heads_; h++)
         for (int64_t r = 0; r < rows_; r++)
-          if (lse(h, r) == -kInfinity)
+          if (m_.of_scores ? sees_nothing(r) : lse(h, r) == -kInfinity)
             std::memset(s_.queries + (h * plan_.block_rows + r) * plan_.depth, 0, plan_.depth * sizeof(Operand));
     if (!backward) return;
-    load(p_.grad, s_.grads);
-    transpose_rows(s_.queries, s_.queries_t);
-    transpose_rows(s_.grads, s_.grads_t);
+    load(p_.grad, s_.grads, heads_out_);
+    transpose_rows(s_.queries, s_.queries_t, heads_);
+    transpose_rows(s_.grads, s_.grads_t, heads_out_);
   }
 
   // To where the gradient of the mask goes that the groups and parts sum on their own: see make_plan.
@@ -163,7 +170,7 @@ class Block {
       by_row_ = mask_.by_row(first_row_, first_key + keys_ - 1);
       if (!by_row_) load_terms(0);
       masked_ = by_row_ || p_.mask.grad || hides_or_adds();
-      spoilt_ = job_.work.spoilt && std::memchr(spoilt(0), 1, size_t(heads_ * plan_.keys));
+      spoilt_ = job_.work.spoilt && std::memchr(spoilt(0), 1, size_t(heads_out_ * plan_.keys));
     }
     float* ones = s_.probs + heads_ * plan_.ld_block;
     for (int64_t i = 0; i < span_.vecs; i++) {
@@ -172,13 +179,14 @@ class Block {
     }
   }
 
-  void compute_scores() { product_with_columns(s_.queries, job_.work.key_columns, s_.maps); }
-  void compute_grad_maps() { product_with_columns(s_.grads, job_.work.value_columns, s_.grad_maps); }
+  void compute_scores() { product_with_columns(s_.queries, job_.work.key_columns, s_.maps, heads_); }
+  void compute_grad_maps() { product_with_columns(s_.grads, job_.work.value_columns, s_.grad_maps, heads_out_); }
 
   // Continues each row's maximum and sum over this stretch of keys.
   void continue_lse(bool first) {
     for (int64_t r = 0; r < rows_; r++) {
       if (by_row_) load_terms(r);
+      mix_scores(r);
       for (int64_t h = 0; h < heads_; h++) {
         float &largest = s_.largest[h * plan_.block_rows + r], &sum = s_.sums[h * plan_.block_rows + r];
         float* scores = row(s_.maps, h, r);
@@ -202,6 +210,7 @@ class Block {
   // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
     if (by_row_) load_terms(r);
+    mix_scores(r);
     for (int64_t h = 0; h < heads_; h++) {
       float* scores = row(s_.maps, h, r);
       float* probs = s_.probs + h * plan_.ld_block;
@@ -228,12 +237,12 @@ class Block {
   // The weights for maps as softmax left them.
   const float* weights(bool lse_known) {
     if (lse_known && p_.dropout_p == 0) return m_.weight;
-    const int64_t heads = heads_;
+    const int64_t heads = heads_, heads_out = heads_out_;
     const float *weight = m_.weight, kept = kept_;
     float* scaled = s_.weight;
     for (int64_t h = 0; h < heads; h++) {
       const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
-      for (int64_t g = 0; g < heads; g++) scaled[h * heads + g] = weight[h * heads + g] * factor;
+      for (int64_t g = 0; g < heads_out; g++) scaled[h * heads_out + g] = weight[h * heads_out + g] * factor;
     }
     return scaled;
   }
@@ -260,7 +269,7 @@ class Block {
   // The keys of the row that are not hidden, by head.
   void add_counts(double* counts) const {
     int64_t seen = keys_;
-    for (int64_t g = 0; g < heads_; g++) {
+    for (int64_t g = 0; g < heads_out_; g++) {
       if (masked_ && (g == 0 || ld_terms_ > 0)) {
         VecI count{};
         for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes) count -= is_visible(vec(terms(g) + i));
@@ -274,8 +283,8 @@ class Block {
   // Adds the row's mixed maps, and their squares, to the sums by head; some of its keys, from vec on, ld apart by head.
   void add_moments(const float* mixed, int64_t ld, int64_t vec, int64_t vecs) {
     const bool ends = vec + vecs == span_.vecs;
-    for (int64_t g = 0; g < heads_; g++, mixed += ld) {
-      float *sums = s_.norm_sums + g * kLanes, *squares = sums + heads_ * kLanes;
+    for (int64_t g = 0; g < heads_out_; g++, mixed += ld) {
+      float *sums = s_.norm_sums + g * kLanes, *squares = sums + heads_out_ * kLanes;
       Vec even{}, odd{}, even_squares{}, odd_squares{};
       int64_t i = 0;
       for (; i + 1 < vecs - ends; i += 2) {
@@ -296,14 +305,14 @@ class Block {
 
   // The output of these rows, or what these keys add to it.
   void multiply_values() {
-    for (int64_t g = 0; g < heads_; g++) multiply_rows(s_.maps, g, job_.work.value_rows);
+    for (int64_t g = 0; g < heads_out_; g++) multiply_rows(s_.maps, g, packed(0, heads_out_), job_.work.value_rows);
   }
   void multiply_keys() {
-    for (int64_t h = 0; h < heads_; h++) multiply_rows(s_.grad_maps, h, job_.work.key_rows);
+    for (int64_t h = 0; h < heads_; h++) multiply_rows(s_.grad_maps, h, packed(0, heads_), job_.work.key_rows);
   }
-  void store_outs(const Tensor& to) {
+  void store_outs(const Tensor& to, int64_t heads) {
     for (int64_t r = 0; r < rows_; r++)
-      for (int64_t h = 0; h < heads_; h++)
+      for (int64_t h = 0; h < heads; h++)
         store_row(p_.dtype, row_of(to, p_.dtype, sample_, h, first_row_ + r), to.dim, p_.head_dim,
                   s_.outs + (h * plan_.block_rows + r) * plan_.ld_dim);
   }
@@ -352,10 +361,10 @@ class Block {
         mix_tile_into_maps(r, key, vecs, m_.weight);
       }
       if (first_sweep)
-        dot_rows(heads_ + 1, heads_, vecs, s_.probs + key, ld, grad_mixed, ld_mixed, s_.products, heads_);
+        dot_rows(heads_ + 1, heads_out_, vecs, s_.probs + key, ld, grad_mixed, ld_mixed, s_.products, heads_out_);
       // dP = W dA
-      product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_, m_.weight, heads_, grad_mixed, ld_mixed,
-                                          s_.grad_probs + key, ld);
+      product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_out_, m_.weight, heads_out_, grad_mixed,
+                                          ld_mixed, s_.grad_probs + key, ld);
     }
     for (int64_t h = 0; h < heads_; h++) {
       const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld;
@@ -380,6 +389,11 @@ class Block {
           put(grad_probs + i, is_visible(vec(terms(h) + i)) ? grad : Vec{});
           E::store(grad_scores + i, vec(grad_probs + i) * scale);
         }
+      else if (m_.of_scores)
+        for (int64_t i = 0; i < end; i += kLanes) {
+          const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
+          put(grad_probs + i, dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along));
+        }
       else if (dropped)
         for (int64_t i = 0; i < end; i += kLanes)
           E::store(grad_scores + i, (vec(probs + i) * vec(grad_probs + i) - vec(undropped + i) * along) * scale);
@@ -388,6 +402,7 @@ class Block {
           E::store(grad_scores + i, vec(probs + i) * (vec(grad_probs + i) - along) * scale);
     }
     if (second_sweep) {
+      if (m_.of_scores) unmix_grad_scores(r);
       if (p_.mask.grad) add_grad_mask(r);
       pad_maps(s_.maps, r);
       pad_maps(s_.grad_maps, r);
@@ -396,19 +411,21 @@ class Block {
 
   // Adds these rows' part to the gradients of keys and values, [head_dim, keys] each.
   void add_grad_columns(float* grad_key, float* grad_value, bool first) {
-    for (int64_t h = 0; h < heads_; h++) {
-      const int64_t at = h * p_.head_dim * plan_.ld_keys + first_key_;
-      add_columns(s_.queries, s_.queries_t, s_.grad_maps, h, grad_key + at, first);
-      add_columns(s_.grads, s_.grads_t, s_.maps, h, grad_value + at, first);
-    }
+    const int64_t size = p_.head_dim * plan_.ld_keys;
+    for (int64_t h = 0; h < heads_; h++)
+      add_columns(s_.queries, s_.queries_t, s_.grad_maps, h, grad_key + h * size + first_key_, first);
+    for (int64_t g = 0; g < heads_out_; g++)
+      add_columns(s_.grads, s_.grads_t, s_.maps, g, grad_value + g * size + first_key_, first);
   }
   // To these rows, the first, the keys from end_key on are hidden; later ones may see those before end.
   void clear_grad_columns(float* grad_key, float* grad_value, int64_t end) {
     const int64_t begin = round_up(end_key_, kLanes), size = (end - begin) * int64_t(sizeof(float));
-    for (int64_t i = 0; size > 0 && i < heads_ * p_.head_dim; i++) {
-      std::memset(grad_key + i * plan_.ld_keys + begin, 0, size_t(size));
-      std::memset(grad_value + i * plan_.ld_keys + begin, 0, size_t(size));
-    }
+    const auto clear = [&](float* columns, int64_t heads) {
+      for (int64_t i = 0; size > 0 && i < heads * p_.head_dim; i++)
+        std::memset(columns + i * plan_.ld_keys + begin, 0, size_t(size));
+    };
+    clear(grad_key, heads_);
+    clear(grad_value, heads_out_);
   }
 
  private:
@@ -418,8 +435,15 @@ class Block {
 
   float* row(float* maps, int64_t head, int64_t r) { return maps + (head * plan_.block_rows + r) * plan_.ld_block; }
   float& lse(int64_t head, int64_t r) { return p_.lse[(sample_ * heads_ + head) * p_.seqlen + first_row_ + r]; }
-  int64_t packed(int64_t head) const { return (sample_ - job_.first) * heads_ + head; }
-  const uint8_t* spoilt(int64_t head) const { return job_.work.spoilt + packed(head) * plan_.keys; }
+  // Of the maps: a query that sees no key in any head.
+  bool sees_nothing(int64_t r) {
+    for (int64_t h = 0; h < heads_; h++)
+      if (lse(h, r) != -kInfinity) return false;
+    return true;
+  }
+  // Where a head of this sample lies among those of the wave; heads before mixing, or after it.
+  int64_t packed(int64_t head, int64_t heads) const { return (sample_ - job_.first) * heads + head; }
+  const uint8_t* spoilt(int64_t head) const { return job_.work.spoilt + packed(head, heads_out_) * plan_.keys; }
 
   // The mask's, for this row or all.
   const float* terms(int64_t head) const { return s_.terms + head * ld_terms_; }
@@ -442,7 +466,7 @@ class Block {
   }
   // Zero where keys are hidden; maps of some keys of the row, ld apart by head.
   void hide(float* maps, int64_t ld, int64_t key, int64_t vecs) const {
-    for (int64_t g = 0; g < heads_; g++) {
+    for (int64_t g = 0; g < heads_out_; g++) {
       const float* of_mask = terms(g) + key;
       float* map = maps + g * ld;
       for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
@@ -462,7 +486,7 @@ class Block {
   }
   // NaN for the keys that the row sees and whose values, taken for zeros, are not finite.
   void spoil_maps(int64_t r) {
-    for (int64_t g = 0; g < heads_; g++)
+    for (int64_t g = 0; g < heads_out_; g++)
       for (int64_t i = 0; i < keys_; i++)
         if (spoilt(g)[first_key_ + i] && !(masked_ && terms(g)[i] == -kInfinity))
           operands(s_.maps, r)[g * operand_stride() + i] = E::kNaN;
@@ -488,34 +512,34 @@ class Block {
     }
   }
 
-  void load(const Tensor& from, Operand* rows) {
+  void load(const Tensor& from, Operand* rows, int64_t heads) {
     const int64_t size = plan_.block_rows * plan_.depth;
     // Heads lie side by side in memory, as a rule: rows of all of them are read in one go.
     for (int64_t r = 0; r < rows_; r++)
-      for (int64_t h = 0; h < heads_; h++)
+      for (int64_t h = 0; h < heads; h++)
         E::load_row(p_.dtype, row_of(from, p_.dtype, sample_, h, first_row_ + r), from.dim, p_.head_dim,
                     rows + h * size + r * plan_.depth, plan_.depth);
   }
-  void transpose_rows(const Operand* rows, Operand* transposed) {
-    for (int64_t h = 0; h < heads_; h++)
+  void transpose_rows(const Operand* rows, Operand* transposed, int64_t heads) {
+    for (int64_t h = 0; h < heads; h++)
       E::transpose_rows(rows + h * plan_.block_rows * plan_.depth, rows_, plan_.depth,
                         transposed + h * E::transposed_size(plan_.block_rows, plan_.depth));
   }
 
   // maps[h] = rows[h] columns[h] for these keys.
-  void product_with_columns(const Operand* rows, const char* columns, float* maps) {
+  void product_with_columns(const Operand* rows, const char* columns, float* maps, int64_t heads) {
     const int64_t size = plan_.packed_keys * plan_.depth;
-    for (int64_t h = 0; h < heads_; h++)
-      E::product_with_panels(rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth,
-                             plan_.depth,
-                             reinterpret_cast<const Operand*>(columns) + packed(h) * size + first_key_ * plan_.depth,
-                             row(maps, h, 0), plan_.ld_block);
+    for (int64_t h = 0; h < heads; h++)
+      E::product_with_panels(
+          rows_, span_.vecs * kLanes, plan_.depth, rows + h * plan_.block_rows * plan_.depth, plan_.depth,
+          reinterpret_cast<const Operand*>(columns) + packed(h, heads) * size + first_key_ * plan_.depth,
+          row(maps, h, 0), plan_.ld_block);
   }
 
-  // outs[head] (+)= maps[head] rows[head].
-  void multiply_rows(float* maps, int64_t head, const char* rows) {
+  // outs[head] (+)= maps[head] rows[head]; those of the first head lie at first.
+  void multiply_rows(float* maps, int64_t head, int64_t first, const char* rows) {
     const int64_t size = plan_.keys * plan_.ld_dim;
-    const Operand* b = reinterpret_cast<const Operand*>(rows) + packed(head) * size + first_key_ * plan_.ld_dim;
+    const Operand* b = reinterpret_cast<const Operand*>(rows) + (first + head) * size + first_key_ * plan_.ld_dim;
     float* outs = s_.outs + head * plan_.block_rows * plan_.ld_dim;
     const Operand* a = reinterpret_cast<const Operand*>(row(maps, head, 0));
     const int64_t lda = plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand)), depth = round_up(keys_, E::kGroup);
@@ -534,9 +558,37 @@ class Block {
                       plan_.ld_block, s_.paired, columns, plan_.ld_keys, first);
   }
 
+  // S = of_scores^T R over the row's products of query and key, which are kept in unmixed.
+  void mix_scores(int64_t r) {
+    if (!m_.of_scores) return;
+    const int64_t ld = plan_.ld_block;
+    for (int64_t h = 0; h < heads_; h++) std::memcpy(s_.unmixed + h * ld, row(s_.maps, h, r), span_.vecs * sizeof(Vec));
+    product<Order::kColumns, Start::kZero>(heads_, span_.vecs * kLanes, heads_, m_.of_scores, heads_, s_.unmixed, ld,
+                                           row(s_.maps, 0, r), plan_.block_rows * ld);
+  }
+  // From the gradients of the row's mixed scores, in grad_probs, to those of the products of query and key; and the
+  // sums for the gradient of of_scores.
+  void unmix_grad_scores(int64_t r) {
+    const int64_t ld = plan_.ld_block;
+    // What is NaN in a key may reach no gradient from where no head sees it.
+    for (int64_t i = 0; masked_ && i < span_.vecs * kLanes; i += kLanes) {
+      const VecI visible = visible_to_any(i);
+      for (int64_t h = 0; h < heads_; h++) put(s_.unmixed + h * ld + i, visible ? vec(s_.unmixed + h * ld + i) : Vec{});
+    }
+    dot_rows(heads_, heads_, span_.vecs, s_.unmixed, ld, s_.grad_probs, ld, s_.score_products, heads_);
+    product<Order::kRows, Start::kZero>(heads_, span_.vecs * kLanes, heads_, m_.of_scores, heads_, s_.grad_probs, ld,
+                                        s_.unmixed, ld);
+    const float scale = p_.scale;
+    for (int64_t h = 0; h < heads_; h++) {
+      Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
+      for (int64_t i = 0; i < span_.vecs * kLanes; i += kLanes)
+        E::store(grad_scores + i, vec(s_.unmixed + h * ld + i) * scale);
+    }
+  }
+
   // A = W^T P + c for some keys of the row.
   void mix_tile(int64_t key, int64_t vecs, const float* weight, float* mixed, int64_t ld) {
-    product<Order::kColumns, Start::kBias>(heads_, vecs * kLanes, heads_, weight, heads_, s_.probs + key,
+    product<Order::kColumns, Start::kBias>(heads_out_, vecs * kLanes, heads_, weight, heads_out_, s_.probs + key,
                                            plan_.ld_block, mixed, ld, m_.shift);
   }
 
@@ -548,7 +600,7 @@ class Block {
     if (masked_) hide(mixed, ld, key, vecs);
     if (m_.sum_maps) add_moments(mixed, ld, key / kLanes, vecs);
     if constexpr (!kInPlace) {
-      for (int64_t g = 0; g < heads_; g++)
+      for (int64_t g = 0; g < heads_out_; g++)
         for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
           E::store(operands(s_.maps, r) + g * operand_stride() + key + i, vec(s_.mixed + g * plan_.tile_keys + i));
     }
@@ -563,7 +615,7 @@ class Block {
   // Sums over keys run on to a whole group: nothing may stand there.
   void pad_maps(float* maps, int64_t r) {
     if (E::kGroup == 1) return;
-    for (int64_t h = 0; h < heads_; h++) {
+    for (int64_t h = 0; h < (heads_ > heads_out_ ? heads_ : heads_out_); h++) {
       Operand* operand = reinterpret_cast<Operand*>(row(maps, h, r));
       for (int64_t i = keys_; i < round_up(keys_, E::kGroup); i++) operand[i] = Operand{};
     }
@@ -585,7 +637,7 @@ class Block {
   // What is stored may lie anywhere, for all the compiler knows: hot loops keep pointers and sizes in locals.
   template <bool kMasked>
   void normalise(int64_t key, int64_t vecs, Operand* maps) {
-    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_, ld_terms = ld_terms_;
+    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_out_, ld_terms = ld_terms_;
     const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps;
     for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
       const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
@@ -601,7 +653,7 @@ class Block {
   template <bool kMasked>
   void normalise_backward(int64_t key, int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys,
-                  heads = heads_, ld_terms = ld_terms_;
+                  heads = heads_out_, ld_terms = ld_terms_;
     const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps,
                 share = 1.0f / float(heads);
     float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads * kLanes, *grad_mixed = s_.grad_mixed;
@@ -639,11 +691,11 @@ class Block {
                       bool last) {
     const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys;
     if (last)
-      for (int64_t g = 0; g < heads_; g++) {
+      for (int64_t g = 0; g < heads_out_; g++) {
         float* end = s_.mixed + g * tile + (vecs - 1) * kLanes;
         put(end, span_.tail ? vec(end) : Vec{});
       }
-    for (int64_t g = 0; g < heads_; g++) {
+    for (int64_t g = 0; g < heads_out_; g++) {
       const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride, *of_mask = terms(g) + key;
       float* grad_mixed = s_.grad_mixed + g * tile;
       const bool statistics = m_.common;
@@ -665,7 +717,7 @@ class Block {
         if (maps) E::store(maps + g * maps_stride + i, map);
       }
       if (sum_parameters) {
-        float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_ * kLanes;
+        float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_out_ * kLanes;
         put(gamma_sums, vec(gamma_sums) + gamma_sum);
         put(beta_sums, vec(beta_sums) + beta_sum);
       }
@@ -677,7 +729,7 @@ class Block {
   const Mixing& m_;
   const Plan& plan_;
   Scratch<E>& s_;
-  int64_t sample_, first_row_, rows_, heads_;
+  int64_t sample_, first_row_, rows_, heads_, heads_out_;
   int64_t first_key_ = 0, keys_ = 0;
   Span span_{1};
   Scores products_, exponents_;
@@ -741,7 +793,8 @@ void forward(const Job& job, int64_t index, char* memory) {
   const Unit unit(job, index);
   Scratch<E> scratch(job, false, memory);
   Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
-  std::memset(scratch.norm_sums, 0, 2 * job.problem.heads * sizeof(Vec));
+  const int64_t heads_out = job.problem.heads_out;
+  std::memset(scratch.norm_sums, 0, 2 * heads_out * sizeof(Vec));
   block.load_queries(false);
   const bool lse_known = !whole_rows(job, block);
   if (lse_known) find_lse(job, block);
@@ -753,13 +806,12 @@ void forward(const Job& job, int64_t index, char* memory) {
       block.softmax(r, lse_known, false);
       block.mix(r, block.weights(lse_known));
       if (!job.mixing.sum_maps) continue;
-      block.add_counts(partial + 2 * job.problem.heads);
-      if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1)
-        flush(scratch.norm_sums, 2 * job.problem.heads, partial);
+      block.add_counts(partial + 2 * heads_out);
+      if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1) flush(scratch.norm_sums, 2 * heads_out, partial);
     }
     block.multiply_values();
   }
-  block.store_outs(job.problem.out);
+  block.store_outs(job.problem.out, heads_out);
 }
 
 // Some queries of one sample and head.
@@ -768,8 +820,8 @@ struct Queries {
 
   Queries(const Problem& p, int64_t index) {
     const int64_t stretches = stretches_of_queries(p, kStretch), stretch = index % stretches;
-    sample = index / stretches / p.heads;
-    head = index / stretches % p.heads;
+    sample = index / stretches / p.heads_out;
+    head = index / stretches % p.heads_out;
     first = stretch * kStretch;
     end = stretch == stretches - 1 ? p.seqlen : first + kStretch;
   }
@@ -844,7 +896,7 @@ void finish(const Job& job, int64_t index) {
   const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch, sample = index / stretches,
                 first = index % stretches * kStretch, padded = round_up(p.head_dim, kLanes);
   float level[128 + kLanes] = {}, row[128 + kLanes];
-  for (int64_t g = 0; g < p.heads; g++) {
+  for (int64_t g = 0; g < p.heads_out; g++) {
     const float slope = job.mixing.slope[g];
     for (int64_t r = first; r < smaller(first + kStretch, p.seqlen); r++) {
       if (r == first || p.value_rows > 1) {
@@ -872,14 +924,16 @@ void backward(const Job& job, int64_t index, char* memory) {
   const Plan& plan = job.plan;
   const int64_t part = index / plan.groups, group = index % plan.groups;
   Scratch<E> scratch(job, true, memory);
-  std::memset(scratch.products, 0, (p.heads + 1) * p.heads * sizeof(Vec));
-  std::memset(scratch.norm_sums, 0, 2 * p.heads * sizeof(Vec));
+  const int64_t products = (p.heads + 1) * p.heads_out, score_products = job.mixing.of_scores ? p.heads * p.heads : 0;
+  std::memset(scratch.products, 0, products * sizeof(Vec));
+  std::memset(scratch.norm_sums, 0, 2 * p.heads_out * sizeof(Vec));
+  std::memset(scratch.score_products, 0, score_products * sizeof(Vec));
   double* partial = job.work.partial + index * job.partial_size;
-  const int64_t columns = p.heads * p.head_dim * plan.ld_keys;
+  const int64_t column = p.head_dim * plan.ld_keys;
   const int64_t first = group > 0 ? plan.group_ends[group - 1] : 0, end = plan.group_ends[group];
   for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
-    const int64_t at = (sample * plan.groups + group) * columns;
-    float *grad_key = job.work.grad_key + at, *grad_value = job.work.grad_value + at;
+    const int64_t at = (sample * plan.groups + group) * column;
+    float *grad_key = job.work.grad_key + at * p.heads, *grad_value = job.work.grad_value + at * p.heads_out;
     for (int64_t row = first; row < end; row += plan.block_rows) {
       const int64_t rows = smaller(plan.block_rows, end - row);
       Block<E> block(job, scratch, job.first + sample, row, rows);
@@ -894,8 +948,9 @@ void backward(const Job& job, int64_t index, char* memory) {
           for (int64_t r = 0; r < rows; r++) {
             block.backward_row(r, whole || sweep == 0, sweep == 1);
             if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
-              flush(scratch.products, (p.heads + 1) * p.heads, partial);
-              flush(scratch.norm_sums, 2 * p.heads, partial + (p.heads + 1) * p.heads);
+              flush(scratch.products, products, partial);
+              flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
+              flush(scratch.score_products, score_products, partial + products + 2 * p.heads_out);
             }
           }
           if (sweep == 0) continue;
@@ -904,7 +959,7 @@ void backward(const Job& job, int64_t index, char* memory) {
         }
       }
       if (row == first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, group));
-      block.store_outs(p.grad_query);
+      block.store_outs(p.grad_query, p.heads);
     }
   }
 }
@@ -953,16 +1008,16 @@ void pack(const Job& job, int64_t index, bool backward) {
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
   const int64_t column_size = plan.packed_keys * plan.depth, row_size = plan.keys * plan.ld_dim;
-  const auto pack_panel = [&](const Tensor& t, int64_t head, int64_t panel, char* columns, char* rows,
+  const auto pack_panel = [&](const Tensor& t, int64_t heads, int64_t head, int64_t panel, char* columns, char* rows,
                               uint8_t* spoilt) {
     if (!columns && !rows) return;
     const auto part = [&](char* of, int64_t size) {
-      return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * p.heads + head) * size : nullptr;
+      return of ? reinterpret_cast<Operand*>(of) + (stretch.sample * heads + head) * size : nullptr;
     };
     const int64_t end = smaller(panel + kPanel, stretch.end), inside = smaller(end, p.seqlen_k) - panel;
     const auto row = [&](int64_t key) { return row_of(t, p.dtype, job.first + stretch.sample, head, key); };
     const bool finite = !p.mask.any() || are_finite(p.dtype, row(panel), t.row, inside, t.dim, p.head_dim);
-    uint8_t* notes = spoilt ? spoilt + (stretch.sample * p.heads + head) * plan.keys : nullptr;
+    uint8_t* notes = spoilt ? spoilt + (stretch.sample * heads + head) * plan.keys : nullptr;
     if (notes) std::memset(notes + panel, 0, size_t(end - panel));
     for (int64_t key = panel; key < end; key += 4)
       if (finite)
@@ -972,16 +1027,18 @@ void pack(const Job& job, int64_t index, bool backward) {
         pack_spoilt<E>(p, t, row(key), key, plan, part(columns, column_size), part(rows, row_size),
                        notes ? notes + key : nullptr);
   };
-  for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel)
-    for (int64_t h = 0; h < p.heads; h++) {
-      pack_panel(p.key, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr, nullptr);
-      pack_panel(p.value, h, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows, job.work.spoilt);
-    }
+  for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel) {
+    for (int64_t h = 0; h < p.heads; h++)
+      pack_panel(p.key, p.heads, h, panel, job.work.key_columns, backward ? job.work.key_rows : nullptr, nullptr);
+    for (int64_t g = 0; g < p.heads_out; g++)
+      pack_panel(p.value, p.heads_out, g, panel, backward ? job.work.value_columns : nullptr, job.work.value_rows,
+                 job.work.spoilt);
+  }
   if (!job.work.value_sums) return;
   const int64_t padded = round_up(p.head_dim, kLanes), sample = job.first + stretch.sample;
   const Mask mask(p);
   float row[128 + kLanes], sums[128 + kLanes], terms[kStretch];
-  for (int64_t h = 0; h < p.heads; h++) {
+  for (int64_t h = 0; h < p.heads_out; h++) {
     std::memset(sums, 0, sizeof sums);
     const int64_t end = smaller(stretch.end, p.seqlen_k);
     if (p.mask.any()) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
@@ -991,7 +1048,7 @@ void pack(const Job& job, int64_t index, bool backward) {
       for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
     }
     const int64_t stretches = (plan.keys + kStretch - 1) / kStretch;
-    std::memcpy(job.work.value_sums + ((sample * stretches + stretch.first / kStretch) * p.heads + h) * p.head_dim,
+    std::memcpy(job.work.value_sums + ((sample * stretches + stretch.first / kStretch) * p.heads_out + h) * p.head_dim,
                 sums, size_t(p.head_dim) * sizeof(float));
   }
 }
@@ -1001,7 +1058,7 @@ void reduce(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
-  const int64_t group_size = p.heads * p.head_dim * plan.ld_keys, padded = round_up(p.head_dim, 4);
+  const int64_t padded = round_up(p.head_dim, 4), heads[] = {p.heads, p.heads_out};
   float sums[128 * kColumns], rows[kColumns * 128];
   std::memset(sums, 0, sizeof sums);
   const float* sources[] = {job.work.grad_key, job.work.grad_value};
@@ -1011,7 +1068,8 @@ void reduce(const Job& job, int64_t index) {
     while (first_group < plan.groups - 1 && end_of_columns(job, first_group) <= key) first_group++;
     const bool seen = key < end_of_columns(job, first_group);
     for (int which = 0; which < 2; which++)
-      for (int64_t h = 0; h < p.heads; h++) {
+      for (int64_t h = 0; h < heads[which]; h++) {
+        const int64_t group_size = heads[which] * p.head_dim * plan.ld_keys;
         const float* source =
             sources[which] + stretch.sample * plan.groups * group_size + h * p.head_dim * plan.ld_keys + key;
         for (int64_t d = 0; d < p.head_dim; d++)
@@ -1033,7 +1091,7 @@ void reduce(const Job& job, int64_t index) {
 // Sums of grad * out and of grad * value_sum, for one head of one sample.
 void grad_sums(const Job& job, int64_t index) {
   const Problem& p = job.problem;
-  const int64_t sample = index / p.heads, head = index % p.heads, padded = round_up(p.head_dim, kLanes);
+  const int64_t sample = index / p.heads_out, head = index % p.heads_out, padded = round_up(p.head_dim, kLanes);
   float grad[128 + kLanes], out[128 + kLanes], values[128 + kLanes] = {}, sums[2 * kLanes] = {};
   double* partial = job.work.partial + index * job.partial_size;
   for (int64_t r = 0; r < p.seqlen; r++) {

@@ -30,20 +30,22 @@ struct MaskTensor {
 // A call: names and meaning are those of reattn.backends.contract. Pointers that a direction has no use for are null.
 struct Problem {
   Dtype dtype;
-  int64_t batch, heads, seqlen, seqlen_k, head_dim;
+  int64_t batch, heads, heads_out, seqlen, seqlen_k, head_dim;  // heads before mixing, and after it
   float scale;
   double dropout_p;
   Tensor query, key, value, grad, out;
   Tensor grad_query, grad_key, grad_value;
   const int64_t* seed;
   float* lse;
-  float* value_sum;        // (batch, heads, value_rows, head_dim)
+  float* value_sum;        // (batch, heads_out, value_rows, head_dim)
   int64_t value_rows = 1;  // seqlen where queries see different keys
   MaskTensor mask;
 };
 
-// What the norm comes to for kernels: see csrc/fold.h. Null where there is none; vectors have an element for each head.
+// What the norm comes to for kernels: see csrc/fold.h. Null where there is none; vectors have an element for each head
+// after mixing.
 struct Mixing {
+  const float* of_scores;       // S = of_scores^T R, of the products of query and key, before the mask
   const float *weight, *shift;  // A = W^T P + c
   const float *gamma, *beta;    // N = gamma A + beta, of the quotient with layer norm
   const float *common, *along;  // batch statistics in the backward pass: dA = gamma dN - common - along A
@@ -75,7 +77,7 @@ struct Plan {
 
 // Memory of one call, and of each thread.
 struct Workspace {
-  // By sample of the wave and head.
+  // By sample of the wave and head: of keys before mixing, of values after it.
   char* key_columns;  // keys, head_dim down and keys across, in panels
   char* key_rows;     // keys as they are
   char* value_columns;
@@ -108,9 +110,9 @@ struct Kernels {
   size_t (*scratch_bytes)(const Job&, bool backward);
   void (*pack)(const Job&, int64_t unit, bool backward);      // samples * stretches of keys
   void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums by head: A, A^2, 1
-  void (*sum_values)(const Job&, int64_t unit);               // batch * heads * stretches_of_queries
+  void (*sum_values)(const Job&, int64_t unit);               // batch * heads_out * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
-  void (*grad_sums)(const Job&, int64_t unit);                // batch * heads
+  void (*grad_sums)(const Job&, int64_t unit);                // batch * heads_out
   void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
@@ -120,7 +122,10 @@ constexpr int64_t stretches_of_queries(const Problem& p, int64_t stretch) {
   return p.mask.tensor.row != 0 ? (p.seqlen + stretch - 1) / stretch : 1;
 }
 
-// Sums that the backward pass leaves: P dA by pairs of heads; by head dA, dN A and dN.
-inline constexpr int64_t gradient_sums(int64_t heads) { return (heads + 3) * heads; }
+// Sums that the backward pass leaves: P dA by pairs of heads; by head after mixing dA, dN A and dN; and R dS by pairs,
+// where scores are mixed.
+inline constexpr int64_t gradient_sums(const Problem& p, const Mixing& m) {
+  return (p.heads + 3) * p.heads_out + (m.of_scores ? p.heads * p.heads : 0);
+}
 
 }  // namespace reattn

@@ -24,7 +24,7 @@ class Folded {
     Fold fold = p.fold;
     // Known when the kernel is compiled; and all that is read before anything is stored: the other warps wait for this
     // one.
-    fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = kHeads;
+    fold.p.norm = Norm(REATTN_NORM), fold.p.training = REATTN_TRAINING, fold.p.heads = fold.p.heads_out = kHeads;
     const int head = smaller(lane(), kHeads - 1);
     const bool inside = lane() < kHeads, has_gamma = inside && fold.has_gamma();
     const float gamma = has_gamma ? fold.gamma(head) : 0.0f, beta = has_gamma ? fold.beta(head) : 0.0f;

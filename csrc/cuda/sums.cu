@@ -147,7 +147,7 @@ REATTN_DEVICE Three forward_sums_of(const Params& p, int head) {
 // The fold with the unit that the forward kernel multiplied the weights to a head by: see heads.cuh.
 REATTN_DEVICE Fold in_units(const Params& p, int head) {
   Fold fold = p.fold;
-  fold.p.heads = kHeads;  // known when compiled: loops over heads wait for memory once
+  fold.p.heads = fold.p.heads_out = kHeads;  // known when compiled: loops over heads wait for memory once
   if constexpr (!kFloat) {
     float largest = absolute(p.fold.weight(smaller(lane(), kHeads - 1), head, 0)) * p.keep_scale;
 #pragma unroll

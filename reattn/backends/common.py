@@ -60,36 +60,44 @@ def beyond_limits(problem: Problem) -> list[str]:
     reasons = []
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, got {problem.dtype}")
-    if problem.heads > MAX_HEADS:
-        reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
+    for name, heads in (("heads", problem.heads), ("heads after mixing", problem.heads_out or 0)):
+        if heads > MAX_HEADS:
+            reasons.append(f"takes at most {MAX_HEADS} {name}, got {heads}")
     if problem.head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
-    if problem.pre_mixed:
-        reasons.append("does not mix before the softmax (pre_theta)")
-    if problem.heads_out not in (None, problem.heads):
-        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
     if problem.called is not None:
         reasons.append(f"stores no maps to call {problem.called} on")
     return reasons
 
 
-def empty_heads_last(like: Tensor) -> Tensor:
+def mixes_otherwise(problem: Problem) -> list[str]:
+    """Why a backend that knows nothing but square mixing after the softmax cannot serve a call."""
+    reasons = []
+    if problem.pre_mixed:
+        reasons.append("does not mix before the softmax (pre_theta)")
+    if problem.heads_out not in (None, problem.heads):
+        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
+    return reasons
+
+
+def empty_heads_last(like: Tensor, heads: int | None = None) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
-    dtype of ``like``."""
-    shape = like.shape
-    _, heads, seqlen, head_dim = shape
+    dtype of ``like``, which has as many heads unless they are given."""
+    batch, own_heads, seqlen, head_dim = like.shape
+    heads = own_heads if heads is None else heads
     row = heads * head_dim
     # In one operation: at batch 1 every one of them shows.
-    return like.new_empty_strided(shape, (seqlen * row, head_dim, row, 1))
+    return like.new_empty_strided((batch, heads, seqlen, head_dim), (seqlen * row, head_dim, row, 1))
 
 
-def empty_outputs(problem: Problem, query: Tensor, attn_mask: Tensor | None) -> Outputs:
-    """Uninitialised, for these queries."""
+def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
+    """Uninitialised."""
+    query, heads_out = inputs.query, inputs.theta.shape[1]
     batch, heads, seqlen, head_dim = query.shape
-    rows = seqlen if hides_by_row(problem, attn_mask) else 1
-    sums, values = ((3, heads), (batch, heads, rows, head_dim)) if problem.batch_statistics else (0, 0)
+    rows = seqlen if hides_by_row(problem, inputs.attn_mask) else 1
+    sums, values = ((3, heads_out), (batch, heads_out, rows, head_dim)) if problem.batch_statistics else (0, 0)
     return Outputs(
-        empty_heads_last(query),
+        empty_heads_last(query, heads_out),
         query.new_empty(batch, heads, seqlen, dtype=torch.float32),  # numbers: a torch.Size takes twice as long
         query.new_empty(sums, dtype=torch.float64),
         query.new_empty(values, dtype=torch.float32),
@@ -110,9 +118,11 @@ def _empty_gradient(like: Tensor, parameter: Tensor | None) -> Tensor:
 def empty_gradients(problem: Problem, inputs: Inputs, into: Maps | None) -> Gradients:
     """Uninitialised: of query, key and value the tensors given or new ones; of all others in float32."""
     if into is None:
-        query, key = map(empty_heads_last, inputs[:2])
-        into = query, key, torch.empty_like(key)  # value is shaped alike
-    others = (*inputs[3:7], inputs.attn_mask if problem.mask_gradient else None)
+        query, key, value = inputs[:3]
+        of_key = empty_heads_last(key)
+        of_value = torch.empty_like(of_key) if value.shape == key.shape else empty_heads_last(value)
+        into = empty_heads_last(query), of_key, of_value
+    others = (*inputs[3:7], inputs.attn_mask if problem.mask_gradient else None, inputs.pre_theta)
     return Gradients(*into, *[_empty_gradient(inputs.theta, tensor) for tensor in others])
 
 
@@ -124,7 +134,7 @@ def zeroed(gradients: Gradients) -> Gradients:
 def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
     """The gradients of parameters in the dtypes of these; as a rule they are, and nothing is copied. Those of query,
     key and value are."""
-    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], (*inputs[3:7], inputs.attn_mask)))
+    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], (*inputs[3:7], *inputs[-2:])))
 
 
 def _in_dtype_of(gradient: Tensor, given: Tensor | None) -> Tensor:

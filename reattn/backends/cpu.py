@@ -83,7 +83,7 @@ def _use_torch_threads() -> bool:
 
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
+    outputs = common.empty_outputs(problem, inputs)
     call, kept, running = _call(problem, inputs, outputs, update=not problem.synchronised)
     call.query, call.key, call.value = map(_argument, inputs[:3])
     _cpu.forward(call)
@@ -133,6 +133,8 @@ def backward(
     for name in ("bias", "norm_weight", "norm_bias"):
         if getattr(inputs, name) is not None:
             setattr(call, f"grad_{name}", address(getattr(gradients, name)))
+    if problem.pre_mixed:
+        call.grad_pre_theta = address(gradients.pre_theta)
     if problem.mask_gradient:
         call.grad_mask = address(gradients.attn_mask.zero_())
     _cpu.backward(call)
@@ -159,8 +161,9 @@ def _call(
     or, with ``update``, changes."""
     call = _sized_call(problem, inputs.query, inputs.key.shape[2])
     call.scale, call.eps, call.output_scale = problem.scale, problem.eps, problem.output_scale
-    kept = [as_float32(tensor) for tensor in inputs[3:7]]
-    call.theta, call.bias, call.norm_weight, call.norm_bias = map(address, kept)
+    call.heads_out = inputs.theta.shape[1]
+    kept = [as_float32(tensor) for tensor in (*inputs[3:7], inputs.pre_theta)]
+    call.theta, call.bias, call.norm_weight, call.norm_bias, call.pre_theta = map(address, kept)
     if inputs.seed is not None:
         call.dropout_p, call.seed = problem.dropout_p, inputs.seed.data_ptr()
     call.is_causal = problem.is_causal

@@ -37,7 +37,7 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_otherwise(problem)
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
@@ -91,7 +91,7 @@ def _find_too_large(device: int, itemsize: int, heads: int, head_dim: int) -> li
 @on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
+    outputs = common.empty_outputs(problem, inputs)
     finishes = problem.batch_statistics and not problem.synchronised
     if not inputs.query.numel():
         outputs.statistics.zero_(), outputs.value_sum.zero_()
@@ -502,7 +502,7 @@ def _stream(query: Tensor) -> int:
 
 def _readable(problem: Problem, inputs: Inputs) -> Inputs:
     """What kernels read, as they read it."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, _ = inputs
     _, sign = _positive(problem.scale)
     if sign != 1:
         query = query * sign
@@ -533,6 +533,7 @@ def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, stride
     params.centre = centre = _rounded(1 / seqlen_k, problem.dtype)
     parameters = params.fold.p
     parameters.norm, parameters.heads = common.NORMS.index(problem.norm), heads
+    parameters.heads_out = heads
     parameters.training = problem.batch_statistics
     parameters.output_scale, parameters.eps, parameters.unit_scale = problem.output_scale, problem.eps, 1.0
     parameters.momentum = -1.0 if problem.momentum is None else problem.momentum
@@ -550,7 +551,7 @@ def _strided(strides: tuple[int, ...], rows: int) -> cuda_plan.Tensor:
 
 def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs) -> Params:
     """A copy with the addresses of what both directions have."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, _ = inputs
     params = Params.from_buffer_copy(template)
     params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
     params.lse, params.seed = outputs.lse.data_ptr(), address(seed)

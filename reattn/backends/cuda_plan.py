@@ -39,6 +39,7 @@ class Parameters(Structure):
         ("norm", c_int),
         ("training", c_bool),
         ("heads", c_int),
+        ("heads_out", c_int),
         *((name, c_float) for name in ("output_scale", "eps", "momentum", "centre", "taken", "unit_scale")),
     ]
 

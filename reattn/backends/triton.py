@@ -62,14 +62,14 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_otherwise(problem)
 
 
 @on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
     batch, heads, seqlen, _ = inputs.query.shape
-    outputs = common.empty_outputs(problem, inputs.query, inputs.attn_mask)
+    outputs = common.empty_outputs(problem, inputs)
     query, key, value = map(_aligned, inputs[:3])
     norm = _norm(problem, inputs)
 
