@@ -1,8 +1,9 @@
 """The backward pass: a sweep that leaves maps to two kernels, which multiply them by query, key and gradient.
 
 ``grad_maps_kernel`` computes every map once, of all heads together, and leaves the normalised maps and the gradients of
-the maps in a workspace, (samples, HEADS, rows, keys). What is left has no heads to mix: ``grad_query_kernel`` makes of
-them dQ, and in their place the gradients of the scores; ``grad_key_kernel`` makes dK and dV.
+the maps in a workspace, (samples, heads, rows, keys). What is left has no heads to mix: ``grad_query_kernel`` makes of
+them dQ, and in their place the gradients of the scores; ``grad_key_kernel`` makes dK and dV. Where scores are mixed
+before the softmax, ``grad_scores_kernel`` comes between: its gradients of the scores are unmixed already.
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +13,21 @@ import triton.language as tl
 
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
 from .masks import find_hidden, find_span, find_visible_keys, find_visible_positions
-from .scores import OUTSIDE, dropout, map_tile, probabilities, score_tile, unless_blind
+from .scores import (
+    OUTSIDE,
+    as_exponents,
+    as_operand,
+    dropout,
+    load_pre_mixing,
+    map_tile,
+    mix_scores,
+    probabilities,
+    score_tile,
+    unless_blind,
+)
 from .tiles import (
     accumulate,
+    after_mixing,
     any_broken,
     by_head,
     by_position,
@@ -25,6 +38,7 @@ from .tiles import (
     heads_first,
     is_finite,
     laid_out_like,
+    load_matrix,
     load_rows,
     mix_heads,
     only_finite,
@@ -89,6 +103,7 @@ def grad_maps_kernel(
     v,
     grad,
     norm,
+    pre_theta_ptr,
     mask,
     lse_ptr,
     delta_ptr,
@@ -120,12 +135,14 @@ def grad_maps_kernel(
     batch, row_start = first_sample + sample, rows.first + row
     # Rows outside the sequence repeat the last query: zero times an infinite key would be NaN. They have no gradient.
     q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
-    grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, SHAPE)
+    OUT: tl.constexpr = after_mixing(SHAPE)
+    grad_tile = load_rows(grad, batch, 0, row_start, 0, BLOCK_M, OUT)
     lse, row_mask = load_lse(lse_ptr, batch, 0, row_start, q, BLOCK_M, SHAPE)
     clear, keys = find_span(mask, batch, row_start, k, BLOCK_M, SHAPE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     mixing = load_mixing(norm, 1.0 / k.seqlen, dtype, SHAPE, True)
     unmixing = load_unmixing(norm, dtype, SHAPE)
+    pre_mixing = load_pre_mixing(pre_theta_ptr, dtype, BLOCK_M, BLOCK_N, SHAPE)
     layout = dot_layout(mixing[0], BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
     transposed_layout = dot_layout(mixing[0], BLOCK_M, HEADS_PACKED, 2, SHAPE)
     in_sequence = row_start + position_rows(BLOCK_M, BLOCK_N, SHAPE) < q.seqlen
@@ -146,10 +163,10 @@ def grad_maps_kernel(
         ):  # fmt: skip
             visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE, sweep > 0)
             k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
-            v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
+            v_tile = load_rows(v, batch, 0, column, 0, BLOCK_N, OUT, sweep > 0, visible=visible)
             probs, kept, centred, hidden_by_head = map_tile(
-                q_tile, q, row_start, k_tile, k, column, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p,
-                dtype, BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
+                q_tile, q, row_start, k_tile, k, column, batch, lse, pre_mixing, seed_ptr, mask, visible, scale_log2,
+                dropout_p, dtype, BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
             )  # fmt: skip
             heads_by_position = laid_out_like(tl.permute(centred, (0, 2, 1)), transposed_layout)
             centred = laid_out_like(centred, layout)
@@ -158,7 +175,7 @@ def grad_maps_kernel(
                 centred, hidden = find_hidden(centred, 1.0 / k.seqlen, SHAPE)
             # Before the dot that ``unit`` comes from: of the layouts of a sum's operands Triton takes the later dot's.
             grad_normed = dot_rows(
-                grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible
+                grad_tile, grad, row_start, v_tile, v, column, batch, 0, BLOCK_M, BLOCK_N, OUT, visible
             )
             normed, unit, inverse_rms = normalise(centred, mixing, norm, SHAPE, True)
             grad_normed = laid_out_like(by_position(grad_normed.to(dtype), SHAPE), unit).to(tl.float32)
@@ -174,7 +191,7 @@ def grad_maps_kernel(
             if SHAPE.BY_ROW and sweep == 0:
                 normed = tl.where(inside_both, normed, 0.0)
                 grad_normed = tl.where(inside_both, grad_normed, 0.0)
-            pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, OUT)
             tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
 
             grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
@@ -234,6 +251,85 @@ def grad_maps_kernel(
 
 
 @triton.jit(do_not_specialize=["first_sample"])
+def grad_scores_kernel(
+    q,
+    k,
+    pre_theta_ptr,
+    mask,
+    lse_ptr,
+    delta_ptr,
+    seed_ptr,
+    grad_maps_ptr,
+    grad_scores_ptr,
+    grad_weight_ptr,
+    scale_log2,
+    dropout_p,
+    first_sample,
+    rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One block of query rows, all heads, where scores are mixed: in the place of the gradients of the maps those of
+    the products of query and key; those of the mixed scores to ``grad_scores_ptr``, unless None; and partial sums for
+    the gradient of the weights, to (blocks, PACK * HEADS_PADDED, PACK * HEADS_PADDED)."""
+    GROUPS: tl.constexpr = groups(BLOCK_M, SHAPE)
+    HEADS_PACKED: tl.constexpr = SHAPE.PACK * SHAPE.HEADS_PADDED
+    HEADS: tl.constexpr = SHAPE.HEADS
+    sample, row = which_block(rows.count, BLOCK_M)
+    batch, row_start = first_sample + sample, rows.first + row
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    q_tile = load_rows(q, batch, 0, row_start, 0, BLOCK_M, SHAPE, REPEAT=True)
+    lse, _ = load_lse(lse_ptr, batch, 0, row_start, q, BLOCK_M, SHAPE)
+    _, keys = find_span(mask, batch, row_start, k, BLOCK_M, SHAPE)
+    delta_block, row_mask = per_row_pointers(delta_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
+    delta = tl.load(delta_block, mask=row_mask, other=0.0)
+    reached = delta
+    if SHAPE.PACK > 1:
+        delta = tl.where(is_finite(reached), delta, 0.0)
+    pre_mixing = load_pre_mixing(pre_theta_ptr, dtype, BLOCK_M, BLOCK_N, SHAPE)
+    unmixing = load_matrix(pre_theta_ptr, 1, HEADS, HEADS, HEADS, SHAPE).to(dtype)
+    layout = dot_layout(unmixing, BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
+    transposed_layout = dot_layout(unmixing, BLOCK_M, HEADS_PACKED, 2, SHAPE)
+    grad_weight = tl.full((GROUPS, HEADS_PACKED, HEADS_PACKED), 0.0, dtype=tl.float32)
+    for column in range(0, keys, BLOCK_N):
+        visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE)
+        k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
+        dots = dot_rows(q_tile, q, row_start, k_tile, k, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible)
+        # Nothing of a key that is not finite may arrive where it is hidden; where it is seen, delta is NaN.
+        operand, finite = as_operand(dots, dtype)
+        operand = laid_out_like(tl.permute(by_position(operand, SHAPE), (0, 2, 1)), transposed_layout)
+        scores = as_exponents(
+            mix_scores(dots, pre_mixing, SHAPE), q, row_start, k, column, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N,
+            SHAPE, False,
+        )  # fmt: skip
+        probs = probabilities(scores, lse, SHAPE)
+        kept = dropout(
+            probs, seed_ptr, dropout_p, batch, 0, row_start + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N),
+            SHAPE,
+        )  # fmt: skip
+        pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+        grad_kept = laid_out_like(tl.load(pointers, mask=inside, other=0.0), scores).to(tl.float32)
+        grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+        if grad_scores_ptr is not None:
+            of_mask, inside = map_pointers(grad_scores_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
+            tl.store(of_mask, poison_rows(grad_scores, reached, SHAPE), mask=inside)
+        grad_scores = laid_out_like(by_position(grad_scores, SHAPE), layout)
+        grad_weight += tl.dot(operand, grad_scores, input_precision=SHAPE.PRECISION)
+        grad_dots = by_head(mix_heads(grad_scores, unmixing, SHAPE).to(dtype), BLOCK_N, SHAPE)
+        tl.store(pointers, poison_rows(grad_dots, reached, SHAPE), mask=inside)
+    grad_weight = sum_by_halves(tl.reshape(grad_weight, (GROUPS, HEADS_PACKED * HEADS_PACKED)))
+    grad_weight = tl.reshape(grad_weight, (HEADS_PACKED, HEADS_PACKED))
+    if SHAPE.PACK > 1:
+        broken = tl.sum(tl.sum(tl.where(is_finite(reached), 0, 1), axis=1), axis=0)
+        grad_weight = tl.where(broken > 0, float("nan"), grad_weight)
+    block = tl.cast(batch, tl.int64) * tl.cdiv(q.seqlen, BLOCK_M) + row_start // BLOCK_M
+    index = tl.arange(0, HEADS_PACKED)
+    place = grad_weight_ptr + block * (HEADS_PACKED * HEADS_PACKED)
+    tl.store(place + index[:, None] * HEADS_PACKED + index[None, :], grad_weight)
+
+
+@triton.jit(do_not_specialize=["first_sample"])
 def grad_query_kernel(
     q,
     k,
@@ -252,7 +348,8 @@ def grad_query_kernel(
     BLOCK_N: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One block of query rows, some heads: dQ, and in the place of the gradients of the maps those of the scores."""
+    """One block of query rows, some heads: dQ, and in the place of the gradients of the maps those of the scores, which
+    are there already where scores are mixed."""
     sample, row = which_block(rows.count, BLOCK_M)
     first_head = tl.program_id(1) * SHAPE.HEADS_PADDED
     batch, row_start = first_sample + sample, rows.first + row
@@ -275,18 +372,21 @@ def grad_query_kernel(
                 grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
             )
             grad_kept = tl.load(pointers, mask=inside, other=0.0)
-            scores = score_tile(
-                q_tile, q, row_start, k_tile, k, column, batch, first_head, mask, visible, scale_log2, BLOCK_M, BLOCK_N,
-                SHAPE, sweep > 0,
-            )  # fmt: skip
-            probs = probabilities(scores, lse, SHAPE)
-            kept = dropout(
-                probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
-                column + tl.arange(0, BLOCK_N), SHAPE,
-            )  # fmt: skip
-            grad_kept = laid_out_like(grad_kept, scores).to(tl.float32)
-            grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
-            tl.store(pointers, grad_scores, mask=inside)
+            if SHAPE.PRE_MIX:
+                grad_scores = grad_kept
+            else:
+                scores = score_tile(
+                    q_tile, q, row_start, k_tile, k, column, batch, first_head, None, mask, visible, scale_log2,
+                    BLOCK_M, BLOCK_N, SHAPE, sweep > 0,
+                )  # fmt: skip
+                probs = probabilities(scores, lse, SHAPE)
+                kept = dropout(
+                    probs, seed_ptr, dropout_p, batch, first_head, row_start + tl.arange(0, BLOCK_M),
+                    column + tl.arange(0, BLOCK_N), SHAPE,
+                )  # fmt: skip
+                grad_kept = laid_out_like(grad_kept, scores).to(tl.float32)
+                grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+                tl.store(pointers, grad_scores, mask=inside)
             dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
     if SHAPE.BY_ROW:
         if any_broken(dq_main, dq_tail, SHAPE) > 0:
@@ -330,20 +430,21 @@ def grad_key_kernel(
     """
     sample, column = which_block(grad_k.seqlen, BLOCK_N)
     first_head = tl.program_id(1) * SHAPE.HEADS_PADDED
+    OUT: tl.constexpr = after_mixing(SHAPE)
     batch = first_sample + sample
     dk_main, dk_tail = zero_rows(BLOCK_N, SHAPE)
     dv_main, dv_tail = zero_rows(BLOCK_N, SHAPE)
     if not FIRST:
         dk_main, dk_tail = load_rows(sum_k, sample, first_head, column, 0, BLOCK_N, SHAPE)
-        dv_main, dv_tail = load_rows(sum_v, sample, first_head, column, 0, BLOCK_N, SHAPE)
+        dv_main, dv_tail = load_rows(sum_v, sample, first_head, column, 0, BLOCK_N, OUT)
     first_row = 0
     if SHAPE.CAUSAL:
         first_row = tl.maximum(column - rows.first, 0) // BLOCK_M * BLOCK_M
     for row in range(first_row, rows.count, BLOCK_M):
         q_tile = load_rows(q, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
-        grad_tile = load_rows(grad, batch, first_head, rows.first + row, 0, BLOCK_M, SHAPE)
+        grad_tile = load_rows(grad, batch, first_head, rows.first + row, 0, BLOCK_M, OUT)
         pointers, inside = map_pointers(
-            mixed_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE, OPERANDS=True
+            mixed_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, OUT, OPERANDS=True
         )
         normed = tl.load(pointers, mask=inside, other=0.0)
         dv_main, dv_tail = accumulate(dv_main, dv_tail, tl.permute(normed, (0, 2, 1)), grad_tile, SHAPE)
@@ -372,7 +473,7 @@ def grad_key_kernel(
         dv_main, dv_tail = tl.where(visible, dv_main, 0.0), tl.where(visible, dv_tail, 0.0)
     if LAST:
         store_rows(grad_k, batch, first_head, column, 0, dk_main * scale, dk_tail * scale, BLOCK_N, SHAPE)
-        store_rows(grad_v, batch, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)
+        store_rows(grad_v, batch, first_head, column, 0, dv_main, dv_tail, BLOCK_N, OUT)
     else:
         store_rows(sum_k, sample, first_head, column, 0, dk_main, dk_tail, BLOCK_N, SHAPE)
-        store_rows(sum_v, sample, first_head, column, 0, dv_main, dv_tail, BLOCK_N, SHAPE)
+        store_rows(sum_v, sample, first_head, column, 0, dv_main, dv_tail, BLOCK_N, OUT)

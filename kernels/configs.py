@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """A tile, and the largest problem it is for: bytes an element, heads, head_dim; whether 100 KB of shared memory do;
-    and whether registers suffice for dropout, which takes some dozen more."""
+    and whether registers suffice for dropout, or mixing before the softmax, which take some dozen more."""
 
     itemsize: int
     heads: int
@@ -70,6 +70,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, 16, 128, Tile(16, 16, dim=16)),
         Row(4, 32, 128, Tile(4, 16, dim=16)),
     ),
+    "grad_scores": (
+        Row(2, 8, 64, Tile(32, 16)),
+        Row(2, 16, 64, Tile(16, 16)),
+        Row(2, 8, 128, Tile(16, 16, dim=32)),
+        Row(2, 16, 128, Tile(8, 16, dim=32)),
+        Row(2, 32, 128, Tile(4, 16, dim=16)),
+        Row(4, 4, 128, Tile(32, 16, dim=16)),
+        Row(4, 16, 128, Tile(16, 16, dim=16)),
+        Row(4, 32, 128, Tile(4, 16, dim=16)),
+    ),
     "grad_query": (
         Row(2, 32, 64, Tile(32, 16, 4, 2)),
         Row(2, 32, 128, Tile(16, 16, 4, 2)),
@@ -94,11 +104,12 @@ UNFOLD_BLOCK = 32
 _LARGE_SHARED = (80, 87, 90)
 
 
-def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int, dropout: bool = False) -> Tile:
-    """The table's tile for a problem, on an architecture (80 for sm_80)."""
+def tile(kernel: str, arch: int, itemsize: int, heads: int, head_dim: int, more_registers: bool = False) -> Tile:
+    """The table's tile for a problem, on an architecture (80 for sm_80). ``heads``: before or after mixing, the larger
+    number. ``more_registers``: for dropout, or mixing before the softmax."""
     for row in TABLE[kernel]:
         fits = row.itemsize == itemsize and heads <= row.heads and head_dim <= row.head_dim
-        if fits and (row.small or arch in _LARGE_SHARED) and (row.dropout or not dropout):
+        if fits and (row.small or arch in _LARGE_SHARED) and (row.dropout or not more_registers):
             return row.tile
     raise LookupError(f"{kernel} has no tile for {heads} heads of {head_dim}, {itemsize} bytes an element")
 
@@ -129,6 +140,8 @@ def shape(
     wide: bool,
     norm: str,
     training: bool,
+    heads_out: int | None = None,
+    pre_mixed: bool = False,
     mask: str = "none",
     mask_heads: bool = False,
     mask_rows: bool = False,
@@ -146,13 +159,14 @@ def shape(
         tail = whole - main
         if tail & (tail - 1):  # 112 = 64 + 48: the tail, too, must be a power of two
             main, tail = 2 * main, 0
-    heads_padded = padded(heads)
+    heads_out = heads if heads_out is None else heads_out
+    heads_padded = padded(max(heads, heads_out))
     pack = max(1, 16 // heads_padded)
     dims = head_dim, dim_loaded, main, tail, chunks
     masked = mask != "none"
     clear = (masked or causal) and mask != "float" and not mask_heads and not mask_rows
     masks = mask, mask_heads, mask_rows, causal, masked or causal, masked and not mask_rows, mask_rows or causal, clear
-    return Shape(heads, heads_padded, pack, *dims, precision, wide, norm, training, *masks)
+    return Shape(heads, heads_out, heads_padded, pack, *dims, precision, wide, norm, training, *masks, pre_mixed)
 
 
 def sums_blocks(head_dim: int) -> dict[str, int]:

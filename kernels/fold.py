@@ -1,31 +1,33 @@
 """What a norm makes of theta, bias and its own parameters, and of their gradients: the only place in the Triton kernels
-that knows a norm's name. csrc/fold.h is its like. Derivation: docs/operator.md, sections 2 to 4."""
+that knows a norm's name. csrc/fold.h is its like. Derivation: docs/operator.md, sections 2 to 4.
+
+All vectors are by head after mixing."""
 
 import triton
 import triton.language as tl
 
-from .tiles import load_heads, load_matrix, mean_over_heads, mix_heads
+from .tiles import after_mixing, load_heads, load_matrix, mean_over_heads, mix_heads
 
 
 @triton.jit
 def load_gamma(norm, SHAPE: tl.constexpr):
     """output_scale * norm_weight: [PACK * HEADS_PADDED]."""
-    return load_heads(norm.norm_weight, 1.0, SHAPE) * norm.output_scale
+    return load_heads(norm.norm_weight, 1.0, after_mixing(SHAPE)) * norm.output_scale
 
 
 @triton.jit
 def load_beta(norm, SHAPE: tl.constexpr):
     """output_scale * norm_bias: [PACK * HEADS_PADDED]."""
-    return load_heads(norm.norm_bias, 0.0, SHAPE) * norm.output_scale
+    return load_heads(norm.norm_bias, 0.0, after_mixing(SHAPE)) * norm.output_scale
 
 
 @triton.jit
 def inverse_deviation(norm, SHAPE: tl.constexpr):
     """1 / standard deviation, of the batch or as it runs: [PACK * HEADS_PADDED]."""
     if SHAPE.TRAINING:
-        inverse = load_heads(norm.statistics + SHAPE.HEADS, 0.0, SHAPE).to(tl.float32)
+        inverse = load_heads(norm.statistics + SHAPE.HEADS_OUT, 0.0, after_mixing(SHAPE)).to(tl.float32)
     else:
-        inverse = tl.rsqrt(load_heads(norm.running_var, 1.0, SHAPE) + norm.eps)
+        inverse = tl.rsqrt(load_heads(norm.running_var, 1.0, after_mixing(SHAPE)) + norm.eps)
     return inverse
 
 
@@ -50,18 +52,20 @@ def load_weights(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr, UNMIX: tl.co
     """The mixing weights, heads before mixing down and after it across, or with UNMIX the other way round: float32,
     PACK times down the diagonal."""
     factor = column_factor(norm, SHAPE, BACKWARD)
+    HEADS: tl.constexpr = SHAPE.HEADS
+    HEADS_OUT: tl.constexpr = SHAPE.HEADS_OUT
     if UNMIX:
-        theta = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE)
+        theta = load_matrix(norm.theta, 1, HEADS_OUT, HEADS_OUT, HEADS, SHAPE)
         if SHAPE.NORM == "layer":
             # Centring over the heads is linear.
-            ones = load_matrix(norm.theta, 1, SHAPE.HEADS, SHAPE, ONES=True)
-            theta -= ones * (tl.sum(theta, axis=0) / SHAPE.HEADS)[None, :]
+            ones = load_matrix(norm.theta, 1, HEADS_OUT, HEADS_OUT, HEADS, SHAPE, ONES=True)
+            theta -= ones * (tl.sum(theta, axis=0) / HEADS_OUT)[None, :]
         weights = theta * factor[:, None]
     else:
-        theta = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE)
+        theta = load_matrix(norm.theta, HEADS_OUT, 1, HEADS, HEADS_OUT, SHAPE)
         if SHAPE.NORM == "layer":
-            ones = load_matrix(norm.theta, SHAPE.HEADS, 1, SHAPE, ONES=True)
-            theta -= ones * (tl.sum(theta, axis=1) / SHAPE.HEADS)[:, None]
+            ones = load_matrix(norm.theta, HEADS_OUT, 1, HEADS, HEADS_OUT, SHAPE, ONES=True)
+            theta -= ones * (tl.sum(theta, axis=1) / HEADS_OUT)[:, None]
         weights = theta * factor[None, :]
     return weights
 
@@ -70,23 +74,24 @@ def load_weights(norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr, UNMIX: tl.co
 def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD: tl.constexpr):
     """The mixing weights in the dots' dtype; the shift, with what centring took from the maps; gamma and beta. Vectors
     are [1, 1, PACK * HEADS_PADDED]; where gamma and beta are not needed, they are the shift."""
+    OUT: tl.constexpr = after_mixing(SHAPE)
     weights = load_weights(norm, SHAPE, BACKWARD, False)
-    bias = load_heads(norm.bias, 0.0, SHAPE)
+    bias = load_heads(norm.bias, 0.0, OUT)
     taken = tl.sum(weights, axis=0) * centre
     if SHAPE.NORM == "none":
         shift = bias * norm.output_scale + taken
     elif SHAPE.NORM == "layer":
-        mean = tl.sum(bias, axis=0) / (SHAPE.HEADS * SHAPE.PACK)
+        mean = tl.sum(bias, axis=0) / (OUT.HEADS * SHAPE.PACK)
         head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
-        shift = tl.where(head < SHAPE.HEADS, bias - mean + taken, 0.0)
+        shift = tl.where(head < OUT.HEADS, bias - mean + taken, 0.0)
     elif SHAPE.TRAINING:
         # The maps stay centred.
         shift = taken * 0.0
         if BACKWARD:
-            shift = -load_heads(norm.statistics, 0.0, SHAPE).to(tl.float32) * inverse_deviation(norm, SHAPE)
+            shift = -load_heads(norm.statistics, 0.0, OUT).to(tl.float32) * inverse_deviation(norm, SHAPE)
     else:
         factor = column_factor(norm, SHAPE, BACKWARD)
-        shift = (bias - load_heads(norm.running_mean, 0.0, SHAPE)) * factor + taken
+        shift = (bias - load_heads(norm.running_mean, 0.0, OUT)) * factor + taken
         if not BACKWARD:
             shift += load_beta(norm, SHAPE)
     shift = shift[None, None, :]
@@ -101,13 +106,14 @@ def load_mixing(norm, centre, dtype: tl.constexpr, SHAPE: tl.constexpr, BACKWARD
 def load_unmixing(norm, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """The weights [h, g] in the dots' dtype; and what batch statistics add to the gradient of the mixed maps, which is
     gamma dN - common - along A: [1, 1, PACK * HEADS_PADDED]. Without such statistics both vectors are gamma, unused."""
+    OUT: tl.constexpr = after_mixing(SHAPE)
     weights = load_weights(norm, SHAPE, True, True).to(dtype)
     common = load_gamma(norm, SHAPE)
     along = common
     if SHAPE.NORM == "batch" and SHAPE.TRAINING:
-        positions = load_heads(norm.statistics + 2 * SHAPE.HEADS, 1.0, SHAPE)
-        of_values = load_heads(norm.grad_sums + SHAPE.HEADS, 0.0, SHAPE)
-        of_out = load_heads(norm.grad_sums, 0.0, SHAPE)
+        positions = load_heads(norm.statistics + 2 * OUT.HEADS, 1.0, OUT)
+        of_values = load_heads(norm.grad_sums + OUT.HEADS, 0.0, OUT)
+        of_out = load_heads(norm.grad_sums, 0.0, OUT)
         along = ((of_out - load_beta(norm, SHAPE).to(tl.float64) * of_values) / positions).to(tl.float32)
         common = (common.to(tl.float64) * of_values / positions).to(tl.float32)
     return weights, common[None, None, :], along[None, None, :]
@@ -123,7 +129,8 @@ def normalise(centred, mixing, norm, SHAPE: tl.constexpr, BACKWARD: tl.constexpr
     if SHAPE.NORM == "layer":
         # Without eps: where there is no key, or a hidden one, there may be nothing to divide.
         smallest: tl.constexpr = 2e-38
-        mean_square = tl.maximum(mean_over_heads(normed * normed, weights.dtype, SHAPE) + norm.eps, smallest)
+        mean_square = mean_over_heads(normed * normed, weights.dtype, after_mixing(SHAPE))
+        mean_square = tl.maximum(mean_square + norm.eps, smallest)
         inverse_rms = tl.rsqrt(mean_square)
         unit = normed * inverse_rms
     if SHAPE.NORM == "layer" or (SHAPE.NORM == "batch" and BACKWARD):
@@ -137,15 +144,16 @@ def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: 
     _, _, gamma, _ = mixing
     weights, common, along = unmixing
     grad_mixed = grad_normed
+    OUT: tl.constexpr = after_mixing(SHAPE)
     if SHAPE.NORM == "layer":
         # The weights sum to zero over the heads after mixing: what these share reaches nothing, and would only be
         # rounded.
         scaled = grad_normed * gamma
-        scaled -= mean_over_heads(scaled, weights.dtype, SHAPE)
-        if SHAPE.HEADS < SHAPE.HEADS_PADDED:
+        scaled -= mean_over_heads(scaled, weights.dtype, OUT)
+        if OUT.HEADS < SHAPE.HEADS_PADDED:
             head = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED) % SHAPE.HEADS_PADDED
-            scaled = tl.where((head < SHAPE.HEADS)[None, None, :], scaled, 0.0)
-        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, weights.dtype, SHAPE))
+            scaled = tl.where((head < OUT.HEADS)[None, None, :], scaled, 0.0)
+        grad_mixed = inverse_rms * (scaled - unit * mean_over_heads(scaled * unit, weights.dtype, OUT))
     if SHAPE.NORM == "batch":
         grad_mixed = grad_normed * gamma
         if SHAPE.TRAINING:
@@ -157,7 +165,7 @@ def normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE: 
 def mixed_centre(norm, head, centre, SHAPE: tl.constexpr):
     """What a head's mixed maps are about: the centre of the maps, mixed; float64."""
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
-    column = tl.load(norm.theta + heads * SHAPE.HEADS + head, mask=heads < SHAPE.HEADS, other=0.0)
+    column = tl.load(norm.theta + heads * SHAPE.HEADS_OUT + head, mask=heads < SHAPE.HEADS, other=0.0)
     return tl.sum(column.to(tl.float64), axis=0) * centre
 
 

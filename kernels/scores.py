@@ -4,18 +4,95 @@ import triton
 import triton.language as tl
 
 from .masks import HIDDEN, find_visible_keys, hides, load_mask
-from .tiles import by_position, dot_rows, held, is_finite, load_rows
+from .tiles import (
+    by_head,
+    by_position,
+    dot_layout,
+    dot_rows,
+    held,
+    is_finite,
+    laid_out_like,
+    load_matrix,
+    load_rows,
+    mix_heads,
+    over_heads,
+    positions,
+)
+
+
+@triton.jit
+def load_pre_mixing(pre_theta_ptr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE):
+    """What ``mix_scores`` of tiles with BLOCK_N keys takes: the weights in the dots' dtype, and the layout of what it
+    mixes. None where nothing is mixed before the softmax."""
+    pre_mixing = None
+    if SHAPE.PRE_MIX:
+        HEADS: tl.constexpr = SHAPE.HEADS
+        weights = load_matrix(pre_theta_ptr, HEADS, 1, HEADS, HEADS, SHAPE).to(dtype)
+        pre_mixing = weights, dot_layout(weights, BLOCK_M, positions(BLOCK_M, BLOCK_N, SHAPE), 1, SHAPE)
+    return pre_mixing
+
+
+@triton.jit
+def as_operand(dots, dtype: tl.constexpr):
+    """Products of query and key in the dots' dtype, what is not finite as zero; and where that is."""
+    rounded = dots.to(dtype)
+    finite = is_finite(rounded)
+    return tl.where(finite, rounded, 0.0).to(dtype), finite
+
+
+@triton.jit
+def mix_scores(dots, pre_mixing, SHAPE: tl.constexpr):
+    """Products of query and key, mixed over the heads: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
+
+    Zero times what is not finite would be NaN in rows that share a dot with its row. A head keeps its own; how the
+    others come by it, see ``spread_over_heads``.
+    """
+    weights, layout = pre_mixing
+    dtype: tl.constexpr = weights.dtype
+    if SHAPE.PACK > 1:
+        rounded, finite = as_operand(dots, dtype)
+    else:
+        rounded = dots.to(dtype)
+    tile = laid_out_like(by_position(rounded, SHAPE), layout)
+    # In the layout of the dots, which Triton can sum: see ``laid_out_like``.
+    mixed = by_head(mix_heads(tile, weights, SHAPE), dots.shape[2], SHAPE)
+    mixed = tl.inline_asm_elementwise("", "=f,0,f", [mixed, dots], dtype=tl.float32, is_pure=True, pack=1)
+    if SHAPE.PACK > 1:
+        mixed = tl.where(finite, mixed, float("nan"))
+    return mixed
+
+
+@triton.jit
+def spread_over_heads(lse, SHAPE: tl.constexpr):
+    """NaN in every head of a row whose LSE is NaN in one: every head's scores are made of all."""
+    if SHAPE.PACK > 1:
+        broken = over_heads(tl.where(lse == lse, 0.0, float("nan"))) != 0.0
+        lse = tl.where(broken, float("nan"), lse)
+    return lse
 
 
 @triton.jit
 def score_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, mask, visible, scale_log2,
+    q_tile, q, row_start, k_tile, k, column_start, batch, first_head, pre_mixing, mask, visible, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Scores as exponents to base 2, -inf at keys outside the sequence and at hidden ones: [HEADS_PADDED, BLOCK_M,
     BLOCK_N], float32."""
-    columns = column_start + tl.arange(0, BLOCK_N)
     dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible)
+    if SHAPE.PRE_MIX:
+        dots = mix_scores(dots, pre_mixing, SHAPE)
+    return as_exponents(
+        dots, q, row_start, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
+    )
+
+
+@triton.jit
+def as_exponents(
+    dots, q, row_start, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``score_tile`` of what is exponentiated, mixed if it is."""
+    columns = column_start + tl.arange(0, BLOCK_N)
     if WHOLE:
         scores = rounded_product(dots, scale_log2)
     elif SHAPE.MASK == "none":
@@ -93,15 +170,16 @@ def probabilities(scores, lse, SHAPE: tl.constexpr):
 
 @triton.jit
 def lse_step(
-    running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+    running_max, running_sum, q_tile, q, row_start, k, start, batch, pre_mixing, mask, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The largest score, and the sum of exp2(score - that), after some more keys: [HEADS_PADDED, BLOCK_M] each."""
     visible = find_visible_keys(mask, batch, 0, start, k, BLOCK_N, SHAPE, WHOLE)
     k_tile = load_rows(k, batch, 0, start, 0, BLOCK_N, SHAPE, WHOLE, visible=visible)
     scores = score_tile(
-        q_tile, q, row_start, k_tile, k, start, batch, 0, mask, visible, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
-    )
+        q_tile, q, row_start, k_tile, k, start, batch, 0, pre_mixing, mask, visible, scale_log2, BLOCK_M, BLOCK_N,
+        SHAPE, WHOLE,
+    )  # fmt: skip
     new_max = tl.maximum(running_max, tl.max(scores, axis=2))
     # A row of -inf so far would give inf - inf.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -112,24 +190,26 @@ def lse_step(
 
 @triton.jit
 def row_lse(
-    q_tile, q, row_start, k, clear, keys, batch, mask, scale_log2, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr
+    q_tile, q, row_start, k, clear, keys, batch, pre_theta_ptr, mask, scale_log2, dtype: tl.constexpr,
+    BLOCK_M: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, base 2, of the scores of a block of rows, see ``find_span``: [HEADS_PADDED, BLOCK_M]; -inf for a row
     that sees no key."""
     running_max = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), float("-inf"), dtype=tl.float32)
     running_sum = tl.full((SHAPE.HEADS_PADDED, BLOCK_M), 0.0, dtype=tl.float32)
     q_tile = held(q_tile[0]), q_tile[1]
+    pre_mixing = load_pre_mixing(pre_theta_ptr, dtype, BLOCK_M, LSE_KEYS, SHAPE)
     whole = clear // LSE_KEYS * LSE_KEYS if SHAPE.CLEAR or not SHAPE.HIDES else 0
     if SHAPE.CLEAR or not SHAPE.HIDES:
         for start in range(0, whole, LSE_KEYS):
             running_max, running_sum = lse_step(
-                running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M, LSE_KEYS,
-                SHAPE, True,
+                running_max, running_sum, q_tile, q, row_start, k, start, batch, pre_mixing, mask, scale_log2, BLOCK_M,
+                LSE_KEYS, SHAPE, True,
             )  # fmt: skip
     for start in tl.range(whole, keys, LSE_KEYS, num_stages=1 if SHAPE.CLEAR or not SHAPE.HIDES else None):
         running_max, running_sum = lse_step(
-            running_max, running_sum, q_tile, q, row_start, k, start, batch, mask, scale_log2, BLOCK_M, LSE_KEYS, SHAPE,
-            False,
+            running_max, running_sum, q_tile, q, row_start, k, start, batch, pre_mixing, mask, scale_log2, BLOCK_M,
+            LSE_KEYS, SHAPE, False,
         )  # fmt: skip
     return running_max + tl.log2(running_sum)
 
@@ -159,16 +239,17 @@ def uint_to_uniform_float(bits):
 
 @triton.jit
 def map_tile(
-    q_tile, q, row_start, k_tile, k, column_start, batch, lse, seed_ptr, mask, visible, scale_log2, dropout_p,
-    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
+    q_tile, q, row_start, k_tile, k, column_start, batch, lse, pre_mixing, seed_ptr, mask, visible, scale_log2,
+    dropout_p, dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the softmax maps, P and P after dropout, by head; the latter centred, by position, in the dots' dtype,
     HIDDEN where a mask of its own hides a key from a head; and what is hidden, by head."""
     rows = row_start + tl.arange(0, BLOCK_M)
     columns = column_start + tl.arange(0, BLOCK_N)
     scores = score_tile(
-        q_tile, q, row_start, k_tile, k, column_start, batch, 0, mask, visible, scale_log2, BLOCK_M, BLOCK_N, SHAPE,
-        WHOLE,
+        q_tile, q, row_start, k_tile, k, column_start, batch, 0, pre_mixing, mask, visible, scale_log2, BLOCK_M,
+        BLOCK_N, SHAPE, WHOLE,
     )  # fmt: skip
     probs = probabilities(scores, lse, SHAPE)
     kept = dropout(probs, seed_ptr, dropout_p, batch, 0, rows, columns, SHAPE)

@@ -24,11 +24,11 @@ def raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK: tl.conste
     """Sum and sum of squares of a head's mixed maps without bias, from what the forward programs left; and of how many
     positions: ``positions``, or how many are not hidden."""
     if SHAPE.HIDES:
-        positions = sum_number(sums_ptr, 2 * SHAPE.HEADS + head, programs, BLOCK)
+        positions = sum_number(sums_ptr, 2 * SHAPE.HEADS_OUT + head, programs, BLOCK)
     mean = mixed_centre(norm, head, centre, SHAPE)
     scale = tl.cast(norm.unit_scale, tl.float64)
     centred = sum_number(sums_ptr, head, programs, BLOCK) / scale
-    squares = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK) / (scale * scale)
+    squares = sum_number(sums_ptr, SHAPE.HEADS_OUT + head, programs, BLOCK) / (scale * scale)
     return centred + positions * mean, squares + 2 * mean * centred + positions * mean * mean, positions
 
 
@@ -40,8 +40,8 @@ def moments(
     """Mean, variance and 1 / deviation of a head's mixed maps without bias, and how many were averaged: float64."""
     if SYNCHRONISED:
         total = tl.load(norm.statistics + head)
-        squares = tl.load(norm.statistics + SHAPE.HEADS + head)
-        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS + head)
+        squares = tl.load(norm.statistics + SHAPE.HEADS_OUT + head)
+        positions = tl.load(norm.statistics + 2 * SHAPE.HEADS_OUT + head)
     else:
         total, squares, positions = raw_sums(norm, sums_ptr, head, programs, positions, centre, BLOCK, SHAPE)
     count = tl.maximum(positions, 1.0)
@@ -57,29 +57,29 @@ def add_up_kernel(
     norm, sums_ptr, totals_ptr, programs, positions, centre, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """One head: the sums that programs left, to (3, HEADS) after the forward pass or (2, HEADS) before the
+    """One head: the sums that programs left, to (3, HEADS_OUT) after the forward pass or (2, HEADS_OUT) before the
     backward pass, float64, for an all-reduce."""
     head = tl.program_id(0)
     positions = tl.cast(positions, tl.float64)
     if BACKWARD:
         first = sum_number(sums_ptr, head, programs, BLOCK)
-        second = sum_number(sums_ptr, SHAPE.HEADS + head, programs, BLOCK)
+        second = sum_number(sums_ptr, SHAPE.HEADS_OUT + head, programs, BLOCK)
     else:
         first, second, positions = raw_sums(
             norm, sums_ptr, head, programs, positions, tl.cast(centre, tl.float64), BLOCK, SHAPE
         )
-        tl.store(totals_ptr + 2 * SHAPE.HEADS + head, positions)
+        tl.store(totals_ptr + 2 * SHAPE.HEADS_OUT + head, positions)
     tl.store(totals_ptr + head, first)
-    tl.store(totals_ptr + SHAPE.HEADS + head, second)
+    tl.store(totals_ptr + SHAPE.HEADS_OUT + head, second)
 
 
 @triton.jit
 def which_part(seqlen, splits, SHAPE: tl.constexpr):
     """This program's sample and head, and its rows: from the first on, up to the last."""
     part = tl.program_id(0) % splits
-    head = tl.program_id(0) // splits % SHAPE.HEADS
+    head = tl.program_id(0) // splits % SHAPE.HEADS_OUT
     rows = tl.cdiv(seqlen, splits)
-    return tl.program_id(0) // splits // SHAPE.HEADS, head, part * rows, tl.minimum(part * rows + rows, seqlen)
+    return tl.program_id(0) // splits // SHAPE.HEADS_OUT, head, part * rows, tl.minimum(part * rows + rows, seqlen)
 
 
 @triton.jit
@@ -110,13 +110,13 @@ def finish_kernel(
             tl.debug_barrier()
             tl.store(batches_ptr, batches)
             share = tl.where(share < 0, 1.0 / batches.to(tl.float64), share)
-        for head in range(SHAPE.HEADS):
+        for head in range(SHAPE.HEADS_OUT):
             mean, variance, inverse, counted = moments(
                 norm, sums_ptr, head, programs, positions, centre, SYNCHRONISED, BLOCK, SHAPE
             )
             tl.store(statistics_ptr + head, mean - mixed_centre(norm, head, centre, SHAPE))
-            tl.store(statistics_ptr + SHAPE.HEADS + head, inverse)
-            tl.store(statistics_ptr + 2 * SHAPE.HEADS + head, counted)
+            tl.store(statistics_ptr + SHAPE.HEADS_OUT + head, inverse)
+            tl.store(statistics_ptr + 2 * SHAPE.HEADS_OUT + head, counted)
             if norm.running_mean is not None:
                 bias = tl.cast(0.0, tl.float64)
                 if norm.bias is not None:
@@ -137,7 +137,7 @@ def finish_kernel(
         offset = mean - mixed_centre(norm, head, centre, SHAPE)
         slope, level = output_factors(norm, head, inverse, offset)
 
-        of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(
+        of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS_OUT + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(
             out, BY_ROW
         )
         dims = tl.arange(0, DIM)
@@ -187,8 +187,8 @@ def visible_of_head(mask, batch, head, rows, keys, inside, SHAPE: tl.constexpr):
 def value_sum_kernel(
     v, mask, value_sum_ptr, seqlen, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """For rows of one sample and head: the sums of the values of the keys that each of them sees, to (batch, HEADS,
-    seqlen, HEAD_DIM), float32."""
+    """For rows of one sample and head: the sums of the values of the keys that each of them sees, to (batch,
+    HEADS_OUT, seqlen, HEAD_DIM), float32."""
     batch, row_start = which_block(seqlen, ROWS)
     head = tl.program_id(1)
     dtype: tl.constexpr = v.ptr.dtype.element_ty
@@ -212,7 +212,7 @@ def value_sum_kernel(
     # Zero times what is not finite would be NaN in rows that do not see it.
     sums = tl.where(broken == 0, sums, float("nan"))
     dims = tl.arange(0, DIM)[None, :]
-    place = value_sum_ptr + (tl.cast(batch, tl.int64) * SHAPE.HEADS + head) * seqlen * SHAPE.HEAD_DIM
+    place = value_sum_ptr + (tl.cast(batch, tl.int64) * SHAPE.HEADS_OUT + head) * seqlen * SHAPE.HEAD_DIM
     tl.store(place + rows.to(tl.int64) * SHAPE.HEAD_DIM + dims, sums, mask=(rows < seqlen) & (dims < SHAPE.HEAD_DIM))
 
 
@@ -221,11 +221,13 @@ def grad_sums_kernel(
     grad, out, value_sum_ptr, sums_ptr, splits, BY_ROW: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of grad * out and of grad times the sum of the values, over rows of one sample and head, to (2 * HEADS,
-    samples * splits)."""
+    """Sums of grad * out and of grad times the sum of the values, over rows of one sample and head, to (2 *
+    HEADS_OUT, samples * splits)."""
     batch, head, first, end = which_part(out.seqlen, splits, SHAPE)
     dims = tl.arange(0, DIM)[None, :]
-    of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(out, BY_ROW)
+    of_head = value_sum_ptr + tl.cast(batch * SHAPE.HEADS_OUT + head, tl.int64) * SHAPE.HEAD_DIM * value_rows(
+        out, BY_ROW
+    )
     values = tl.load(of_head + dims, mask=dims < SHAPE.HEAD_DIM, other=0.0)
     of_out = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
     of_values = tl.full((ROWS, DIM), 0.0, dtype=tl.float32)
@@ -238,10 +240,10 @@ def grad_sums_kernel(
         if BY_ROW:
             seen = load_value_sum(of_head, start, mask, ROWS, DIM, SHAPE)
         of_values += grads * seen
-    programs = tl.num_programs(0) // SHAPE.HEADS
+    programs = tl.num_programs(0) // SHAPE.HEADS_OUT
     place = sums_ptr + tl.cast(head, tl.int64) * programs + batch * splits + tl.program_id(0) % splits
     tl.store(place, tl.sum(tl.sum(of_out, axis=1), axis=0))
-    tl.store(place + tl.cast(programs, tl.int64) * SHAPE.HEADS, tl.sum(tl.sum(of_values, axis=1), axis=0))
+    tl.store(place + tl.cast(programs, tl.int64) * SHAPE.HEADS_OUT, tl.sum(tl.sum(of_values, axis=1), axis=0))
 
 
 @triton.jit
@@ -273,10 +275,12 @@ def unfold_kernel(
     HEADS_PACKED: tl.constexpr = PACK * SHAPE.HEADS_PADDED
     row = tl.program_id(0)
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
-    inside = heads < SHAPE.HEADS
+    inside = heads < SHAPE.HEADS_OUT
     factor = tl.sum(tl.reshape(column_factor(norm, SHAPE, True), (SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
     factor = factor.to(tl.float64) / SHAPE.PACK
-    shift = sum_packs(sum_packed(vectors_ptr, HEADS_PACKED, programs, BLOCK, SHAPE), SHAPE)
+    shift = tl.full((SHAPE.HEADS_PADDED,), 0.0, dtype=tl.float64)
+    if vectors_ptr is not None:
+        shift = sum_packs(sum_packed(vectors_ptr, HEADS_PACKED, programs, BLOCK, SHAPE), SHAPE)
     if row < SHAPE.HEADS:
         # The kernels multiply centred maps: what the centre would add is the sum of the gradients of the shift.
         sums = shift * tl.cast(centre, tl.float64)
@@ -286,12 +290,12 @@ def unfold_kernel(
             own = tl.arange(0, HEADS_PACKED) // SHAPE.HEADS_PADDED == pack
             sums += sum_packs(tl.where(own, packed, 0.0), SHAPE)
         if SHAPE.NORM == "layer":
-            sums -= tl.sum(tl.where(inside, sums, 0.0), axis=0) / SHAPE.HEADS
-        tl.store(grad_theta_ptr + row * SHAPE.HEADS + heads, (sums * factor).to(tl.float32), mask=inside)
+            sums -= tl.sum(tl.where(inside, sums, 0.0), axis=0) / SHAPE.HEADS_OUT
+        tl.store(grad_theta_ptr + row * SHAPE.HEADS_OUT + heads, (sums * factor).to(tl.float32), mask=inside)
     else:
         if grad_bias_ptr is not None:
             if SHAPE.NORM == "layer":
-                shift -= tl.sum(tl.where(inside, shift, 0.0), axis=0) / SHAPE.HEADS
+                shift -= tl.sum(tl.where(inside, shift, 0.0), axis=0) / SHAPE.HEADS_OUT
             if SHAPE.TRAINING:
                 # The mean takes the bias away.
                 shift *= 0.0

@@ -34,7 +34,7 @@ class View(NamedTuple):
 
 class Norm(NamedTuple):
     """What the user gave beside query, key and value: pointers to float32 parameters, None where there is none, and
-    numbers. ``statistics (3, HEADS)`` and ``grad_sums (2, HEADS)`` are float64, of batch norm in training."""
+    numbers. ``statistics (3, HEADS_OUT)`` and ``grad_sums (2, HEADS_OUT)`` are float64, of batch norm in training."""
 
     theta: Any
     bias: Any
@@ -62,13 +62,15 @@ class Mask(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The compile-time constants of a problem; see the module's docstring. Columns up to DIM_LOADED are read, up to
-    HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING: batch norm takes the statistics of the batch. MASK:
-    "none", "bool" or "float", and whether it differs between heads and queries. HIDES: there is one, or CAUSAL; BY_KEY:
-    it hides keys from all queries alike; BY_ROW: what is hidden differs between queries; CLEAR: before the first hidden
-    key of a block of queries all is as without a mask."""
+    """The compile-time constants of a problem; see the module's docstring. HEADS before mixing, HEADS_OUT after it; of
+    what has heads after mixing, functions take ``after_mixing(SHAPE)``. PRE_MIX: the scores are mixed before the
+    softmax. Columns up to DIM_LOADED are read, up to HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING:
+    batch norm takes the statistics of the batch. MASK: "none", "bool" or "float", and whether it differs between heads
+    and queries. HIDES: there is one, or CAUSAL; BY_KEY: it hides keys from all queries alike; BY_ROW: what is hidden
+    differs between queries; CLEAR: before the first hidden key of a block of queries all is as without a mask."""
 
     HEADS: int
+    HEADS_OUT: int
     HEADS_PADDED: int
     PACK: int
     HEAD_DIM: int
@@ -88,6 +90,13 @@ class Shape(NamedTuple):
     BY_KEY: bool
     BY_ROW: bool
     CLEAR: bool
+    PRE_MIX: bool
+
+
+@triton.constexpr_function
+def after_mixing(shape):
+    """The shape of a problem for what has heads after mixing."""
+    return shape._replace(HEADS=shape.HEADS_OUT)
 
 
 @triton.jit
@@ -182,13 +191,16 @@ def per_row_pointers(ptr, batch, first_head, start, seqlen, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def load_matrix(ptr, row_stride, column_stride, SHAPE: tl.constexpr, ONES: tl.constexpr = False):
-    """A heads x heads matrix, or ones in its place, PACK times down the diagonal: [PACK * HEADS_PADDED, PACK *
-    HEADS_PADDED], float32."""
+def load_matrix(
+    ptr, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHAPE: tl.constexpr,
+    ONES: tl.constexpr = False,
+):  # fmt: skip
+    """A matrix of ROWS x COLUMNS heads, or ones in its place, PACK times down the diagonal: [PACK * HEADS_PADDED,
+    PACK * HEADS_PADDED], float32."""
     index = tl.arange(0, SHAPE.PACK * SHAPE.HEADS_PADDED)
     head = index % SHAPE.HEADS_PADDED
     same_row = (index // SHAPE.HEADS_PADDED)[:, None] == (index // SHAPE.HEADS_PADDED)[None, :]
-    mask = same_row & (head < SHAPE.HEADS)[:, None] & (head < SHAPE.HEADS)[None, :]
+    mask = same_row & (head < ROWS)[:, None] & (head < COLUMNS)[None, :]
     if ONES:
         matrix = tl.where(mask, 1.0, 0.0)
     else:

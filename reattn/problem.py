@@ -48,6 +48,11 @@ class Problem(NamedTuple):
         return self.norm == "batch" and self.training
 
     @property
+    def most_heads(self) -> int:
+        """Before mixing or after it."""
+        return max(self.heads, self.heads_out or 0)
+
+    @property
     def masked(self) -> bool:
         """Whether keys may be hidden."""
         return self.mask is not None or self.is_causal

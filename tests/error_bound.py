@@ -10,9 +10,10 @@ differences from the exact results are errors that a right computation may have.
 A sum of n products in float32 may be off by ``n * unit * magnitude`` at worst; by less than ``unit * magnitude`` when
 rounding goes either way, for terms of either sign in any order, for those of one sign in blocks of a few dozen. 16-bit
 problems also round the operands of their products, softmax maps, mixing weights, normalised maps and the gradients of
-maps and scores, to their dtype; sums, statistics and norm stay in float32, as in the kernels. The results are rounded
-to the dtype that they have. With ``tf32`` the same operands of a float32 problem lose their digits behind the tenth, as
-tensor cores take them; query, key, value and the output's gradient must have none there.
+maps and scores, to their dtype, and where scores are mixed before the softmax what is mixed there; sums, statistics and
+norm stay in float32, as in the kernels. The results are rounded to the dtype that they have. With ``tf32`` the same
+operands of a float32 problem lose their digits behind the tenth, as tensor cores take them; query, key, value and the
+output's gradient must have none there.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def _simulate(
     mask = problem.tensors.get("attn_mask")
     visible = visible_keys(mask, is_causal, tensors["query"], tensors["key"])
     seen = torch.ones((), dtype=torch.float64, device=problem.grad.device) if visible is None else visible.double()
-    query, key, value, theta = (tensors[name] for name in ("query", "key", "value", "theta"))
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    theta = tensors.get("theta", torch.eye(query.shape[1], dtype=torch.float64, device=query.device))
+    pre_theta = tensors.get("pre_theta")
     zeros, ones = torch.zeros_like(theta[0]), torch.ones_like(theta[0])
     bias, beta = (tensors.get(name, zeros) for name in ("bias", "norm_bias"))
     gamma = tensors.get("norm_weight", ones) * output_scale
@@ -120,11 +123,17 @@ def _simulate(
     grad = problem.grad.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seqlen_k = key.shape[2]
-    maps, over = (*query.shape[:3], seqlen_k), (0, 2, 3)
+    maps, over = (query.shape[0], theta.shape[1], query.shape[2], seqlen_k), (0, 2, 3)
     count = seen.expand(maps).sum(over)
 
     # Scores and softmax.
-    scores = rounding(rounding(query @ key.mT, query.abs() @ key.abs().mT) * scale, name="scores")
+    products = rounding(query @ key.mT, query.abs() @ key.abs().mT)
+    if pre_theta is not None:
+        products, pre_weight = rounding.operand(products), rounding.operand(pre_theta)
+        scores = rounding(mix(pre_weight, products), mix(pre_weight.abs(), products.abs()))
+    else:
+        scores = products
+    scores = rounding(scores * scale, name="scores")
     if mask is not None and mask.is_floating_point():
         scores = rounding(scores + mask.double().where(visible, 0.0))
     blind = torch.zeros((), dtype=torch.bool, device=grad.device)
@@ -230,10 +239,19 @@ def _simulate(
     delta = rounding(delta, (probs * grad_probs).abs().sum(-1, keepdim=True), "delta")
     grad_scores = rounding(probs * (grad_probs - delta), probs * (grad_probs.abs() + delta.abs()), "grad_scores")
     grad_scores = rounding.operand(grad_scores)
-    grad_query = scale * rounding(grad_scores @ key, grad_scores.abs() @ key.abs(), "grad_query")
-    grad_key = scale * rounding(grad_scores.mT @ query, grad_scores.abs().mT @ query.abs(), "grad_key")
+    grad_products, gradients = grad_scores, {}
+    if pre_theta is not None:
+        size = torch.einsum("bhij,bgij->hg", products.abs(), grad_scores.abs())
+        grad_pre_theta = rounding(torch.einsum("bhij,bgij->hg", products, grad_scores), size, "grad_pre_theta")
+        # The bias adds the same to all keys: its gradient is a sum of zeros.
+        sums = rounding(torch.zeros_like(pre_theta[0]), grad_scores.abs().sum(over))
+        gradients = {"pre_theta": scale * grad_pre_theta, "pre_bias": sums}
+        size = mix(pre_weight.mT.abs(), grad_scores.abs())
+        grad_products = rounding.operand(rounding(mix(pre_weight.mT, grad_scores), size, "grad_products"))
+    grad_query = scale * rounding(grad_products @ key, grad_products.abs() @ key.abs(), "grad_query")
+    grad_key = scale * rounding(grad_products.mT @ query, grad_products.abs().mT @ query.abs(), "grad_key")
 
-    gradients = {
+    gradients |= {
         "attn_mask": None if mask is None else grad_scores.sum_to_size(mask.shape),
         "query": grad_query,
         "key": grad_key,

@@ -179,12 +179,16 @@ def drawn_mask(
 def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     """What the reference computes with heads, queries, keys and head_dim in a random order; results in the given."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (*problem["query"].shape[1:], problem["key"].shape[2])
-    heads, rows, dims, columns = (torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes)
+    sizes = (*problem["query"].shape[1:], problem["key"].shape[2], problem.grad.shape[1])
+    orders_of = [torch.randperm(size, generator=generator).to(problem.grad.device) for size in sizes]
+    heads, rows, dims, columns, heads_out = orders_of
+    if len(heads_out) == len(heads):
+        heads_out = heads
     if problem.options.get("is_causal"):
         rows, columns = rows.sort().values, columns.sort().values
-    orders = dict.fromkeys(("query", "output"), (None, heads, rows, dims))
-    orders |= dict.fromkeys(("key", "value"), (None, heads, columns, dims)) | {"theta": (heads, heads)}
+    orders = {"query": (None, heads, rows, dims), "output": (None, heads_out, rows, dims)}
+    orders |= {"key": (None, heads, columns, dims), "value": (None, heads_out, columns, dims)}
+    orders |= {"theta": (heads, heads_out), "pre_theta": (heads, heads), "pre_bias": (heads,)}
     if (mask := problem.tensors.get("attn_mask")) is not None:
         orders["attn_mask"] = (None, heads, rows, columns)[-mask.ndim :]
 
@@ -195,7 +199,9 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
                 tensor = tensor.index_select(dim, permutation)
         return tensor
 
-    tensors = {name: reordered(t, orders.get(name, (heads,))) for name, t in problem.tensors.items() if t is not None}
+    tensors = {
+        name: reordered(t, orders.get(name, (heads_out,))) for name, t in problem.tensors.items() if t is not None
+    }
     shuffled = replace(
         problem.with_tensors(**tensors),
         grad=reordered(problem.grad, orders["output"]),
@@ -203,7 +209,7 @@ def compute_shuffled(problem: Problem, seed: int) -> dict[str, Tensor]:
     )
     back = {name: tuple(p if p is None else p.argsort() for p in order) for name, order in orders.items()}
     return {
-        name: reordered(result, back.get(name.removesuffix(" gradient"), (heads.argsort(),)))
+        name: reordered(result, back.get(name.removesuffix(" gradient"), (heads_out.argsort(),)))
         for name, result in compute(shuffled, "reference").items()
     }
 

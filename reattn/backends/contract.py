@@ -18,8 +18,8 @@ class Inputs(NamedTuple):
 
     ``seed``: one int64 on the device, given exactly when something is dropped. ``attn_mask``: four dimensions, each of
     size 1 or that of the maps ``(batch, heads, seqlen, seqlen_k)``; boolean, or in the dtype of ``query``, where
-    :func:`lowest` hides. With ``is_causal`` it hides beside that. ``pre_theta``: the scores are mixed by it, before mask and
-    softmax; its bias, which changes nothing, is no part of it.
+    :func:`lowest` hides. With ``is_causal`` it hides beside that. ``pre_theta``: what mixes the scores, before mask and
+    softmax; its bias changes nothing and is no part of them.
     """
 
     query: Tensor
@@ -46,11 +46,11 @@ class Outputs(NamedTuple):
     """What a forward pass leaves. The last two are empty where there are no batch statistics.
 
     ``out (batch, heads_out, seqlen, head_dim)`` in ``(batch, seqlen, heads_out, head_dim)`` memory order; ``lse (batch,
-    heads, seqlen)``: log-sum-exp of the scores, to base 2, float32; -infinity for a query that sees no key. ``statistics (3,
-    heads_out)``, float64: of the mixed maps less their bias, sum, sum of squares and number of the positions that are not
-    hidden, by head; once they are final, the mean less what 1 / seqlen_k as maps would give, 1 / standard deviation,
-    and the number again. ``value_sum (batch, heads_out, rows, head_dim)``, float32: the sum of value over the keys that are
-    not hidden; a row for each query where what is hidden differs between them, else one.
+    heads, seqlen)``: log-sum-exp of the scores, to base 2, float32; -infinity for a query that sees no key.
+    ``statistics (3, heads_out)``, float64: of the mixed maps less their bias, sum, sum of squares and number of the
+    positions that are not hidden, by head; once they are final, the mean less what 1 / seqlen_k as maps would give,
+    1 / standard deviation, and the number again. ``value_sum (batch, heads_out, rows, head_dim)``, float32: the sum of
+    value over the keys that are not hidden; a row for each query where what is hidden differs between them, else one.
     """
 
     out: Tensor

@@ -62,13 +62,14 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_otherwise(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem)
 
 
 @on_its_device
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """See :class:`reattn.backends.contract.FusedBackend`."""
-    batch, heads, seqlen, _ = inputs.query.shape
+    batch, _, seqlen, _ = inputs.query.shape
+    heads = inputs.value.shape[1]
     outputs = common.empty_outputs(problem, inputs)
     query, key, value = map(_aligned, inputs[:3])
     norm = _norm(problem, inputs)
@@ -83,6 +84,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
             tile,
             *map(_view, (query, key, value, outputs.out)),
             norm,
+            as_float32(inputs.pre_theta),
             _mask(inputs),
             outputs.lse,
             inputs.seed,
@@ -174,10 +176,10 @@ def _finish(problem: Problem, inputs: Inputs, outputs: Outputs, final: Tensor, s
 def _add_up(
     problem: Problem, norm: Norm, sums: Tensor, totals: Tensor, query: Tensor, key: Tensor, backward: bool = False
 ) -> None:
-    """What programs left, (2 heads, programs), in float64."""
+    """What programs left, (2 heads_out, programs), in float64."""
     _run(
         sums_kernels.add_up_kernel,
-        (problem.heads,),
+        (totals.shape[1],),
         configs.SUMS_TILE,
         norm,
         sums,
@@ -237,17 +239,23 @@ def backward(
         sums = grad_sums(problem, grad, outputs)
     norm, lse = _norm(problem, inputs, outputs, sums), outputs.lse.contiguous()
     call = _BackwardCall(problem, inputs, norm, query, key, value, grad, lse, gradients)
-    tiles = call.tiles()
-    partial_sums = call.empty_sums(*tiles[0])
+    (tile, shape), of_scores, of_query, of_key = call.tiles()
+    vectors, products = call.empty_vectors(tile, shape), call.empty_products(tile, shape)
+    score_sums = (call.empty_products(*of_scores),) if of_scores else ()
+    of_mask = call.maps if call.grad_scores_of_mask is None else call.grad_scores_of_mask
     for part in call.parts:
         if problem.mask_gradient:
-            call.maps.zero_()  # of what is hidden nothing is written
-        call.grad_maps(part, *tiles[0], *partial_sums)
-        call.grad_query(part, *tiles[1])
-        call.grad_key(part, *tiles[2])
+            of_mask.zero_()  # of what is hidden nothing is written
+        call.grad_maps(part, tile, shape, vectors, products)
+        if of_scores:
+            call.grad_scores(part, *of_scores, *score_sums)
+        call.grad_query(part, *of_query)
+        call.grad_key(part, *of_key)
         if problem.mask_gradient:
-            common.add_mask_gradient(gradients.attn_mask, call.maps, part, problem.heads, key.shape[2])
-    call.unfold(tiles[0][1], *partial_sums)
+            common.add_mask_gradient(gradients.attn_mask, of_mask, part, problem.heads, key.shape[2])
+    call.unfold(shape, vectors, products)
+    if of_scores:
+        call.unfold_scores(of_scores[1], *score_sums)
     return common.as_inputs(gradients, given)
 
 
@@ -275,22 +283,43 @@ class _BackwardCall:
         self.seqlen_k = key.shape[2]
         self.keys = -(-self.seqlen_k // 16) * 16  # of a row of the maps
         rows = _table_tile("grad_maps", problem).BLOCK_M
-        row_bytes = 2 * self.heads * self.keys * query.element_size()
+        row_bytes = (self.heads + value.shape[1]) * self.keys * query.element_size()
         multiple = max(row.tile.BLOCK_M for row in configs.TABLE["grad_maps"])
         self.parts = common.cut_workspace(row_bytes, self.batch, self.seqlen, rows, _processors(query), multiple)
         first = self.parts[0]  # the largest
-        self.mixed, self.maps = query.new_empty(2, first.samples, self.heads, first.rows, self.keys)
-        # Gradients of key and value, where the rows of a sample come in several parts; as wide as columns are loaded.
-        samples = first.samples if first.rows < self.seqlen else 0
-        self.sums = lse.new_empty(2, samples, self.seqlen_k, self.heads, head_dim).transpose(2, 3)
+
+        def workspace(heads: int) -> Tensor:
+            return query.new_empty(first.samples, heads, first.rows, self.keys)
+
+        def sums(heads: int) -> Tensor:
+            """Gradients of key or value, where the rows of a sample come in several parts; as wide as columns are
+            loaded."""
+            samples = first.samples if first.rows < self.seqlen else 0
+            return lse.new_empty(samples, self.seqlen_k, heads, head_dim).transpose(1, 2)
+
+        self.heads_out = value.shape[1]
+        self.mixed, self.maps = workspace(self.heads_out), workspace(self.heads)
+        # Of the scores, where those in ``maps`` are unmixed when they are complete.
+        self.grad_scores_of_mask = workspace(self.heads) if problem.pre_mixed and problem.mask_gradient else None
+        self.sums = sums(self.heads), sums(self.heads_out)
+        self.pre_theta = as_float32(inputs.pre_theta)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def grad_maps(self, part: common.Part, tile: configs.Tile, shape: Any, vectors: Tensor, products: Tensor) -> None:
         maps = self.mixed, self.maps, *vectors, products
         scalars = self.problem.scale * _LOG2E, self.problem.dropout_p
-        arguments = *self.views[:4], self.norm, self.mask, self.lse, self.delta, self.inputs.seed, *maps, *scalars
+        given = self.norm, self.pre_theta, self.mask, self.lse, self.delta, self.inputs.seed
+        arguments = *self.views[:4], *given, *maps, *scalars
         blocks = triton.cdiv(part.rows, tile.BLOCK_M)
         self._launch(backward_kernels.grad_maps_kernel, part, blocks, tile, shape, *arguments)
+
+    def grad_scores(self, part: common.Part, tile: configs.Tile, shape: Any, products: Tensor) -> None:
+        maps = self.maps, self.grad_scores_of_mask, products
+        scalars = self.problem.scale * _LOG2E, self.problem.dropout_p
+        given = self.pre_theta, self.mask, self.lse, self.delta, self.inputs.seed
+        arguments = *self.views[:2], *given, *maps, *scalars
+        blocks = triton.cdiv(part.rows, tile.BLOCK_M)
+        self._launch(backward_kernels.grad_scores_kernel, part, blocks, tile, shape, *arguments)
 
     def grad_query(self, part: common.Part, tile: configs.Tile, shape: Any) -> None:
         query, key, _, _, grad_query, _, _ = self.views
@@ -310,7 +339,7 @@ class _BackwardCall:
         self, kernel: Any, part: common.Part, blocks: int, tile: configs.Tile, shape: Any, *args: Any, **ends: bool
     ) -> None:
         """``blocks``: of the rows or keys of a sample."""
-        grid = part.samples * blocks, triton.cdiv(self.heads, shape.HEADS_PADDED)
+        grid = part.samples * blocks, triton.cdiv(max(self.heads, self.heads_out), shape.HEADS_PADDED)
         rows = backward_kernels.Rows(part.first_row, part.rows, self.keys)
         constants = {**ends, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "SHAPE": shape}
         # Parts of whole samples differ in the first one alone, which no kernel is specialised on.
@@ -336,29 +365,67 @@ class _BackwardCall:
             SHAPE=shape,
         )
 
-    def empty_sums(self, tile: configs.Tile, shape: Any) -> tuple[Tensor, Tensor]:
-        """For the sums of ``grad_maps``: vectors and heads x heads matrices, by sample and block of rows."""
-        packed, blocks = shape.PACK * shape.HEADS_PADDED, triton.cdiv(self.seqlen, tile.BLOCK_M)
-        vectors = self.lse.new_empty(3, self.batch, blocks, packed)
-        return vectors, self.lse.new_empty(self.batch, blocks, packed, packed)
+    def unfold_scores(self, shape: Any, products: Tensor) -> None:
+        """The gradient of ``pre_theta``, which is a theta without a norm."""
+        _run(
+            sums_kernels.unfold_kernel,
+            (self.heads,),
+            configs.SUMS_TILE,
+            _no_norm(self.problem)._replace(output_scale=self.problem.scale),
+            None,
+            products,
+            self.gradients.pre_theta,
+            *(None,) * 3,
+            products.shape[0] * products.shape[1],
+            0.0,
+            BLOCK=configs.UNFOLD_BLOCK,
+            SHAPE=shape._replace(HEADS_OUT=shape.HEADS, NORM="none", TRAINING=False),
+        )
 
-    def tiles(self) -> tuple[tuple[configs.Tile, Any], ...]:
-        """Of ``grad_maps``, ``grad_query`` and ``grad_key``, with the shapes that go with them."""
+    def empty_vectors(self, tile: configs.Tile, shape: Any) -> Tensor:
+        """For the sums of ``grad_maps``: three vectors, by sample and block of rows."""
+        blocks = triton.cdiv(self.seqlen, tile.BLOCK_M)
+        return self.lse.new_empty(3, self.batch, blocks, shape.PACK * shape.HEADS_PADDED)
+
+    def empty_products(self, tile: configs.Tile, shape: Any) -> Tensor:
+        """For the sums of ``grad_maps`` or ``grad_scores``: heads x heads matrices, by sample and block of rows."""
+        packed, blocks = shape.PACK * shape.HEADS_PADDED, triton.cdiv(self.seqlen, tile.BLOCK_M)
+        return self.lse.new_empty(self.batch, blocks, packed, packed)
+
+    def tiles(self) -> tuple[Any, ...]:
+        """Of ``grad_maps``, ``grad_scores`` (or None), ``grad_query`` and ``grad_key``, with the shapes that go with
+        them."""
         first = self.parts[0]
 
         def choose(kernel: str, *how: Any) -> tuple[configs.Tile, Any]:
             return _chosen(kernel, self.problem, self.inputs, self.tensors, self.lse, *how)
 
         def try_maps(tile: configs.Tile, shape: Any) -> tuple[Any, ...]:
-            sums = self.empty_sums(tile, shape)
+            sums = self.empty_vectors(tile, shape), self.empty_products(tile, shape)
             self.grad_maps(first, tile, shape, *sums)
             return tile, shape, *sums
 
         written = {"delta": self.delta, "mixed": self.mixed, "grad_maps": self.maps}
         of_maps = choose("grad_maps", try_maps, written, self._sums_of_first)
 
+        def try_scores(tile: configs.Tile, shape: Any) -> tuple[Any, ...]:
+            try_maps(*of_maps)  # which grad_scores overwrites, and grad_query
+            products = self.empty_products(tile, shape)
+            self.grad_scores(first, tile, shape, products)
+            return tile, shape, products
+
+        def sums_of_scores(tried: tuple[Any, ...]) -> dict[str, Tensor]:
+            return {"sums": self._products_of_first(*tried)}
+
+        of_scores = None
+        if self.problem.pre_mixed:
+            of_scores = choose("grad_scores", try_scores, {"grad_scores": self.maps}, sums_of_scores)
+
         def try_query(tile: configs.Tile, shape: Any) -> None:
-            try_maps(*of_maps)  # which grad_query overwrites
+            if of_scores is None:
+                try_maps(*of_maps)
+            else:
+                try_scores(*of_scores)
             self.grad_query(first, tile, shape)
 
         written = {"grad_query": self.gradients.query, "grad_scores": self.maps}
@@ -370,9 +437,9 @@ class _BackwardCall:
 
         written = {"grad_key": self.gradients.key, "grad_value": self.gradients.value}
         if first.rows < self.seqlen:
-            columns = self.sums[..., : self.problem.head_dim]
-            written = {"grad_key": columns[0], "grad_value": columns[1]}
-        return of_maps, of_query, choose("grad_key", try_key, written)
+            of_key, of_value = (columns[..., : self.problem.head_dim] for columns in self.sums)
+            written = {"grad_key": of_key, "grad_value": of_value}
+        return of_maps, of_scores, of_query, choose("grad_key", try_key, written)
 
     def _sums_of_first(self, tried: tuple[Any, ...]) -> dict[str, Tensor]:
         """What ``grad_maps`` summed up in the first part, in one tensor, however the tile cut it."""
@@ -382,10 +449,16 @@ class _BackwardCall:
         # Without a norm only the first vector is written.
         vectors = vectors[: 1 if self.problem.norm is None else 3, samples, blocks].sum((1, 2), dtype=torch.float64)
         # Which row of a dot a query has depends on the tile.
-        vectors = vectors.unflatten(1, (pack, -1)).sum(1)[:, : self.heads]
+        vectors = vectors.unflatten(1, (pack, -1)).sum(1)[:, : self.heads_out]
+        products = self._products_of_first(tile, shape, products)[:, : self.heads_out]
+        return {"sums": torch.cat([vectors.flatten(), products.flatten()])}
+
+    def _products_of_first(self, tile: configs.Tile, shape: Any, products: Tensor) -> Tensor:
+        """Sums by pairs of heads, in the first part."""
+        samples, blocks = slice(self.parts[0].samples), slice(triton.cdiv(self.parts[0].rows, tile.BLOCK_M))
         products = products[samples, blocks].sum((0, 1), dtype=torch.float64)
-        products = products.unflatten(1, (pack, -1)).unflatten(0, (pack, -1)).diagonal(dim1=0, dim2=2).sum(2)
-        return {"sums": torch.cat([vectors.flatten(), products[: self.heads, : self.heads].flatten()])}
+        apart = products.unflatten(1, (shape.PACK, -1)).unflatten(0, (shape.PACK, -1))
+        return apart.diagonal(dim1=0, dim2=2).sum(2)[: self.heads]
 
 
 _LOG2E = math.log2(math.e)
@@ -469,9 +542,11 @@ def _shape(problem: Problem, tile: configs.Tile, attn_mask: Tensor | None, *tens
         tensors[0].shape[3],
         tile.dim,
         "tf32" if tf32 else "ieee",
-        wide=_reach(problem.heads, tile, mask, layouts) >= 2**31,
+        wide=_reach(problem.most_heads, tile, mask, layouts) >= 2**31,
         norm=problem.norm or "none",
         training=problem.batch_statistics,
+        heads_out=problem.heads_out,
+        pre_mixed=problem.pre_mixed,
         mask=problem.mask or "none",
         mask_heads=attn_mask is not None and attn_mask.shape[1] > 1,
         mask_rows=attn_mask is not None and attn_mask.shape[2] > 1,
@@ -515,8 +590,8 @@ _properties = functools.cache(torch.cuda.get_device_properties)
 
 
 def _table_tile(kernel: str, problem: Problem) -> configs.Tile:
-    sizes = problem.dtype.itemsize, problem.heads, problem.head_dim
-    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0)
+    sizes = problem.dtype.itemsize, problem.most_heads, problem.head_dim
+    return configs.tile(kernel, _arch(problem.device), *sizes, problem.dropout_p > 0 or problem.pre_mixed)
 
 
 def _chosen(
@@ -556,7 +631,7 @@ def _chosen(
         def allowed() -> float:
             return _allowance(problem.dtype, shape.PRECISION, lengths, lse)
 
-        candidates = configs.candidates(kernel, problem.dtype.itemsize, problem.heads)
+        candidates = configs.candidates(kernel, problem.dtype.itemsize, problem.most_heads)
         _tuned_tiles[key] = _tuned(key, [tile, *candidates], run, written, left, allowed)
     return with_shape(_tuned_tiles[key])
 
