@@ -66,8 +66,9 @@ class Shape(NamedTuple):
     what has heads after mixing, functions take ``after_mixing(SHAPE)``. PRE_MIX: the scores are mixed before the
     softmax. Columns up to DIM_LOADED are read, up to HEAD_DIM written. NORM: "none", "layer" or "batch"; TRAINING:
     batch norm takes the statistics of the batch. MASK: "none", "bool" or "float", and whether it differs between heads
-    and queries. HIDES: there is one, or CAUSAL; BY_KEY: it hides keys from all queries alike; BY_ROW: what is hidden
-    differs between queries; CLEAR: before the first hidden key of a block of queries all is as without a mask."""
+    and queries. HIDES: there is one, or CAUSAL; BY_KEY: it hides keys from all queries alike, and these are not loaded;
+    BY_ROW: what is hidden differs between queries, or is dealt with as if it did; CLEAR: before the first hidden key of
+    a block of queries all is as without a mask."""
 
     HEADS: int
     HEADS_OUT: int

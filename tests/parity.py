@@ -249,6 +249,7 @@ def assert_parity(problem: Problem, backend: str, times: float = 2.0, run: Calla
     Its error may be that many times the eager one, or that of simulated rounding. ``run(problem, backend)`` computes
     in place of :func:`compute`.
     """
+    assert problem.keep is not None or not problem.options.get("dropout_p"), "the dropout mask has to be given"
     exact = compute(problem.to(torch.float64), "reference")
     found = (run or compute)(problem, backend)
     assert found.keys() == exact.keys()

@@ -5,10 +5,11 @@ import json
 import logging
 import pathlib
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from parity import assert_parity, compute, make_problem
+from parity import assert_parity, compute, drawn_mask, make_problem
 
 import reattn
 from reattn import backends, re_attention
@@ -26,17 +27,17 @@ def tiles_of(*problem):
 
 
 def cases_of_the_table():
-    """Architecture, bytes an element, heads, head_dim, whether with dropout: together they use every row, in chunks of
-    head_dim if it can.
+    """Architecture, bytes an element, heads, head_dim, whether with what takes more registers: together they use every
+    row, in chunks of head_dim if it can.
 
     Those of cards with little shared memory are slow.
     """
     cases = {}
-    for position, rows in enumerate(configs.TABLE.values()):
+    for position, (kernel, rows) in enumerate(configs.TABLE.items()):
         for row in rows:
             candidates = [
                 (arch, row.itemsize, row.heads, head_dim, dropout)
-                for dropout in (False, True)
+                for dropout in ((True,) if kernel == "grad_scores" else (False, True))
                 for head_dim in (33, 65, 16, 64)
                 for arch in (SMALL_SHARED, LARGE_SHARED)
                 if head_dim <= row.head_dim
@@ -58,13 +59,13 @@ def test_available_backends():
 
 def test_triton_gives_every_reason(monkeypatch):
     monkeypatch.setattr(triton, "EMULATED", False)
-    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, pre_mixed=True)
+    problem = Problem(CPU, torch.float64, heads=33, head_dim=129, heads_out=40)
     assert triton.not_supported(problem) == [
         "needs a CUDA device, got cpu",
         "dtype must be float32, float16 or bfloat16, got torch.float64",
         "takes at most 32 heads, got 33",
+        "takes at most 32 heads after mixing, got 40",
         "takes head_dim up to 128, got 129",
-        "does not mix before the softmax (pre_theta)",
     ]
 
 
@@ -178,11 +179,11 @@ def test_explicit_backend_raises_with_every_reason_and_the_shapes(device):
     key = torch.zeros(2, 33, 7, 130, dtype=torch.float64, device=device)
     message = (
         "backend 'triton' cannot run this: dtype must be float32, float16 or bfloat16, got torch.float64; takes at "
-        "most 32 heads, got 33; takes head_dim up to 128, got 130; does not mix before the softmax (pre_theta) "
+        "most 32 heads, got 33; takes head_dim up to 128, got 130 "
         f"(query (2, 33, 5, 130), key (2, 33, 7, 130), torch.float64 on {query.device})"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        re_attention(query, key, key, pre_theta=torch.eye(33, device=device), backend="triton")
+        re_attention(query, key, key, backend="triton")
 
 
 def test_one_log_line_for_each_fallback(monkeypatch, caplog):
@@ -238,12 +239,21 @@ def test_every_problem_has_a_tile(kernel, itemsize):
     ("arch", "itemsize", "heads", "head_dim", "dropout"), cases_of_the_table(), ids=lambda number: str(number)
 )
 def test_rows_of_the_table(arch, itemsize, heads, head_dim, dropout, device, use_tile):
-    """Batch norm in training launches every kernel."""
+    """Batch norm in training and mixing before the softmax launch every kernel."""
     if device.type == "cpu":
         use_tile(lambda kernel, _, *problem: configs.tile(kernel, arch, *problem, dropout))
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 17, "seqlen_k": 10, "batch": 1}
     dtype = torch.float16 if itemsize == 2 else torch.float32
-    assert_parity(make_problem("batch-training", **sizes, dtype=dtype, device=device), "triton")
+    problem = make_problem("batch-training", **sizes, dtype=dtype, device=device)
+    assert_parity(mixed_before(problem) if dropout else problem, "triton")
+
+
+def mixed_before(problem):
+    """Its scores mixed before the softmax."""
+    theta = problem["theta"]
+    draw = torch.Generator().manual_seed(3)
+    pre_theta = torch.randn(theta.shape, generator=draw) * len(theta) ** -0.5
+    return problem.with_tensors(pre_theta=pre_theta.to(theta))
 
 
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
@@ -259,7 +269,8 @@ def test_rows_of_the_table(arch, itemsize, heads, head_dim, dropout, device, use
 def test_head_dim_in_chunks(head_dim, block_m, block_n, dim, mode, device, use_tile):
     use_tile(configs.Tile(block_m, block_n, dim=dim))
     sizes = {"heads": 6, "head_dim": head_dim, "seqlen_k": 20, "batch": 1}
-    assert_parity(make_problem(mode, **sizes, dtype=torch.float16, device=device), "triton")
+    problem = make_problem(mode, **sizes, dtype=torch.float16, device=device)
+    assert_parity(mixed_before(problem) if mode == "layer" else problem, "triton")
 
 
 def test_chunks_cover_head_dim():
@@ -328,7 +339,9 @@ def test_backward_pass_in_parts(mode, dtype, blocks, device, monkeypatch):
     monkeypatch.setattr(triton, "_processors", lambda tensor: blocks)
     monkeypatch.setattr(common, "cut_workspace", lambda *args: parts.extend(found := cut(*args)) or found)
     sizes = {"heads": 6, "head_dim": 20, "seqlen": 70, "seqlen_k": 45, "batch": 3}
-    assert_parity(make_problem(mode, **sizes, dtype=dtype, device=device, dropout_p=0.2), "triton")
+    problem = make_problem(mode, **sizes, dtype=dtype, device=device, dropout_p=0.2)
+    problem = replace(problem, keep=drawn_mask("triton", **sizes, dropout_p=0.2))
+    assert_parity(mixed_before(problem) if mode == "layer" else problem, "triton")
     rows = {row for part in parts for row in range(part.first_row, part.first_row + part.rows)}
     assert rows == set(range(70)) and {part.first_sample for part in parts} <= set(range(3))
     assert len(parts) > 1 and (blocks > 2 or any(part.first_row for part in parts))
@@ -383,33 +396,37 @@ def assert_tuned(problem, chosen, caplog, **tiles):
 @pytest.mark.parametrize("mode", ["layer", "batch-training"])
 def test_tuning_takes_the_fastest_tile_once(mode, tuning, caplog, device):
     """One that is spoilt no more than the others here."""
-    problem = make_problem(mode, **SMALL, device=device)
+    problem = mixed_before(make_problem(mode, **SMALL, device=device))
     for _ in range(2):
         lines = assert_tuned(problem, tuning[1], caplog)
-        assert len(lines) == 4 and all(line.startswith("tuned ") for line in lines)
+        assert len(lines) == 5 and all(line.startswith("tuned ") for line in lines)
 
 
 WAYS_TO_SPOIL = {
     "forward_kernel": {
         "a block left out": "a block left out",
         "one row of the output": lambda q, k, v, out, *_: out.ptr[0, 0, 3].mul_(1.1),
-        "one LSE": lambda q, k, v, out, norm, mask, lse, *_: lse[0, 2, 5].add_(0.02),
+        "one LSE": lambda q, k, v, out, norm, pre_theta, mask, lse, *_: lse[0, 2, 5].add_(0.02),
         "infinite": lambda q, k, v, out, *_: out.ptr[0, 0, 3, 0].fill_(float("inf")),
         "too many registers": triton.triton.runtime.errors.OutOfResources(300, 255, "registers"),
         "not compiled": RuntimeError("PassManager::run failed"),
     },
     "grad_maps_kernel": {
         "a block left out": "a block left out",
-        "delta": lambda q, k, v, grad, norm, mask, lse, delta, *_: delta[0, 0, 0].add_(1),
-        "a normalised map": lambda *args: args[9][0, 1, 3].mul_(1.1),
-        "a map's gradient": lambda *args: args[10][0, 1, 3].mul_(1.1),
-        "a partial sum": lambda *args: args[11][..., 0].add_(5),
-        "the products": lambda *args: args[14].mul_(1.1),
+        "delta": lambda q, k, v, grad, norm, pre_theta, mask, lse, delta, *_: delta[0, 0, 0].add_(1),
+        "a normalised map": lambda *args: args[10][0, 1, 3].mul_(1.1),
+        "a map's gradient": lambda *args: args[11][0, 1, 3].mul_(1.1),
+        "a partial sum": lambda *args: args[12][..., 0].add_(5),
+        "the products": lambda *args: args[15].mul_(1.1),
+    },
+    "grad_scores_kernel": {
+        "a block left out": "a block left out",
+        "the products' gradient": lambda *args: args[7][0, 1, 3].mul_(1.1),
+        "the products": lambda *args: args[9].mul_(1.1),
     },
     "grad_query_kernel": {
         "a block left out": "a block left out",
         "the query's gradient": lambda q, k, grad_q, *_: grad_q.ptr[0, 0, 3].mul_(1.1),
-        "the scores' gradient": lambda *args: args[7][0, 1, 3].mul_(1.1),
     },
     "grad_key_kernel": {
         "a block left out": "a block left out",
@@ -425,7 +442,7 @@ def test_tuning_refuses_a_tile_that_is_wrong(kernel, how, tuning, caplog, monkey
     spoilt[kernel] = WAYS_TO_SPOIL[kernel][how]
     name = kernel.removesuffix("_kernel")
     monkeypatch.setattr(configs, "candidates", lambda kernel, *problem: [SPOILT, RIGHT] if kernel == name else [])
-    problem = make_problem("batch-training", **SMALL, device=device, dtype=torch.float16)
+    problem = mixed_before(make_problem("batch-training", **SMALL, device=device, dtype=torch.float16))
     lines = assert_tuned(problem, chosen, caplog, **dict.fromkeys(configs.TABLE, TABLES) | {name: RIGHT})
     (refusal,) = (line for line in lines if "refused" in line)
     assert name in refusal and str(SPOILT) in refusal and str(RIGHT) not in refusal

@@ -1,48 +1,67 @@
 """Mixing before the softmax, no mixing after it, and another number of heads after it than before."""
 
+import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import FUSED, MODES, STATISTICS, assert_defined_by, compute, device_of, make_problem
+from error_bound import simulate
+from parity import (
+    FUSED,
+    MODES,
+    STATISTICS,
+    assert_defined_by,
+    assert_parity,
+    assert_same,
+    compute,
+    device_of,
+    drawn_mask,
+    make_problem,
+)
 from test_masks import KINDS, definition
 from torch.autograd import gradcheck
 
 from reattn import re_attention
-from reattn.backends import choose
-from reattn.problem import Problem
 
 modes = pytest.mark.parametrize("mode", MODES)
 fused = pytest.mark.parametrize("backend", FUSED)
 HEADS = 3
+# Backends that mix before the softmax.
+own = pytest.mark.parametrize("backend", ["triton", pytest.param("cpu", marks=pytest.mark.extension)])
 
 
-def mixing_problem(mode, kind="none", *, heads_out=HEADS, pre=True, post=True, **sizes):
-    """In float64, with every optional tensor."""
-    sizes = {"heads": HEADS, "head_dim": 4, "seqlen": 7, "seqlen_k": 9, "batch": 2} | sizes
-    problem = make_problem(mode, **sizes, dtype=torch.float64, parameter_dtype=torch.float64)
-    wide = make_problem(
-        mode, **sizes | {"heads": heads_out}, seed=1, dtype=torch.float64, parameter_dtype=torch.float64
-    )
+def mixing_problem(
+    mode, kind="none", *, heads=HEADS, heads_out=None, pre=True, post=True, dtype=torch.float64, device="cpu", **sizes
+):
+    """With every optional tensor; in float64, its parameters in float32 otherwise."""
+    heads_out = heads_out or heads
+    sizes = {"head_dim": 4, "seqlen": 7, "seqlen_k": 9, "batch": 2} | sizes
+    dtypes = {"dtype": dtype, "parameter_dtype": torch.promote_types(dtype, torch.float32), "device": device}
+    problem = make_problem(mode, **sizes, heads=heads, **dtypes)
+    wide = make_problem(mode, **sizes, heads=heads_out, seed=1, **dtypes)
     draw = torch.Generator().manual_seed(2)
     pre_theta, pre_bias, theta = (
-        torch.randn(*shape, dtype=torch.float64, generator=draw)
-        for shape in ((HEADS, HEADS), (HEADS,), (HEADS, heads_out))
+        torch.randn(*shape, dtype=torch.float64, generator=draw).to(device, dtypes["parameter_dtype"])
+        for shape in ((heads, heads), (heads,), (heads, heads_out))
     )
-    if heads_out != HEADS:
+    if heads_out != heads:
         of_heads_out = {name: wide[name] for name in wide.tensors if name not in ("query", "key", "theta")}
-        problem = problem.with_tensors(**of_heads_out, theta=theta)
+        problem = problem.with_tensors(**of_heads_out, theta=theta * heads**-0.5)
         problem.grad = wide.grad
     if pre:
-        problem = problem.with_tensors(pre_theta=pre_theta, pre_bias=pre_bias)
+        problem = problem.with_tensors(pre_theta=pre_theta * (heads / 3) ** -0.5, pre_bias=pre_bias)
     if not post:
         problem = problem.with_tensors(theta=None)
     if kind != "none":
         make, is_causal = KINDS[kind]
-        mask = make(sizes["batch"], HEADS, sizes["seqlen"], sizes["seqlen_k"], draw)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.double()
+        mask = make(sizes["batch"], heads, sizes["seqlen"], sizes["seqlen_k"], draw)
+        if mask is not None:
+            lowest = mask == torch.finfo(torch.float32).min
+            mask = mask.to(device, dtype if mask.is_floating_point() else mask.dtype)
+            if mask.is_floating_point():
+                mask = mask.masked_fill(lowest.to(device), torch.finfo(dtype).min)
         problem = problem.with_tensors(attn_mask=mask).with_options(is_causal=is_causal)
     return problem
 
@@ -164,7 +183,7 @@ def test_autocast():
     problem = make_problem("layer")
     pre_theta = torch.eye(3).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = re_attention(**problem.tensors, **problem.options, pre_theta=pre_theta)
+        out = re_attention(**problem.tensors, **problem.options, pre_theta=pre_theta, backend="reference")
         expected = re_attention(**problem.tensors, **problem.options, backend="reference")
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
@@ -213,7 +232,149 @@ def test_fused_backends_without_theta(backend):
     assert all(torch.equal(found[name], right) for name, right in expected.items())
 
 
-@fused
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.extension
+@modes
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("setting", "kind"), CASES)
+def test_cpu_parity(setting, kind, dtype, mode):
+    assert_parity(mixing_problem(mode, kind, **SETTINGS[setting], dtype=FLOATS[dtype]), "cpu")
+
+
+def compiled_cases():
+    """Each head count with each dtype. Mode, mask, head_dim, heads after mixing, dropout and lengths take turns."""
+    kinds = ("none", "padding", "causal", "by-row", "none", "table-bias", "causal-padding", "by-head")
+    after = {1: 3, 3: 1, 6: 12, 8: 6, 12: 16, 16: 9, 17: 12, 32: 31}
+    for number, (heads, dtype) in enumerate(itertools.product(after, FLOATS)):
+        mode, kind = list(MODES)[(number + number // 8) % 4], kinds[number % 8]
+        lengths = ((17, 33), (33, 20), (1, 50))[number // 2 % 3]
+        if lengths[0] == 1 and kind.startswith("causal"):
+            kind = "by-head"  # of a single key there is nothing to learn
+        sizes = dict(zip(("seqlen", "seqlen_k"), lengths, strict=True)) | {"head_dim": (32, 64, 48, 128)[number % 4]}
+        if number % 3 == 1 and kind not in ("by-head", "table-bias"):
+            sizes["heads_out"] = after[heads]
+        dropout_p = 0.3 if number % 5 == 2 else 0.0
+        name = "-".join(f"{key}={size}" for key, size in sizes.items())
+        name = f"{heads}-{dtype}-{mode}-{kind}-{name}" + "-dropout" * (dropout_p > 0)
+        yield pytest.param(heads, dtype, mode, kind, sizes, dropout_p, id=name)
+
+
+@own
+@pytest.mark.parametrize(("heads", "dtype", "mode", "kind", "sizes", "dropout_p"), list(compiled_cases()))
+def test_parity(heads, dtype, mode, kind, sizes, dropout_p, backend):
+    device = device_of(backend)
+    problem = mixing_problem(mode, kind, heads=heads, dtype=FLOATS[dtype], device=device, **sizes)
+    if dropout_p:
+        lengths = {name: sizes[name] for name in ("seqlen", "seqlen_k")}
+        keep = drawn_mask(backend, heads=heads, **lengths, dropout_p=dropout_p)
+        problem = replace(problem.with_options(dropout_p=dropout_p), keep=keep)
+    assert_parity(problem, backend)
+
+
+@own
+@pytest.mark.parametrize(("heads", "mode"), [(3, "layer"), (8, "none"), (12, "batch-eval")])
+def test_nan_in_a_query_stays_in_its_row(heads, mode, backend):
+    """And reaches all of it: every head is made of all."""
+    device = device_of(backend)
+    problem = mixing_problem(mode, heads=heads, head_dim=16, seqlen=20, dtype=torch.float32, device=device)
+    query = problem["query"].clone()
+    query[0, heads // 2, 5, 3] = float("nan")
+    problem = problem.with_tensors(query=query, pre_bias=None)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    assert expected["output"][0, :, 5].isnan().all() and not expected["output"][0, :, 6].isnan().any()
+    for name, right in expected.items():
+        assert torch.equal(found[name].isnan(), right.isnan()), name
+
+
+@own
+@pytest.mark.parametrize(("heads", "kind"), [(3, "padding"), (3, "causal"), (3, "by-row"), (12, "by-row")])
+def test_fused_backends_let_nothing_of_hidden_keys_arrive(heads, kind, backend):
+    """What is NaN in a key, or in a query that sees nothing."""
+    device = device_of(backend)
+    problem = mixing_problem("layer", kind, heads=heads, head_dim=16, seqlen=9, dtype=torch.float32, device=device)
+    clean = compute(problem, backend)
+    visible = torch.ones(2, 1, 9, 9, dtype=torch.bool, device=device)
+    if (mask := problem.tensors["attn_mask"]) is not None:
+        visible = visible & mask
+    if problem.options["is_causal"]:
+        visible = visible.tril()
+    index = int(visible[-1, 0].sum(0).argmin())
+    key = problem["key"].clone()
+    key[-1, 1, index] = float("nan")
+    found = compute(problem.with_tensors(key=key), backend)
+    hidden = ~visible[-1, 0, :, index]
+    assert hidden.any() and torch.equal(found["output"][0], clean["output"][0])
+    for name in ("output", "query gradient"):
+        assert torch.equal(found[name][-1, :, hidden], clean[name][-1, :, hidden])
+        assert name != "output" or found[name][-1, :, ~hidden].isnan().all()
+    if hidden.all():
+        assert_same(found, clean)
+    blind = ~visible[-1, 0].any(-1)
+    query = problem["query"].clone()
+    query[-1, :, blind] = float("nan")
+    assert_same(compute(problem.with_tensors(query=query), backend), clean)
+
+
+@own
+def test_what_is_not_finite_before_the_softmax(backend):
+    """A bias that is NaN is not ignored; one that is finite has a gradient, of zeros."""
+    problem = mixing_problem("layer", head_dim=16, dtype=torch.float32, device=device_of(backend))
+    assert not compute(problem, backend)["pre_bias gradient"].any()
+    pre_bias = problem["pre_bias"].clone()
+    pre_bias[1] = float("nan")
+    assert compute(problem.with_tensors(pre_bias=pre_bias), backend)["output"].isnan().all()
+
+
+@own
+def test_reproducible(backend):
+    problem = mixing_problem("batch-training", "padding", head_dim=16, seqlen=50, batch=3, dtype=torch.float32)
+    problem = problem.to(torch.float32)
+    assert_same(compute(problem, backend), compute(problem, backend))
+
+
+@modes
+@pytest.mark.parametrize(
+    ("setting", "kind"), [("pre", "causal-bias"), ("fewer-heads", "by-row"), ("pre-alone", "none")]
+)
+def test_the_simulation_of_rounding_is_the_operator(setting, kind, mode):
+    problem = mixing_problem(mode, kind, **SETTINGS[setting])
+    found = simulate(problem, None)
+    for name, right in compute(problem, "reference").items():
+        torch.testing.assert_close(
+            found[name], right, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}{text}"
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_faults_before_the_softmax_are_found(dtype):
+    """A gradient that lacks its last row, and scores that are mixed by the transpose."""
+    problem = mixing_problem("layer", head_dim=16, seqlen=17, seqlen_k=35, dtype=FLOATS[dtype])
+
+    def without_last_row(problem, _):
+        results = compute(problem, "reference")
+        lost = results["pre_theta gradient"] - _pre_theta_gradient_before(problem, problem["query"].shape[2] - 1)
+        return results | {"pre_theta gradient": results["pre_theta gradient"] - lost}
+
+    with pytest.raises(AssertionError, match="(?m)^pre_theta gradient: error"):
+        assert_parity(problem, "faulty", run=without_last_row)
+
+    def transposed(problem, _):
+        return compute(problem.with_tensors(pre_theta=problem["pre_theta"].mT), "reference")
+
+    with pytest.raises(AssertionError, match="(?m)^output: error"):
+        assert_parity(problem, "faulty", run=transposed)
+
+
+def _pre_theta_gradient_before(problem, end):
+    """Of the first rows alone."""
+    rows = problem.with_tensors(query=problem["query"][:, :, :end])
+    rows.grad = problem.grad[:, :, :end]
+    return compute(rows, "reference")["pre_theta gradient"]
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
@@ -221,92 +382,7 @@ def test_fused_backends_without_theta(backend):
         ("more-heads", "takes as many heads after mixing as before, got 3 and 5"),
     ],
 )
-def test_fused_backends_decline_the_rest(backend, setting, reason):
-    device = device_of(backend)
-    problem = mixing_problem("layer", **SETTINGS[setting]).to(torch.float32)
-    arguments = {name: tensor.to(device) for name, tensor in problem.tensors.items()}
-    with pytest.raises(RuntimeError, match=rf"'{backend}' cannot run this: .*{re.escape(reason)}"):
-        re_attention(**arguments, **problem.options, backend=backend)
-    found = re_attention(**arguments, **problem.options)
-    torch.testing.assert_close(found, re_attention(**arguments, **problem.options, backend="reference"))
-
-
-def test_the_automatic_choice_says_why(caplog):
-    """One line, once for each set of reasons."""
-    problem = Problem.of(torch.zeros(2, 4, 6, 8), pre_mixed=True, heads_out=8)
-    for _ in range(2):
-        assert choose("auto", problem, "any") == "reference"
-    lines = [record.getMessage() for record in caplog.records if "heads after mixing" in record.getMessage()]
-    assert len(lines) == 1 and "does not mix before the softmax (pre_theta)" in lines[0]
-
-
-VALID = {
-    "query": torch.zeros(2, 3, 5, 4),
-    "key": torch.zeros(2, 3, 6, 4),
-    "value": torch.zeros(2, 3, 6, 4),
-    "theta": None,
-}
-WIDE = {"value": torch.zeros(2, 5, 6, 4), "theta": torch.zeros(3, 5)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"theta": [[1.0]]}, TypeError, "theta must be a Tensor, got list"),
-        (
-            {"value": torch.zeros(2, 5, 6, 4)},
-            ValueError,
-            "value must have shape (2, 3, 6, 4) to match query and key, got (2, 5, 6, 4)",
-        ),
-        (
-            {"theta": torch.zeros(3, 5)},
-            ValueError,
-            "value must have shape (2, 5, 6, 4) to match query, key and theta, got (2, 3, 6, 4)",
-        ),
-        (
-            WIDE | {"theta": torch.zeros(5, 3)},
-            ValueError,
-            "value must have shape (2, 3, 6, 4) to match query and key, got (2, 5, 6, 4)",
-        ),
-        (
-            {"theta": torch.zeros(3, 0)},
-            ValueError,
-            "theta must have shape (3, 3) to match query's 3 heads, got (3, 0)",
-        ),
-        (
-            WIDE | {"bias": torch.zeros(3)},
-            ValueError,
-            "bias must have shape (5,) to match value's 5 heads, got (3,)",
-        ),
-        (
-            {"pre_theta": torch.zeros(3, 5)},
-            ValueError,
-            "pre_theta must have shape (3, 3) to match query's 3 heads, got (3, 5)",
-        ),
-        (
-            WIDE | {"pre_theta": torch.eye(3), "pre_bias": torch.zeros(5)},
-            ValueError,
-            "pre_bias must have shape (3,) to match query's 3 heads, got (5,)",
-        ),
-        ({"pre_bias": torch.zeros(3)}, ValueError, "pre_bias must come with pre_theta, got pre_bias alone"),
-        ({"pre_theta": 1.0}, TypeError, "pre_theta must be a Tensor, got float"),
-        (
-            {"pre_theta": torch.eye(3, dtype=torch.int64)},
-            TypeError,
-            "pre_theta must have a floating dtype, got torch.int64",
-        ),
-        (
-            {"pre_theta": torch.eye(3, device="meta")},
-            ValueError,
-            "pre_theta must be on cpu, as query is, got meta",
-        ),
-        (
-            WIDE | {"attn_mask": torch.ones(2, 3, 5, 6, dtype=torch.bool)},
-            ValueError,
-            "attn_mask must be one for all heads where theta makes 5 of 3, got (2, 3, 5, 6)",
-        ),
-    ],
-)
-def test_errors(changes, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        re_attention(**(VALID | changes))
+def test_cuda_declines(setting, reason):
+    problem = mixing_problem("layer", **SETTINGS[setting], dtype=torch.float32, device=device_of("cuda"))
+    with pytest.raises(RuntimeError, match=rf"'cuda' cannot run this: .*{re.escape(reason)}"):
+        re_attention(**problem.tensors, **problem.options, backend="cuda")

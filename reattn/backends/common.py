@@ -60,9 +60,10 @@ def beyond_limits(problem: Problem) -> list[str]:
     reasons = []
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, got {problem.dtype}")
-    for name, heads in (("heads", problem.heads), ("heads after mixing", problem.heads_out or 0)):
-        if heads > MAX_HEADS:
-            reasons.append(f"takes at most {MAX_HEADS} {name}, got {heads}")
+    if problem.heads > MAX_HEADS:
+        reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
+    if problem.most_heads > max(problem.heads, MAX_HEADS):
+        reasons.append(f"takes at most {MAX_HEADS} heads after mixing, got {problem.heads_out}")
     if problem.head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
     if problem.called is not None:
