@@ -32,8 +32,8 @@ TRITON_ARCHS = (80, 86, 89, 90, 100)
 # Local-memory instructions inside loops that are let through, as a share of the loops' instructions: a tile half as
 # large needs none, and moves more through shared memory. Most kernels have none at all.
 FEW_SPILLS = 1 / 80
-# The same with masks: the forward pass at head_dim 64 has them, as it keeps its tile.
-MASKED_SPILLS = 1 / 16
+# The same with EXTRAS: the forward pass at head_dim 64 has them, as it keeps its tile.
+SPILLS_WITH_EXTRAS = 1 / 16
 # As a number, for float32 and more than 16 heads: tiles small enough to need none run longer. Most have
 # grad_maps with 32 heads and batch statistics, of which a lane holds five vectors of eight heads (90), and by Triton
 # 3.6 grad_query in float32 at head_dim 128 (153).
@@ -42,13 +42,14 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # "batch" in training.
 NORMS = ("layer", "batch", "batch-eval", "none")
 DROPOUT = {"without": False, "with": True}
-# Of keys, boolean; causal; boolean by query; a bias by head and query that is differentiated.
-MASKS = ("padding", "causal", "rows", "bias")
+# A mask of keys, boolean; causal; a mask by query, boolean; a bias by head and query that is differentiated; mixing
+# before the softmax.
+EXTRAS = ("padding", "causal", "rows", "bias", "pre_theta")
 
 
 class Case(NamedTuple):
     """A problem to compile for: an architecture, a dtype, a shape, one of NORMS, whether with dropout, "none" or one of
-    MASKS."""
+    EXTRAS."""
 
     arch: int
     dtype: str
@@ -56,7 +57,7 @@ class Case(NamedTuple):
     head_dim: int
     norm: str
     dropout: bool = False
-    mask: str = "none"
+    extra: str = "none"
 
 
 class Cost(NamedTuple):
@@ -79,9 +80,9 @@ class Cost(NamedTuple):
         from reattn.kernels import configs
 
         faults = []
-        few = (FEW_SPILLS if self.case.mask == "none" else MASKED_SPILLS) * self.loops
+        few = (FEW_SPILLS if self.case.extra == "none" else SPILLS_WITH_EXTRAS) * self.loops
         common = self.case.dtype != "float32" and self.case.heads <= 16
-        if self.spills_in_loops > (few if common else RARE_SPILLS):
+        if self.spills_in_loops > (few if common else max(few, RARE_SPILLS)):
             faults.append(f"{self.spills_in_loops} local-memory instructions inside loops")
         if self.shared > SHARED_LIMIT[self.case.arch]:
             faults.append(f"shared memory over {SHARED_LIMIT[self.case.arch]}")
@@ -150,8 +151,8 @@ def train_step(case: Case, backend: Any, batch: int) -> None:
         "rows": empty(1, 1, 197, 197, dtype=torch.bool),
         "bias": empty(1, heads, 197, 197, dtype=dtype),
     }
-    mask = masks.get(case.mask)
-    inputs = inputs._replace(attn_mask=mask)
+    mask = masks.get(case.extra)
+    inputs = inputs._replace(attn_mask=mask, pre_theta=empty(heads, heads) if case.extra == "pre_theta" else None)
     for synchronised in (False, True)[: 1 + (case.norm == "batch")]:
         problem = Problem.of(
             inputs.query,
@@ -161,8 +162,9 @@ def train_step(case: Case, backend: Any, batch: int) -> None:
             scale=0.125,
             dropout_p=0.1 if case.dropout else 0.0,
             mask=None if mask is None else "float" if mask.is_floating_point() else "bool",
-            mask_gradient=case.mask == "bias",
-            is_causal=case.mask == "causal",
+            mask_gradient=case.extra == "bias",
+            is_causal=case.extra == "causal",
+            pre_mixed=case.extra == "pre_theta",
         )
         outputs = backend.forward(problem, inputs)
         if synchronised:
@@ -272,15 +274,15 @@ def local_memory(sass: str) -> tuple[int, int, int]:
 
 def table(costs: list[Cost]) -> Iterator[str]:
     """The costs as lines of text."""
-    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:8}{:15}{:15}{:>5}{:>6}{:>8}{:>7}{:>8}{:>6}"
-    titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "mask", "kernel", "tile", "regs", "spill"]
+    layout = "{:>6} {:9}{:>5}{:>5} {:11}{:8}{:10}{:15}{:15}{:>5}{:>6}{:>8}{:>7}{:>8}{:>6}"
+    titles = ["arch", "dtype", "heads", "dim", "norm", "dropout", "with", "kernel", "tile", "regs", "spill"]
     yield layout.format(*titles, "in loop", "of", "shared", "HMMA")
     for cost in costs:
-        arch, dtype, heads, head_dim, norm, dropout, mask = cost.case
+        arch, dtype, heads, head_dim, norm, dropout, extra = cost.case
         kernel, tile = cost.kernel.removesuffix("_kernel"), "x".join(map(str, cost.tile))
         usage = (cost.registers, cost.spills, cost.spills_in_loops, cost.loops, cost.shared, cost.hmma)
         with_dropout = "with" if dropout else "without"
-        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, mask, kernel, tile, *usage)
+        row = layout.format(f"sm_{arch}", dtype, heads, head_dim, norm, with_dropout, extra, kernel, tile, *usage)
         yield row + ("  FAULT: " + ", ".join(cost.faults) if cost.faults else "")
 
 
@@ -296,12 +298,12 @@ def cases(
         problems += [("float32", h, d) for h, d in itertools.product(heads, (64, 128))]
     variants = [(norm, DROPOUT[name]) for norm in norms for name in dropout]
     found = [Case(arch, *problem, *variant) for arch in archs for problem in problems for variant in variants]
-    # Masks with every architecture and norms in turn; ``quick``: with problems in turn as well.
-    for (place, arch), (turn, mask) in itertools.product(enumerate(archs), enumerate(MASKS)):
+    # EXTRAS with every architecture and norms in turn; ``quick``: with problems in turn as well.
+    for (place, arch), (turn, extra) in itertools.product(enumerate(archs), enumerate(EXTRAS)):
         for number, problem in enumerate(problems):
             if not quick or number == (place + turn) % len(problems):
                 norm = norms[(place + number + turn) % len(norms)]
-                found.append(Case(arch, *problem, norm, False, mask))
+                found.append(Case(arch, *problem, norm, False, extra))
     return found
 
 

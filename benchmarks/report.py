@@ -62,7 +62,7 @@ HOW_TO_READ = """\
   the scores, by head, and differentiated, "causal" hides what comes after a query. SDPA has the same mask, and so has
   the eager form, the peer of "speed-up"; "over no mask" is the time over that of the same call without one.
 - Norm "talking-heads" is CaiT's attention: the scores are mixed too, and there is no norm. Where its backend is
-  "reference", it runs in plain PyTorch, as no fused backend mixes before the softmax.
+  "reference", it was measured before a fused backend mixed before the softmax.
 - "roofline" is the least time that the arithmetic or the traffic takes, whichever bounds it, over the time taken, at
   the rates of a large matrix product and a large copy on the same machine. What is computed again does not count.
 - Peak memory is what a call holds beyond its inputs, its results included.

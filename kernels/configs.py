@@ -71,8 +71,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, 32, 128, Tile(4, 16, dim=16)),
     ),
     "grad_scores": (
-        Row(2, 8, 64, Tile(32, 16)),
-        Row(2, 16, 64, Tile(16, 16)),
+        Row(2, 16, 64, Tile(32, 16)),
         Row(2, 8, 128, Tile(16, 16, dim=32)),
         Row(2, 16, 128, Tile(8, 16, dim=32)),
         Row(2, 32, 128, Tile(4, 16, dim=16)),
