@@ -194,7 +194,16 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(cons
   const int hidden = kMasked && first_key >= end ? rows : kCausal ? first_key - p.first_row : 0;  // first rows
   const int skipped = greater(smaller(hidden, rows), 0) / kRows * kRows;
   if constexpr (kMasked) map_copies.skip(skipped), other_copies.skip(skipped);
-  const float* lse = p.lse + (int64_t(sample) * kHeads + head) * p.query.rows;
+  // Where scores are mixed, a query is in those of all heads.
+  constexpr bool kOfAllHeads = kPreMixed && kMaskByHead;
+  const float* lse = p.lse + (int64_t(sample) * kHeads + (kOfAllHeads ? 0 : head)) * p.query.rows;
+  const auto sees_nothing = [&](int row) {
+    bool nothing = read<float>(lse + row) == -kInfinity;
+    if constexpr (kOfAllHeads)
+      for (int other = 1; other < kHeads; other++)
+        nothing = nothing && read<float>(lse + (int64_t(other) * p.query.rows + row)) == -kInfinity;
+    return nothing;
+  };
   int left = rows - skipped;
   const auto fetch = [&](int stage) {
     if (left > 0) {
@@ -205,7 +214,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(cons
       });
       // The query of a row that sees nothing may be anything.
       other_copies.fetch(memory + stage, left, [&](int row, int columns) {
-        return kMasked && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
+        return kMasked && of_key && sees_nothing(first_row + row) ? 0 : columns;
       });
     }
     close_copies();

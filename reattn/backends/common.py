@@ -70,14 +70,16 @@ def beyond_limits(problem: Problem) -> list[str]:
     return reasons
 
 
+def mixes_before(problem: Problem) -> list[str]:
+    """Why a backend that mixes after the softmax alone cannot serve a call."""
+    return ["does not mix before the softmax (pre_theta)"] if problem.pre_mixed else []
+
+
 def mixes_otherwise(problem: Problem) -> list[str]:
-    """Why a backend that knows nothing but square mixing after the softmax cannot serve a call."""
-    reasons = []
-    if problem.pre_mixed:
-        reasons.append("does not mix before the softmax (pre_theta)")
-    if problem.heads_out not in (None, problem.heads):
-        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
-    return reasons
+    """Why a backend that has as many heads after mixing as before cannot serve a call."""
+    if problem.heads_out in (None, problem.heads):
+        return []
+    return [f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}"]
 
 
 def empty_heads_last(like: Tensor, heads: int | None = None) -> Tensor:

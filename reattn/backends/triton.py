@@ -62,7 +62,8 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    return unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_otherwise(problem)
+    mixing = common.mixes_before(problem) + common.mixes_otherwise(problem)
+    return unavailable(problem.device) + common.beyond_limits(problem) + mixing
 
 
 @on_its_device
