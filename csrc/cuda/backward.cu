@@ -717,17 +717,20 @@ class HeadGradients {
   }
 
   // The gradients of the scores, which go to the workspace, and the gradient of the query. Delta and mass are those of
-  // add_delta, where keys are not resident.
+  // add_delta, where keys are not resident. Where scores are mixed, the gradient of the query alone, of what unmix left
+  // in the workspace.
   template <class Keys = AllKeys>
   REATTN_DEVICE void run(float (&delta)[2], float (&mass)[2], Element* grad_scores) const {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     const int end = place_.range.end;
-    Keys keys = start<Keys>(end);
-    if constexpr (kResident) add_delta(delta, mass, end);
-    finish_delta(delta, mass);
-    if constexpr (kResident && !kFloat) {
+    Keys keys = start<Keys>(kPreMixed && !kKeysAhead ? 0 : end);
+    if constexpr (kResident && !kPreMixed) add_delta(delta, mass, end);
+    if constexpr (!kPreMixed) finish_delta(delta, mass);
+    if constexpr (kPreMixed) {
+      multiply_again<false>(grad_query, grad_scores);
+    } else if constexpr (kResident && !kFloat) {
       const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
       Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
       Shared<char> copied = {kept((grads + (row * kRowStride + piece * 16)).address)}, from = maps + lane_place_;
@@ -840,18 +843,6 @@ class HeadGradients {
       }
     }
     if (kMasked && !finite(grad_query)) multiply_again<true>(grad_query, grad_scores);
-    store_grad_query(grad_query);
-  }
-
-  // The gradient of the query, from those of the products in the workspace.
-  REATTN_DEVICE void multiply_workspace(const Element* grad_products) const {
-    float grad_query[kDims / 8][4];
-    multiply_again<false>(grad_query, grad_products);
-    if (kMasked && !finite(grad_query)) multiply_again<true>(grad_query, grad_products);
-    store_grad_query(grad_query);
-  }
-
-  REATTN_DEVICE void store_grad_query(const float (&grad_query)[kDims / 8][4]) const {
     // A lane has pairs of columns, or those of ColumnsAhead.
     const int first_column = lane() % 4 * (kKeysAhead ? kDims / 4 : 2);
     Element* all = head_rows(p_.grad_query, place_.sample, head_) + first_column;
@@ -966,8 +957,7 @@ class HeadGradients {
           else
             exponentiate<ragged.value>(products, first_key + key);
 #pragma unroll
-          for (int right = 0; right < 2; right++) {
-            if constexpr (kPreMixed) continue;
+          for (int right = 0; right < (kPreMixed ? 0 : 2); right++) {
             float (&prob)[4] = probs[right];
             if constexpr (kDropout) {
               float kept[4] = {prob[0], prob[1], prob[2], prob[3]};
@@ -1447,7 +1437,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) unmix(const __grid_constant__ 
     sync_block();
     for_each_head([&](const HeadGradients& head, Element* of_head) { head.save_gradients(of_head, first_key, keys); });
   }
-  for_each_head([&](const HeadGradients& head, const Element* of_head) { head.multiply_workspace(of_head); });
+  for_each_head([&](const HeadGradients& head, Element* of_head) {
+    float nothing[2] = {};
+    head.run(nothing, nothing, of_head);
+  });
 
   constexpr int kNumbers = kPaddedHeads * kPaddedHeads;
   sync_block();  // the tiles are no longer needed

@@ -699,15 +699,14 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   if constexpr (kPaddedHeads > kHeads)
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
-  const int rows = smaller(kRows, p.query.rows - first_row), end = block.range.end;
   if constexpr (kPreMixed)
-    for (int first_key = 0; first_key < end; first_key += kKeys) {
-      const int keys = smaller(kKeys, end - first_key);
+    for (int first_key = 0; first_key < block.range.end; first_key += kKeys) {
+      const int keys = smaller(kKeys, block.range.end - first_key);
       for_each_head([&](int, int head, Shared<char> maps) {
         Softmax(p, stages, block, head).leave_products(maps, first_key, first_key + keys);
       });
       sync_block();
-      RowSoftmax(p, block).run<kResident, true>(warp, rows, first_key, keys);
+      RowSoftmax(p, block).run<kResident, true>(warp, smaller(kRows, p.query.rows - first_row), first_key, keys);
       sync_block();
     }
   else
@@ -729,6 +728,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         });
     });
 
+  const int rows = smaller(kRows, p.query.rows - first_row), end = block.range.end;
   sync_block();
   MixedSums moments;
   if constexpr (kResident) {
