@@ -520,7 +520,8 @@ def _readable(problem: Problem, inputs: Inputs) -> Inputs:
         mean, var = as_float32(mean), as_float32(var)
     maps = _aligned(query), _aligned(key), _aligned(value)
     parameters = as_float32(theta), as_float32(bias), as_float32(norm_weight), as_float32(norm_bias)
-    return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask, as_float32(pre_theta))  # type: ignore[arg-type]
+    pre_theta = None if pre_theta is None else as_float32(pre_theta)
+    return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask, pre_theta)  # type: ignore[arg-type]
 
 
 def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask) -> Params:
@@ -567,7 +568,8 @@ def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs
     params.lse, params.seed = outputs.lse.data_ptr(), address(seed)
     if attn_mask is not None:
         params.mask.data = attn_mask.data_ptr()
-    params.pre_theta = address(pre_theta)
+    if pre_theta is not None:
+        params.pre_theta = pre_theta.data_ptr()
     parameters = params.fold.p
     parameters.theta, parameters.bias = theta.data_ptr(), address(bias)
     parameters.norm_weight, parameters.norm_bias = address(norm_weight), address(norm_bias)
