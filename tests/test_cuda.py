@@ -68,30 +68,37 @@ def make_cuda_problem(mode, **options):
     return make_problem(mode, device=device_of("cuda"), **options)
 
 
+def cut_as(name, monkeypatch):
+    """Has calls cut their problems that way, once plans are forgotten."""
+    cut = CUTS[name]
+
+    def plan_of(kernel, size, shared_bytes, multiprocessors):
+        plan = cut.plan(kernel, size)
+        if plan.shared_bytes > shared_bytes:
+            pytest.skip("needs a card with more shared memory")
+        return plan
+
+    def launches_of(size, shared_bytes, multiprocessors):
+        block = 2 * 16 * size.heads * cuda_plan.round_up(size.seqlen_k, 16) * size.element_bytes
+        monkeypatch.setattr(common, "WORKSPACE_BYTES", cut.launch_blocks * block)
+        return cuda_plan.cut_backward(size, shared_bytes, 1)
+
+    monkeypatch.setattr(cuda, "_plan", plan_of)
+    monkeypatch.setattr(cuda, "_cut", launches_of)
+
+
 @pytest.fixture
 def use_cut(monkeypatch, use_launch, forget_plans):
     """Has a call cut its problem that way; returns how often each kernel is launched."""
 
     def use(name):
-        cut, launched, launch = CUTS[name], Counter(), cuda_driver.launch
-
-        def plan_of(kernel, size, shared_bytes, multiprocessors):
-            plan = cut.plan(kernel, size)
-            if plan.shared_bytes > shared_bytes:
-                pytest.skip("needs a card with more shared memory")
-            return plan
-
-        def launches_of(size, shared_bytes, multiprocessors):
-            block = 2 * 16 * size.heads * cuda_plan.round_up(size.seqlen_k, 16) * size.element_bytes
-            monkeypatch.setattr(common, "WORKSPACE_BYTES", cut.launch_blocks * block)
-            return cuda_plan.cut_backward(size, shared_bytes, 1)
+        launched, launch = Counter(), cuda_driver.launch
 
         def count(loaded, *args):
             launched[loaded.kernel.function] += 1
             launch(loaded, *args)
 
-        monkeypatch.setattr(cuda, "_plan", plan_of)
-        monkeypatch.setattr(cuda, "_cut", launches_of)
+        cut_as(name, monkeypatch)
         forget_plans()
         use_launch(count)
         return launched

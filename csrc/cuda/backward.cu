@@ -1,7 +1,6 @@
 // The gradient of the query and partial sums of the parameters' gradients; and, for the gradients of key and value,
 // which are products of them (products.cu), the normalised maps and the gradients of the scores of some rows.
-#include "heads.cuh"
-#include "scores.cuh"
+#include "mixed_scores.cuh"
 
 namespace reattn {
 
@@ -440,14 +439,6 @@ class RowGradients {
       heads.store(result, kGrads);
   }
 
-  template <class Function>
-  static REATTN_DEVICE void for_each_head_of_lane(Function function) {
-#pragma unroll
-    for (int block = 0; block < kHeadBlocks; block++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) function(block, i, 8 * block + lane() % 4 * 2 + i);
-  }
-
   const Params& p_;
   const Place& place_;
   int first_key_;
@@ -602,6 +593,20 @@ class HeadGradients {
     }
   }
 
+  // Where scores are mixed, the products of query and key that they are made of, once more.
+  REATTN_DEVICE void fill_products(int first_key) const {
+    const OwnRows<kQueryStride, kDirect> query(p_.query, place_.sample, head_, place_.first_row);
+    const int last_key = first_key + smaller(kKeys, place_.range.end - first_key);
+    if constexpr (kDirect) {
+      RowsAhead<kKeyStride> keys(p_.key, place_.sample, head_, first_key, last_key);
+      keys.start();
+      fill_maps(query, keys, first_key, last_key, [] {});
+    } else {
+      Stream<kDims, kKeyStride> keys(stages_, p_.key, place_.sample, head_, first_key, last_key, 0);
+      fill_maps(query, keys, first_key, last_key, [] {});
+    }
+  }
+
   // delta += a lane's part of the sums of P dP of the keys in shared memory, and mass += that of P. On tensor cores,
   // where of P dP^T the diagonals count.
   REATTN_DEVICE void add_delta(float (&delta)[2], float (&mass)[2], int keys) const {
@@ -658,18 +663,74 @@ class HeadGradients {
     sync_warp();
   }
 
+  // From the workspace, of the rows that exist.
+  REATTN_DEVICE void load_gradients(const Element* grad_scores, int first_key, int keys) const {
+    const Shared<char> grads = at(kGrads + head_ * kHeadStride);
+    for (int key = 0; key < keys; key += 16)
+#pragma unroll
+      for (int i = 0; i < kTilePieces / 2; i++) {
+        const int row = (i * kWarp + lane()) / kTilePieces,
+                  piece = key * int(sizeof(Element)) / 16 + lane() % kTilePieces;
+        if (row < place_.rows)
+          store(grads + (row * kRowStride + piece * 16),
+                read<uint4>(grad_scores + (int64_t(row) * place_.keys + first_key + piece * kVector)));
+      }
+    sync_warp();
+  }
+
+  // The gradients of the scores, which go to the workspace, of the maps in shared memory and their gradients, which lie
+  // there or, where keys are not resident, in the workspace. Delta as finish_delta leaves it.
+  REATTN_DEVICE void leave_grad_scores(const float (&delta)[2], Element* grad_scores, int first_key, int keys) const {
+    const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
+    if constexpr (!kResident) load_gradients(grad_scores, first_key, keys);
+    sync_warp();  // all lanes have read what is summed
+    for (int key = 0; key < keys; key += 16) {
+      const Shared<char> tile = grads + key * int(sizeof(Element));
+      if constexpr (kFloat) {
+        float scores[2][4] = {};
+        for_each_pair([&](int right, int lower, int row, int column) {
+          if (row >= place_.rows) return;
+          const float2 map = load<float2>(as<float>(maps + row * kRowStride) + (key + column));
+          const float2 grad = load<float2>(as<float>(tile + row * kRowStride) + column);
+          scores[right][2 * lower] = prob_of(map.x) * (grad.x - delta[lower]);
+          scores[right][2 * lower + 1] = prob_of(map.y) * (grad.y - delta[lower]);
+        });
+        store_tile(as<float>(tile), kRowStride, scores);
+      } else {
+        Packed<Narrow> map, scores;
+        load_matrices(map.part, maps + (lane_place_ + 2 * key));
+        load_matrices(scores.part, tile + lane_place_);
+        probs_of(map.part);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float2 prob = unpack<Narrow>(map.part[i]);
+          const float2 grad = unpack<Narrow>(scores.part[i]);
+          scores.part[i] = pack<Narrow>(prob.x * (grad.x - delta[i % 2]), prob.y * (grad.y - delta[i % 2]));
+        }
+        sync_warp();
+        store_matrices(tile + lane_place_, scores.part);
+      }
+      sync_warp();
+      copy_tiles(grad_scores + first_key + key, tile);
+    }
+    sync_warp();
+  }
+
   // The gradients of the scores, which go to the workspace, and the gradient of the query. Delta and mass are those of
-  // add_delta, where keys are not resident.
+  // add_delta, where keys are not resident. Where scores are mixed, the gradient of the query alone, of what unmix left
+  // in the workspace.
   template <class Keys = AllKeys>
   REATTN_DEVICE void run(float (&delta)[2], float (&mass)[2], Element* grad_scores) const {
     float grad_query[kDims / 8][4] = {};
     const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     const int end = place_.range.end;
-    Keys keys = start<Keys>(end);
-    if constexpr (kResident) add_delta(delta, mass, end);
-    finish_delta(delta, mass);
-    if constexpr (kResident && !kFloat) {
+    Keys keys = start<Keys>(kPreMixed && !kKeysAhead ? 0 : end);
+    if constexpr (kResident && !kPreMixed) add_delta(delta, mass, end);
+    if constexpr (!kPreMixed) finish_delta(delta, mass);
+    if constexpr (kPreMixed) {
+      multiply_again<false>(grad_query, grad_scores);
+    } else if constexpr (kResident && !kFloat) {
       const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
       Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
       Shared<char> copied = {kept((grads + (row * kRowStride + piece * 16)).address)}, from = maps + lane_place_;
@@ -781,7 +842,7 @@ class HeadGradients {
         }
       }
     }
-    if (kMasked && !finite(grad_query)) multiply_strictly(grad_query, grad_scores);
+    if (kMasked && !finite(grad_query)) multiply_again<true>(grad_query, grad_scores);
     // A lane has pairs of columns, or those of ColumnsAhead.
     const int first_column = lane() % 4 * (kKeysAhead ? kDims / 4 : 2);
     Element* all = head_rows(p_.grad_query, place_.sample, head_) + first_column;
@@ -809,10 +870,10 @@ class HeadGradients {
     });
   }
 
-  // The gradient of the query once more, from those of the scores: what is hidden in a key does not reach it, where it
-  // is not finite. Where it is seen, those of the scores are not.
-  template <class Keys = AllKeys>
-  REATTN_DEVICE void multiply_strictly(float (&grad_query)[kDims / 8][4], const Element* grad_scores) const {
+  // The gradient of the query, from those of the scores in the workspace. Strictly: what is hidden in a key does not
+  // reach it, where it is not finite. Where it is seen, those of the scores are not.
+  template <bool kStrict, class Keys = AllKeys>
+  REATTN_DEVICE void multiply_again(float (&grad_query)[kDims / 8][4], const Element* grad_scores) const {
 #pragma unroll
     for (int i = 0; i < kDims / 2; i++) grad_query[i / 4][i % 4] = 0;
     sync_warp();  // what other lanes have written is there
@@ -837,9 +898,13 @@ class HeadGradients {
           typename Keys::Operands operands;
           keys.get(operands, place);
 #pragma unroll
-          for (int column = 0; column < kDims / 8; column++)
-            multiply_add<Narrow>(grad_query[column], packed.part,
-                                 {finite_or_zero(operands[column][0]), finite_or_zero(operands[column][1])});
+          for (int column = 0; column < kDims / 8; column++) {
+            if constexpr (kStrict)
+              multiply_add<Narrow>(grad_query[column], packed.part,
+                                   {finite_or_zero(operands[column][0]), finite_or_zero(operands[column][1])});
+            else
+              multiply_add<Narrow>(grad_query[column], packed.part, operands[column]);
+          }
           if (key + 16 * (place + Keys::kAhead) < end) keys.template fetch<false>(place);
         }
     } else {
@@ -848,7 +913,7 @@ class HeadGradients {
 #pragma unroll 1
       for (int key = 0; key < end; key += 16) {
         const Shared<char> stage = keys.next();
-        make_finite<kDims>(stage);
+        if constexpr (kStrict) make_finite<kDims>(stage);
         float scores[2][4] = {};
         scores_at(key, scores);
         if constexpr (kFloat) {
@@ -887,9 +952,12 @@ class HeadGradients {
     for_each_product(
         own, keys, first_key, last_key, before_last, [&](auto ragged, int key, float (&products)[1][2][4]) {
           float (&probs)[2][4] = products[0];
-          exponentiate<ragged.value>(products, first_key + key);
+          if constexpr (kPreMixed)
+            scale_products(probs, p_);  // of which RowMaps makes maps
+          else
+            exponentiate<ragged.value>(products, first_key + key);
 #pragma unroll
-          for (int right = 0; right < 2; right++) {
+          for (int right = 0; right < (kPreMixed ? 0 : 2); right++) {
             float (&prob)[4] = probs[right];
             if constexpr (kDropout) {
               float kept[4] = {prob[0], prob[1], prob[2], prob[3]};
@@ -1077,6 +1145,161 @@ class HeadGradients {
   float lse_[2];
 };
 
+// Where scores are mixed: of the products of query and key of all heads of a row the maps, in their place, as kMaps has
+// them.
+class RowMaps {
+ public:
+  REATTN_DEVICE RowMaps(const Params& p, const Place& place) : p_(p), place_(place), scores_(p, place) {}
+
+  REATTN_DEVICE void run(int warp, int first_key, int keys) const {
+    const Dropout dropout(p_, place_.sample, 0);
+    Heads<> first(at(kMaps), warp);
+#pragma unroll 1
+    for (int row = warp; row < place_.rows; row += kWarps, first.descend(kWarps)) {
+      float lse[kHeadBlocks][2];
+      for_each_head_of_lane([&](int block, int i, int head) {
+        lse[block][i] =
+            read<float>(p_.lse + row_index(p_, place_.sample, smaller(head, kHeads - 1), place_.first_row + row));
+        if (kMasked && lse[block][i] == -kInfinity) lse[block][i] = 0;  // no key is seen, all scores are -infinity
+      });
+      Heads<> heads = first;
+#pragma unroll 1
+      for (int key = 0; key < keys; key += 16, heads.advance()) {
+        HeadsTile maps;
+        scores_.get(maps, heads, row, first_key, key);
+        for_each_element([&](int block, int i, int, int lower) {
+          float& map = maps[block][i];
+          map = fast_exp2(map - lse[block][i % 2]);
+          if (first_key + key + 8 * lower + lane() / 4 >= p_.key.rows) map = 0;
+        });
+#pragma unroll
+        for (int block = 0; block < kHeadBlocks; block++) {
+          uint32_t kept = 0;
+          if constexpr (kDropout) kept = dropout.kept_of_heads(8 * block, place_.first_row + row, first_key + key);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            maps[block][i] = !kDropout ? maps[block][i] - p_.centre : kept >> i & 1 ? maps[block][i] : -maps[block][i];
+        }
+        sync_warp();  // all lanes have the products
+        if constexpr (kFloat)
+          for_each_element([&](int block, int i, int head, int lower) {
+            if (head < kHeads)
+              store(ScoreWeights<false>::number(kMaps, head, row, key + 8 * lower + lane() / 4), maps[block][i]);
+          });
+        else
+          heads.store(maps);
+      }
+    }
+  }
+
+ private:
+  const Params& p_;
+  const Place& place_;
+  MixedScores scores_;
+};
+
+// Sums over positions of products of R and dS of every two heads: laid out as products of Sums.
+using ScoreSums = float[kHeadSteps][kHeadBlocks][4];
+
+// The way back through the mixing of scores, of all heads of a row: with the products of query and key at kMaps, the
+// gradients of the scores at kGrads become those of the products.
+class RowUnmixing {
+ public:
+  REATTN_DEVICE RowUnmixing(const Params& p, const Place& place) : p_(p), place_(place), weights_(p) {}
+
+  REATTN_DEVICE void run(ScoreSums& sums, int warp, int first_key, int keys) const {
+    const float scale = 1.0f / weights_.unit();
+    Heads<> first(at(kMaps), warp);
+#pragma unroll 1
+    for (int row = warp; row < place_.rows; row += kWarps, first.descend(kWarps)) {
+      ScoreSums of_row = {};
+      Heads<> heads = first;
+#pragma unroll 1
+      for (int key = 0; key < keys; key += 16, heads.advance()) {
+        // What is hidden from all heads may be anything.
+        const uint32_t seen = kMasked ? seen_by_any(p_, place_, place_.first_row + row, first_key + key) : 0xffff;
+        HeadsTile grads;
+        if constexpr (kFloat) {
+          weights_.multiply(grads, heads, kGrads, row, key);
+          add(of_row, row, key, seen);
+        } else {
+          const HeadsOperand of_scores = heads.load(kGrads);
+          for_each_element([&](int block, int i, int, int) { grads[block][i] = 0; });
+          weights_.multiply(grads, of_scores);
+          for_each_element([&](int block, int i, int, int) { grads[block][i] *= scale; });
+          add(of_row, heads, of_scores, seen);
+        }
+        sync_warp();  // all lanes have the gradients
+        if constexpr (kFloat)
+          for_each_element([&](int block, int i, int head, int lower) {
+            if (head < kHeads) store(number(kGrads, head, row, key + 8 * lower + lane() / 4), grads[block][i]);
+          });
+        else
+          heads.store(grads, kGrads);
+      }
+      // Row by row: long sums of products on tensor cores lose digits.
+#pragma unroll
+      for (int i = 0; i < kHeadSteps * kHeadBlocks * 4; i++)
+        sums[i / 4 / kHeadBlocks][i / 4 % kHeadBlocks][i % 4] +=
+            of_row[i / 4 / kHeadBlocks][i / 4 % kHeadBlocks][i % 4];
+    }
+  }
+
+ private:
+  static REATTN_DEVICE Shared<float> number(int offset, int head, int row, int key) {
+    return ScoreWeights<true>::number(offset, head, row, key);
+  }
+
+  static REATTN_DEVICE void add(ScoreSums& sums, int row, int key, uint32_t seen) {
+    for (int position = 0; position < 16; position++) {
+      float left[kHeadSteps][2];
+#pragma unroll
+      for (int step = 0; step < kHeadSteps; step++)
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+          const int head = smaller(16 * step + 8 * lower + lane() / 4, kHeads - 1);
+          left[step][lower] = seen >> position & 1 ? load<float>(number(kMaps, head, row, key + position)) : 0.0f;
+        }
+      for_each_head_of_lane([&](int block, int i, int head) {
+        const float right = load<float>(number(kGrads, smaller(head, kHeads - 1), row, key + position));
+#pragma unroll
+        for (int step = 0; step < kHeadSteps; step++)
+#pragma unroll
+          for (int lower = 0; lower < 2; lower++) {
+            float& sum = sums[step][block][2 * lower + i];
+            sum = fmaf(left[step][lower], right, sum);
+          }
+      });
+    }
+  }
+  static REATTN_DEVICE void add(ScoreSums& sums, const Heads<>& heads, const HeadsOperand& of_scores, uint32_t seen) {
+    uint32_t whole[2];  // of a lane's two pairs of positions: all bits of those that are seen
+#pragma unroll
+    for (int right = 0; right < 2; right++) {
+      const uint32_t pair = seen >> (8 * right + lane() % 4 * 2) & 3;
+      whole[right] = (pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u;
+    }
+#pragma unroll
+    for (int step = 0; step < kHeadSteps; step++) {
+      uint32_t products[4];
+      heads.load_across(products, step);
+      if constexpr (kMasked) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) products[i] &= whole[i / 2];
+      }
+#pragma unroll
+      for (int block = 0; block < kHeadBlocks; block++)
+        multiply_add<Narrow>(sums[step][block], products,
+                             {transposed(of_scores.part[block / 2][block % 2 * 2]),
+                              transposed(of_scores.part[block / 2][block % 2 * 2 + 1])});
+    }
+  }
+
+  const Params& p_;
+  const Place& place_;
+  ScoreWeights<true> weights_;
+};
+
 // Adds up the sums of all warps, in order, and writes them for this block; all threads have to come here.
 REATTN_DEVICE void store_sums(const Params& p, Sums& sums, int warp, int64_t block_number) {
   sync_block();  // the maps are no longer needed
@@ -1142,6 +1365,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
     const int keys = smaller(kKeys, place.range.end - first_key);
     for_each_head([&](int turn, const HeadGradients& head, Element*) { beta[turn] += head.fill(first_key); });
     sync_block();
+    if constexpr (kPreMixed) {
+      RowMaps(p, place).run(warp, first_key, keys);
+      sync_warp();
+    }
     RowGradients gradients(p, place, first_key, scratch);
     gradients.run(sums, warp, keys, mixed + first_key);
     sync_block();
@@ -1152,8 +1379,28 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
       });
   }
   const int64_t block_number = place.number(p);
+  if constexpr (kPreMixed) {
+    for_each_head([&](int turn, const HeadGradients& head, Element*) {
+      if constexpr (kResident) head.add_delta(delta[turn], mass[turn], place.range.end);
+      head.finish_delta(delta[turn], mass[turn]);
+    });
+#pragma unroll 1
+    for (int first_key = 0; first_key < place.range.end; first_key += kKeys) {
+      const int keys = smaller(kKeys, place.range.end - first_key);
+      if constexpr (!kResident) {
+        sync_block();  // all have left the maps
+        for_each_head([&](int, const HeadGradients& head, Element*) { head.fill_products(first_key); });
+        sync_block();
+        RowMaps(p, place).run(warp, first_key, keys);
+        sync_block();
+      }
+      for_each_head([&](int turn, const HeadGradients& head, Element* to) {
+        head.leave_grad_scores(delta[turn], to, first_key, keys);
+      });
+    }
+  }
   for_each_head([&](int turn, const HeadGradients& head, Element* to) {
-    head.run(delta[turn], mass[turn], to);
+    if constexpr (!kPreMixed) head.run(delta[turn], mass[turn], to);
     if (lane() == 0)
       write(p.vectors + (block_number * (3 * kPaddedHeads) + 2 * kPaddedHeads + warp + turn * kWarps), beta[turn]);
   });
@@ -1161,5 +1408,59 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
     write(p.vectors + (block_number * (3 * kPaddedHeads) + 2 * kPaddedHeads + kHeads + thread()), 0.0f);
   store_sums(p, sums, warp, block_number);
 }
+
+#if REATTN_PRE_MIXED
+// The same rows once more, where scores are mixed: the gradients of the scores that backward left in the workspace
+// become those of the products of query and key, of which the gradient of the query is made; and partial sums of the
+// gradient of pre_theta.
+__global__ void __launch_bounds__(32 * kWarps, 1) unmix(const __grid_constant__ Params p) {
+  const Place place(p);
+  const int warp = reattn::warp();
+  const Shared<char> scratch = at(kScratch + warp * kScratchBytes);
+  Element* const grad_scores = static_cast<Element*>(p.grad_scores) + place.workspace;
+  const auto for_each_head = [&](auto function) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++)
+      if (const int head = warp + turn * kWarps; head < kHeads)
+        function(HeadGradients(p, place, scratch, head), grad_scores + head * place.head_stride);
+  };
+  ScoreSums sums = {};
+#pragma unroll 1
+  for (int first_key = 0; first_key < place.range.end; first_key += kKeys) {
+    const int keys = smaller(kKeys, place.range.end - first_key);
+    for_each_head([&](const HeadGradients& head, const Element* of_head) {
+      head.fill_products(first_key);
+      head.load_gradients(of_head, first_key, keys);
+    });
+    sync_block();
+    RowUnmixing(p, place).run(sums, warp, first_key, keys);
+    sync_block();
+    for_each_head([&](const HeadGradients& head, Element* of_head) { head.save_gradients(of_head, first_key, keys); });
+  }
+  for_each_head([&](const HeadGradients& head, Element* of_head) {
+    float nothing[2] = {};
+    head.run(nothing, nothing, of_head);
+  });
+
+  constexpr int kNumbers = kPaddedHeads * kPaddedHeads;
+  sync_block();  // the tiles are no longer needed
+  const Shared<float> all = as<float>(at(0)), own = all + warp * kNumbers;
+#pragma unroll
+  for (int step = 0; step < kHeadSteps; step++)
+#pragma unroll
+    for (int block = 0; block < kHeadBlocks; block++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = 16 * step + i / 2 * 8 + lane() / 4, column = 8 * block + lane() % 4 * 2 + i % 2;
+        if (16 * step + i / 2 * 8 < kPaddedHeads) store(own + (row * kPaddedHeads + column), sums[step][block][i]);
+      }
+  sync_block();
+  for (int i = thread(); i < kNumbers; i += threads()) {
+    float sum = 0;
+    for (int from = 0; from < kWarps; from++) sum += load<float>(all + (from * kNumbers + i));
+    write(p.pre_products + (place.number(p) * kNumbers + i), sum);
+  }
+}
+#endif
 
 }  // namespace reattn

@@ -1,6 +1,5 @@
 // The output and the LSE; with batch statistics, what the mixed maps make of the values, and sums over the mixed maps.
-#include "heads.cuh"
-#include "scores.cuh"
+#include "mixed_scores.cuh"
 
 namespace reattn {
 
@@ -87,6 +86,119 @@ struct MixedSums {
         }
     }
   }
+};
+
+// The softmax of a warp's rows, whose scores are mixed over the heads: of what leave_products left in the heads' tiles
+// it makes maps in their place, as Softmax does. The largest score of a row is the reference.
+class RowSoftmax {
+ public:
+  REATTN_DEVICE RowSoftmax(const Params& p, const Block& block) : p_(p), block_(block), scores_(p, block) {}
+
+  // Of the first keys, and maybe the last, some at a time. kSum: finds reference and sum; kFill: leaves the maps, after
+  // dropout.
+  template <bool kFill, bool kSum>
+  REATTN_DEVICE void run(int warp, int rows, int first_key, int keys) const {
+    const Dropout dropout(p_, block_.sample, 0);
+    const bool begins = kResident || first_key == 0, ends = kResident || first_key + keys == block_.range.end;
+    Heads<> first(at(0), warp);
+#pragma unroll 1
+    for (int row = warp; row < rows; row += kWarps, first.descend(kWarps)) {
+      float reference[kHeadBlocks][2], sum[kHeadBlocks][2] = {};
+      if constexpr (kSum) {
+        for_each_head_of_lane([&](int block, int i, int) { reference[block][i] = -kInfinity; });
+        sweep(first, row, first_key, keys, [&](HeadsTile& scores, const Heads<>&, int) {
+          for_each_element([&](int block, int i, int, int) {
+            reference[block][i % 2] = larger(reference[block][i % 2], scores[block][i]);
+          });
+        });
+        for_each_head_of_lane([&](int block, int i, int head) {
+          float& largest = reference[block][i];
+#pragma unroll
+          for (int mask = 4; mask < kWarp; mask *= 2) largest = larger(largest, shuffle_xor(largest, mask));
+          if (begins) return;
+          head = smaller(head, kHeads - 1);
+          const float before = load<float>(of_row(kReferences, row, head));
+          largest = larger(largest, before);
+          // Of the keys before; in one lane.
+          if (lane() < 4) sum[block][i] = load<float>(of_row(kSums, row, head)) * fast_exp2(before - shift_of(largest));
+        });
+      } else {
+        for_each_head_of_lane([&](int block, int i, int head) {
+          reference[block][i] = load<float>(of_row(kReferences, row, smaller(head, kHeads - 1)));
+        });
+      }
+      sweep(first, row, first_key, keys, [&](HeadsTile& maps, const Heads<>& heads, int key) {
+        for_each_element([&](int block, int i, int, int) {
+          float& map = maps[block][i];
+          map = fast_exp2(map - shift_of(reference[block][i % 2]));
+          if constexpr (kSum && kFloat) sum[block][i % 2] += map;
+        });
+        if constexpr (kSum && !kFloat) {  // of what is held
+#pragma unroll
+          for (int i = 0; i < 2 * kHeadBlocks; i++) {
+            const float* pair = maps[i / 2] + i % 2 * 2;
+            const float2 held = unpack<Half>(pack<Half>(pair[0], pair[1]));
+            sum[i / 2][0] += held.x, sum[i / 2][1] += held.y;
+          }
+        }
+        if constexpr (!kFill) return;
+        if constexpr (kDropout) {
+#pragma unroll
+          for (int block = 0; block < kHeadBlocks; block++) {
+            const uint32_t kept = dropout.kept_of_heads(8 * block, block_.first_row + row, first_key + key);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (!(kept >> i & 1)) maps[block][i] = 0;
+          }
+        }
+        sync_warp();  // all lanes have the products
+        if constexpr (kFloat)
+          for_each_element([&](int block, int i, int head, int lower) {
+            if (head < kHeads)
+              store(ScoreWeights<false>::number(0, head, row, key + 8 * lower + lane() / 4), maps[block][i]);
+          });
+        else
+          heads.store<Half>(maps);
+      });
+      if constexpr (!kSum) continue;
+      for_each_head_of_lane([&](int block, int i, int) {
+#pragma unroll
+        for (int mask = 4; mask < kWarp; mask *= 2) sum[block][i] += shuffle_xor(sum[block][i], mask);
+      });
+      sync_warp();  // all lanes have read what was there
+      if (lane() < 4)
+        for_each_head_of_lane([&](int block, int i, int head) {
+          if (head >= kHeads) return;
+          const float all = sum[block][i], shift = shift_of(reference[block][i]);
+          // Maps of a row that sees nothing are zero, divided by whatever else.
+          store(of_row(kSums, row, head), kMasked && ends && all == 0 ? 1.0f : all);
+          if constexpr (!kResident) store(of_row(kReferences, row, head), ends ? shift : reference[block][i]);
+          // Blocks for other columns of an output have the same.
+          if (ends && block_y() == 0)
+            write(p_.lse + row_index(p_, block_.sample, head, block_.first_row + row),
+                  shift + (kFloat ? log2(all) : fast_log2(all)));
+        });
+    }
+  }
+
+ private:
+  // Else -inf - -inf.
+  static REATTN_DEVICE float shift_of(float reference) { return reference == -kInfinity ? 0.0f : reference; }
+
+  // Calls function(scores, where their keys lie, key) for all keys of a row, 16 at a time.
+  template <class Function>
+  REATTN_DEVICE void sweep(Heads<> heads, int row, int first_key, int keys, Function function) const {
+#pragma unroll 1
+    for (int key = 0; key < keys; key += 16, heads.advance()) {
+      HeadsTile scores;
+      scores_.get(scores, heads, row, first_key, key);
+      function(scores, heads, key);
+    }
+  }
+
+  const Params& p_;
+  const Block& block_;
+  MixedScores scores_;
 };
 
 // Mixes the heads of a warp's rows, and normalises them.
@@ -587,22 +699,34 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   if constexpr (kPaddedHeads > kHeads)
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
-  for_each_head([&](int, int head, Shared<char> maps) {
-    Softmax softmax(p, stages, block, head);
-    softmax.sweep<kResident>(maps);
-    const Shared<float> sums = of_row(kSums, lane() / 4, head);
-    float* lse = p.lse + row_index(p, sample, head, first_row + lane() / 4);
-    const int rows_with_lse = block_y() == 0 ? p.query.rows : 0;  // blocks for other columns of an output have the same
-    if (lane() % 4 == 0)
-      for_each_row<kTiles>([&](int tile, int lower, int row) {
-        const int further = 16 * tile + 8 * lower;
-        // Maps of a row that sees nothing are zero, divided by whatever else.
-        const float sum = softmax.sum_[tile][lower];
-        store(sums + further * kPaddedHeads, kMasked && sum == 0 ? 1.0f : sum);
-        if constexpr (!kResident) store(of_row(kReferences, row, head), softmax.reference_[tile][lower]);
-        if (first_row + row < rows_with_lse) write(lse + further, softmax.lse(tile, lower));
+  if constexpr (kPreMixed)
+    for (int first_key = 0; first_key < block.range.end; first_key += kKeys) {
+      const int keys = smaller(kKeys, block.range.end - first_key);
+      for_each_head([&](int, int head, Shared<char> maps) {
+        Softmax(p, stages, block, head).leave_products(maps, first_key, first_key + keys);
       });
-  });
+      sync_block();
+      RowSoftmax(p, block).run<kResident, true>(warp, smaller(kRows, p.query.rows - first_row), first_key, keys);
+      sync_block();
+    }
+  else
+    for_each_head([&](int, int head, Shared<char> maps) {
+      Softmax softmax(p, stages, block, head);
+      softmax.sweep<kResident>(maps);
+      const Shared<float> sums = of_row(kSums, lane() / 4, head);
+      float* lse = p.lse + row_index(p, sample, head, first_row + lane() / 4);
+      const int rows_with_lse =
+          block_y() == 0 ? p.query.rows : 0;  // blocks for other columns of an output have the same
+      if (lane() % 4 == 0)
+        for_each_row<kTiles>([&](int tile, int lower, int row) {
+          const int further = 16 * tile + 8 * lower;
+          // Maps of a row that sees nothing are zero, divided by whatever else.
+          const float sum = softmax.sum_[tile][lower];
+          store(sums + further * kPaddedHeads, kMasked && sum == 0 ? 1.0f : sum);
+          if constexpr (!kResident) store(of_row(kReferences, row, head), softmax.reference_[tile][lower]);
+          if (first_row + row < rows_with_lse) write(lse + further, softmax.lse(tile, lower));
+        });
+    });
 
   const int rows = smaller(kRows, p.query.rows - first_row), end = block.range.end;
   sync_block();
@@ -629,12 +753,17 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         const int keys = smaller(kKeys, end - first_key);
         for_each_head([&](int, int head, Shared<char> maps) {
           Softmax softmax(p, stages, block, head);
+          if constexpr (kPreMixed) return softmax.leave_products(maps, first_key, first_key + keys);
           for_each_row<kTiles>([&](int tile, int lower, int row) {
             softmax.reference_[tile][lower] = load<float>(of_row(kReferences, row, head));
           });
           softmax.fill(maps, first_key);
         });
         sync_block();
+        if constexpr (kPreMixed) {
+          RowSoftmax(p, block).run<true, false>(warp, rows, first_key, keys);
+          sync_block();
+        }
         RowMixing(p, moments).mix(block, first_key, warp, rows, keys);
         sync_block();
         for_each_head([&](int turn, int head, Shared<char> maps) {

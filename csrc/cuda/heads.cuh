@@ -91,6 +91,15 @@ REATTN_DEVICE void for_each_element(Function function) {
     for (int i = 0; i < 4; i++) function(block, i, 8 * block + lane() % 4 * 2 + i % 2, i / 2);
 }
 
+// Calls function(which 8 heads, index in a lane's two, head).
+template <class Function>
+REATTN_DEVICE void for_each_head_of_lane(Function function) {
+#pragma unroll
+  for (int block = 0; block < kHeadBlocks; block++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) function(block, i, 8 * block + lane() % 4 * 2 + i);
+}
+
 // Which heads see which of 16 keys of a row; a lane knows it of its elements.
 class Visible {
  public:
@@ -168,18 +177,17 @@ class Heads {
       }
     return heads;
   }
+  template <class T = Narrow>
   REATTN_DEVICE void store(const HeadsTile& tile, int offset = 0) const {
 #pragma unroll
     for (int step = 0; step < kHeadSteps; step++) {
       const float (&left)[4] = tile[2 * step];
       if (2 * step + 1 < kHeadBlocks) {
         const float (&right)[4] = tile[smaller(2 * step + 1, kHeadBlocks - 1)];
-        store_matrices_transposed(to_[step] + offset,
-                                  {pack<Narrow>(left[0], left[1]), pack<Narrow>(left[2], left[3]),
-                                   pack<Narrow>(right[0], right[1]), pack<Narrow>(right[2], right[3])});
+        store_matrices_transposed(to_[step] + offset, {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                                                       pack<T>(right[0], right[1]), pack<T>(right[2], right[3])});
       } else {
-        store_two_matrices_transposed(to_[step] + offset,
-                                      {pack<Narrow>(left[0], left[1]), pack<Narrow>(left[2], left[3])});
+        store_two_matrices_transposed(to_[step] + offset, {pack<T>(left[0], left[1]), pack<T>(left[2], left[3])});
       }
     }
   }

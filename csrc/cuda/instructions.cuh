@@ -231,6 +231,9 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __s
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ double shuffle_xor(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int from_lane) { return __shfl_sync(~0u, value, from_lane); }
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, int from_lane) {
+  return __shfl_sync(~0u, value, from_lane);
+}
 
 // The product rounded, whatever is added to it.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }

@@ -46,6 +46,9 @@ struct Params {
   double* final_statistics;  // where finish writes them
   int splits;  // blocks that share the rows of a sample and head, where sums are taken or outputs rescaled
   MaskTensor mask;
+  // Mixing before the softmax: (heads, heads), heads of query and key down; partial sums of its gradient, as products.
+  const float* pre_theta;
+  float *pre_products, *grad_pre_theta;
 };
 static_assert(sizeof(Params) == REATTN_PARAMS_BYTES, "reattn/backends/cuda_plan.py has them otherwise");
 

@@ -163,6 +163,14 @@ REATTN_DEVICE int first_of_part(int tiles, int part, int parts) {
   return unsigned(tiles) * unsigned(part) / unsigned(parts);
 }
 
+// Whether all is hidden from a row, in all heads.
+REATTN_DEVICE bool sees_nothing(const Params& p, int sample, int row) {
+  bool nothing = true;
+  for (int head = 0; head < kHeads; head++)
+    nothing = nothing && read<float>(p.lse + ((int64_t(sample) * kHeads + head) * p.query.rows + row)) == -kInfinity;
+  return nothing;
+}
+
 // A grid of blocks of keys times chunks of columns times gradients (first that of the value, then of the key), by
 // samples of the launch times heads. A launch has rows.
 __global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(const __grid_constant__ Params p) {
@@ -205,7 +213,10 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 4 ? 2 : 4) products(cons
       });
       // The query of a row that sees nothing may be anything.
       other_copies.fetch(memory + stage, left, [&](int row, int columns) {
-        return kMasked && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
+        if constexpr (kPreMixed && kMaskByHead)  // it is in the scores of all heads
+          return of_key && sees_nothing(p, sample, first_row + row) ? 0 : columns;
+        else
+          return kMasked && of_key && read<float>(lse + first_row + row) == -kInfinity ? 0 : columns;
       });
     }
     close_copies();

@@ -16,7 +16,7 @@ class Dropout {
   REATTN_DEVICE void drop(float (&maps)[4], int row, int key) const {
     // Of two neighbours, who hold four keys of two rows, each draws for one row.
     const bool odd = lane() & 1;
-    const uint32_t drawn = kept_of(odd ? row + 8 : row, key / 4);
+    const uint32_t drawn = kept_of(odd ? row + 8 : row, key / 4, head_);
     const uint32_t other = shuffle_xor(drawn, 1);
     const uint32_t upper = (odd ? other : drawn) >> key % 4, lower = (odd ? drawn : other) >> key % 4;
     if (!(upper & 1)) maps[0] = 0;
@@ -25,10 +25,23 @@ class Dropout {
     if (!(lower & 2)) maps[3] = 0;
   }
 
+  // What of one row and 16 keys is kept, of 8 heads from the first on: a bit for each of a lane's four numbers, which
+  // are laid out as in heads.cuh.
+  REATTN_DEVICE uint32_t kept_of_heads(int first_head, int row, int key) const {
+    // Of four lanes that have neighbouring keys of the same heads, each draws for one of the numbers.
+    const int number = lane() / 4 % 4, neighbours = lane() / 16 * 16 + lane() % 4;
+    const int first_key = key + number / 2 * 8 + lane() / 16 * 4;
+    const uint32_t drawn = kept_of(row, first_key / 4, first_head + lane() % 4 * 2 + number % 2);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) kept |= (shuffle(drawn, neighbours + 4 * i) >> lane() / 4 % 4 & 1) << i;
+    return kept;
+  }
+
  private:
   // A bit for each of four keys.
-  REATTN_DEVICE uint32_t kept_of(int row, int four_keys) const {
-    uint32_t words[4] = {uint32_t(four_keys), uint32_t(row), uint32_t(head_), uint32_t(sample_)};
+  REATTN_DEVICE uint32_t kept_of(int row, int four_keys, int head) const {
+    uint32_t words[4] = {uint32_t(four_keys), uint32_t(row), uint32_t(head), uint32_t(sample_)};
     uint32_t key0 = uint32_t(seed_), key1 = uint32_t(seed_ >> 32);
 #pragma unroll
     for (int round = 0; round < 10; round++) {
@@ -50,6 +63,12 @@ class Dropout {
   uint32_t below_;
   int sample_, head_;
 };
+
+// What mixing over heads takes of products of query and key, in both directions.
+REATTN_DEVICE void scale_products(float (&products)[2][4], const Params& p) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) products[i / 4][i % 4] = rounded_product(products[i / 4][i % 4], p.scale);
+}
 
 // The softmax of a head's own rows over the keys, not yet divided by its sum: exp2(score - reference), of a reference
 // that is larger than most scores of the row. The first keys say what that is; where later scores are larger by far, so
@@ -84,6 +103,42 @@ class Softmax {
   // The maps of some keys, once reference and sum are known.
   REATTN_DEVICE void fill(Shared<char> maps, int first_key) {
     exponentiate<true, false>(maps, first_key, smaller(block_.range.end, first_key + kKeys), false);
+  }
+
+  // Leaves the scaled products of query and key, for a mixing over heads, in a head's tile.
+  REATTN_DEVICE void leave_products(Shared<char> maps, int first_key, int last_key) const {
+    sync_warp();  // what lies in the maps is done with
+    Keys keys(stages_, p_.key, sample_, head_, first_key, last_key, 0);
+    Shared<char> to = maps + (lane_row() * kRowStride + lane_column() * 2);
+    const auto take = [&](Scores& scores, int key) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++) {
+        scale_products(scores[tile], p_);
+        if constexpr (kFloat)
+          store_tile(as<float>(maps + 16 * tile * kRowStride) + (key - first_key), kRowStride, scores[tile]);
+        else
+          store_matrices(to + 16 * tile * kRowStride, Packed<Narrow>(scores[tile]).part);
+      }
+      to = to + 32;
+    };
+    int key = first_key;
+#pragma unroll 1
+    for (; key + 64 <= last_key; key += 32)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        Scores scores;
+        multiply<true>(scores, keys, i);
+        take(scores, key + 16 * i);
+      }
+#pragma unroll 1
+    for (; key < last_key; key += 32)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (key + 16 * i < last_key) {
+          Scores scores;
+          multiply(scores, keys, i);
+          take(scores, key + 16 * i);
+        }
   }
 
   // Log-sum-exp, to base 2; -infinity where no key is seen.

@@ -8,6 +8,11 @@
 
 #define REATTN_DEVICE __device__ __forceinline__
 
+// A call without mixing before the softmax compiles nothing of it.
+#ifndef REATTN_PRE_MIXED
+#define REATTN_PRE_MIXED 0
+#endif
+
 namespace reattn {
 
 using Element = REATTN_ELEMENT;
@@ -21,6 +26,7 @@ constexpr int kDims = round_up(kHeadDim, 16);
 constexpr int kOutDims = smaller(kDims, 64);   // columns of an output that a block computes
 constexpr int kHeadBlocks = (kHeads + 7) / 8;  // of 8 heads
 constexpr int kPaddedHeads = 8 * kHeadBlocks;
+constexpr bool kPreMixed = REATTN_PRE_MIXED;  // the scores
 
 REATTN_DEVICE Shared<char> at(int offset) { return shared_memory() + offset; }
 

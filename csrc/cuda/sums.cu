@@ -260,22 +260,23 @@ struct Totals {
 };
 
 // The gradients of what the user gave from the sums that blocks of the backward sweep left: a block for each row of
-// theta, and one for the vectors.
+// theta, one for the vectors, and where scores are mixed too, one for each row of what mixes them.
 __global__ void __launch_bounds__(kSumThreads, 4) unfold(const __grid_constant__ Params p) {
   static_assert(kSumThreads * 4 * 8 <= kSumBytes, "a thread's four sums have room");
   constexpr int kVectorNumbers = 3 * kPaddedHeads, kMatrixNumbers = kPaddedHeads * kPaddedHeads;
-  const int row = block_x();
-  const bool of_theta = row < kHeads;
+  const bool of_scores = kPreMixed && block_x() > kHeads;
+  const int row = of_scores ? block_x() - kHeads - 1 : block_x();
+  const bool of_theta = of_scores || row < kHeads;
   const int numbers = of_theta ? kPaddedHeads : kVectorNumbers, fours = numbers / 4, parts = kSumThreads / fours;
   const int number = thread() % fours * 4, part = thread() / fours;
-  const float* from = of_theta ? p.products + row * kPaddedHeads : p.vectors;
+  const float* from = of_theta ? (of_scores ? p.pre_products : p.products) + row * kPaddedHeads : p.vectors;
   double sums[4] = {};
   if (part < parts) {
 #pragma unroll 4
     for (int64_t block = part; block < p.blocks; block += parts) {
       const float4 four = read<float4>(from + (block * (of_theta ? kMatrixNumbers : kVectorNumbers) + number));
       sums[0] += double(four.x), sums[1] += double(four.y), sums[2] += double(four.z), sums[3] += double(four.w);
-      if (!of_theta) continue;
+      if (!of_theta || of_scores) continue;
       // The kernels multiply centred maps: what the centre would add is the sum of the gradients of the shift.
       const float4 shift = read<float4>(p.vectors + (block * kVectorNumbers + number));
       sums[0] = fma(double(shift.x), double(p.centre), sums[0]),
@@ -296,6 +297,7 @@ __global__ void __launch_bounds__(kSumThreads, 4) unfold(const __grid_constant__
   const int g = thread();
   if (g >= kHeads) return;
   const Totals totals;
+  if (of_scores) return write(p.grad_pre_theta + (row * kHeads + g), float(totals[g]));
   if (of_theta) return write(p.grad_theta + (row * kHeads + g), float(p.fold.grad_theta(totals, g)));
   if (p.grad_bias) write(p.grad_bias + g, float(p.fold.grad_bias(totals, g)));
   if (p.grad_norm_weight) write(p.grad_norm_weight + g, float(p.fold.grad_norm(totals[kPaddedHeads + g])));

@@ -71,16 +71,6 @@ def beyond_limits(problem: Problem) -> list[str]:
     return reasons
 
 
-def mixes_otherwise(problem: Problem) -> list[str]:
-    """Why a backend that knows nothing but square mixing after the softmax cannot serve a call."""
-    reasons = []
-    if problem.pre_mixed:
-        reasons.append("does not mix before the softmax (pre_theta)")
-    if problem.heads_out not in (None, problem.heads):
-        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
-    return reasons
-
-
 def empty_heads_last(like: Tensor, heads: int | None = None) -> Tensor:
     """Uninitialised ``(batch, heads, seqlen, head_dim)`` in ``(batch, seqlen, heads, head_dim)`` memory order, in the
     dtype of ``like``, which has as many heads unless they are given."""

@@ -37,7 +37,9 @@ def unavailable(device: torch.device) -> list[str]:
 
 def not_supported(problem: Problem) -> list[str]:
     """See :class:`reattn.backends.contract.Backend`."""
-    reasons = unavailable(problem.device) + common.beyond_limits(problem) + common.mixes_otherwise(problem)
+    reasons = unavailable(problem.device) + common.beyond_limits(problem)
+    if problem.heads_out not in (None, problem.heads):
+        reasons.append(f"takes as many heads after mixing as before, got {problem.heads} and {problem.heads_out}")
     return reasons or _too_large(_index(problem.device), problem.dtype.itemsize, problem.heads, problem.head_dim)
 
 
@@ -186,9 +188,11 @@ def backward(
     params.grad_scores = mixed + work.cut.maps * problem.dtype.itemsize
     if problem.mask_gradient:
         grad_scores = maps[work.cut.maps :]
-    matrices, key_sum, value_sum, grad_sums = work.offsets
+    matrices, pre_matrices, key_sum, value_sum, grad_sums = work.offsets
     params.products, params.grad_key_sum = vectors + matrices, vectors + key_sum
     params.grad_value_sum = vectors + value_sum
+    if problem.pre_mixed:
+        params.pre_products, params.grad_pre_theta = vectors + pre_matrices, gradients.pre_theta.data_ptr()
     tensors = (grad, *inputs, *outputs, out, sums, *gradients, maps, numbers)
     stream = _stream(query)
     if sums is not None:
@@ -200,15 +204,16 @@ def backward(
         for launch in work.sums:
             cuda_driver.launch(*launch, stream, params, tensors)
         params.blocks = blocks
-    for part, which, sweep, products in work.parts:
+    for part, which, (sweep, *others) in work.parts:
         params.first_sample, _, params.first_row, params.rows_of_launch = part
         params.row_blocks_of_launch, params.first_rows, params.last_rows = which
         if problem.mask_gradient:
             grad_scores.zero_()  # where all is hidden from a block, nothing is written
         cuda_driver.launch(*sweep, stream, params, tensors)
-        cuda_driver.launch(*products, stream, params, tensors)
         if problem.mask_gradient:
             common.add_mask_gradient(gradients.attn_mask, grad_scores, part, problem.heads, inputs.key.shape[2])
+        for launch in others:
+            cuda_driver.launch(*launch, stream, params, tensors)
     cuda_driver.launch(*work.unfold, stream, params, tensors)
     _, sign = _positive(problem.scale)
     if sign != 1:
@@ -267,17 +272,18 @@ class Work(NamedTuple):
 class BackwardWork(NamedTuple):
     """``sums``: what is launched first, for those of this batch, which so many blocks take. ``parts``: each of
     ``cut.parts``, its blocks of rows of a sample, whether its rows are the first and the last of a sequence, and what
-    is launched for it. A call has a workspace of so many ``numbers`` in float32: vectors, and ``offsets`` bytes after
-    them matrices, two sums and, in float64, those of the batch."""
+    is launched for it: the sweep, which leaves the gradients of the scores, and what makes others of them. A call has
+    a workspace of so many ``numbers`` in float32: vectors, and ``offsets`` bytes after them matrices, those of the
+    mixing before the softmax, two sums and, in float64, those of the batch."""
 
     params: Params
     cut: BackwardCut
     sums: tuple[Launch, ...]
     sum_blocks: int
-    parts: tuple[tuple[common.Part, tuple[int, bool, bool], Launch, Launch], ...]
+    parts: tuple[tuple[common.Part, tuple[int, bool, bool], tuple[Launch, ...]], ...]
     unfold: Launch
     numbers: int
-    offsets: tuple[int, int, int, int]
+    offsets: tuple[int, int, int, int, int]
 
 
 @cuda_driver.remembered
@@ -340,9 +346,11 @@ def _backward_work(
     shared_bytes, multiprocessors = _describe(device)
     plan, cut = _plan("backward", size, shared_bytes, multiprocessors), _cut(size, shared_bytes, multiprocessors)
     # All at once, should they not be compiled yet.
-    names = ("backward", "products", "unfold", *(("grad_sums", "add_up") if problem.batch_statistics else ()))
+    names = ("backward", "products", "unfold", *(("unmix",) if problem.pre_mixed else ()))
+    names += ("grad_sums", "add_up") if problem.batch_statistics else ()
     specs = _specs(names, problem, mask, plan, _row_strides(*strides[:4]), cut.products)
-    sweep, products, unfold, *_ = cuda_driver.kernels(specs, device)
+    sweep, products, unfold, *more = cuda_driver.kernels(specs, device)
+    unmix = more[: problem.pre_mixed]
     params = _template(problem, shape, key_shape, strides[:3], mask)
     params.fold.backward, params.grad = True, _strided(strides[3], seqlen)
     rows = (seqlen, key_shape[2], key_shape[2])
@@ -353,23 +361,27 @@ def _backward_work(
         of_sums, sums = _grad_sums_work(problem, shape, (strides[3], strides[7]), mask)
         params.out, params.splits, sum_blocks = of_sums.out, of_sums.splits, of_sums.blocks
     params.blocks = blocks = batch * -(-seqlen // plan.rows)
+    row_block = 32 * plan.warps, plan.shared_bytes
     product_block = 32 * cut.products.warps, cut.products.shared_bytes
     parts = tuple(
         (
             part,
             (row_blocks := -(-part.rows // 16), part.first_row == 0, part.first_row + part.rows == seqlen),
-            (sweep, (part.samples * row_blocks, 1), 32 * plan.warps, plan.shared_bytes),
-            (products, (cut.products.blocks, part.samples * heads), *product_block),
+            (
+                *((kernel, (part.samples * row_blocks, 1), *row_block) for kernel in (sweep, *unmix)),
+                (products, (cut.products.blocks, part.samples * heads), *product_block),
+            ),
         )
         for part in cut.parts
     )
     padded = cuda_plan.padded_heads(heads)
     matrices = 3 * padded * blocks
-    key_sum = matrices + padded * padded * blocks
+    pre_matrices = matrices + padded * padded * blocks
+    key_sum = pre_matrices + problem.pre_mixed * padded * padded * blocks
     value_sum = key_sum + cut.sums
     end = value_sum + cut.sums  # a multiple of 8 bytes
-    offsets = (4 * matrices, 4 * key_sum, 4 * value_sum, 4 * end)
-    unfolds = _sum_launch(unfold, heads + 1)
+    offsets = (4 * matrices, 4 * pre_matrices, 4 * key_sum, 4 * value_sum, 4 * end)
+    unfolds = _sum_launch(unfold, heads + 1 + problem.pre_mixed * heads)
     return BackwardWork(params, cut, sums, sum_blocks, parts, unfolds, end + 4 * heads, offsets)
 
 
@@ -456,7 +468,8 @@ def _specs(
 ) -> tuple[Kernel, ...]:
     flags = (common.NORMS.index(problem.norm), problem.batch_statistics, problem.dropout_p > 0)
     shape = problem.dtype, problem.heads, problem.head_dim
-    return _kernels_of(names, *shape, flags, mask.constants, plan, row_strides, products)
+    mixing: Constants = (("REATTN_PRE_MIXED", 1),) if problem.pre_mixed else ()
+    return _kernels_of(names, *shape, flags, mask.constants + mixing, plan, row_strides, products)
 
 
 @functools.lru_cache(4096)
@@ -466,7 +479,7 @@ def _kernels_of(
     heads: int,
     head_dim: int,
     flags: tuple[int, bool, bool],
-    mask: Constants,
+    others: Constants,
     plan: Plan | None,
     row_strides: tuple[int, ...],
     products: ProductPlan | None,
@@ -476,20 +489,19 @@ def _kernels_of(
         ("REATTN_ELEMENT", _ELEMENTS[dtype]),
         ("REATTN_HEADS", heads),
         ("REATTN_HEAD_DIM", head_dim),
-        *mask,
+        *others,
     )
     of_norm = zip(("REATTN_NORM", "REATTN_TRAINING", "REATTN_DROPOUT"), map(int, flags), strict=True)
     # A stride that grows with the batch would be another kernel each time.
     known = (stride if stride <= 4 * heads * head_dim else 0 for stride in row_strides)
     strides = zip((f"REATTN_{name}_ROW_STRIDE" for name in ("QUERY", "KEY", "VALUE", "OUT")), known, strict=False)
     sweep: Constants = (*shape, *of_norm, *(plan.constants if plan else ()), *strides)
-    constants: dict[str, Constants] = {"forward": sweep, "backward": sweep}
+    constants: dict[str, Constants] = {"forward": sweep, "backward": sweep, "unmix": sweep}
     if products:
         constants["products"] = (*shape, *products.constants)
     # The others are in one source.
-    return tuple(
-        Kernel(name if name in constants else "sums", f"reattn::{name}", constants.get(name, shape)) for name in names
-    )
+    files = {"forward": "forward", "backward": "backward", "unmix": "backward", "products": "products"}
+    return tuple(Kernel(files.get(name, "sums"), f"reattn::{name}", constants.get(name, shape)) for name in names)
 
 
 def _row_strides(*strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -502,7 +514,7 @@ def _stream(query: Tensor) -> int:
 
 def _readable(problem: Problem, inputs: Inputs) -> Inputs:
     """What kernels read, as they read it."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, _ = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, pre_theta = inputs
     _, sign = _positive(problem.scale)
     if sign != 1:
         query = query * sign
@@ -510,7 +522,8 @@ def _readable(problem: Problem, inputs: Inputs) -> Inputs:
         mean, var = as_float32(mean), as_float32(var)
     maps = _aligned(query), _aligned(key), _aligned(value)
     parameters = as_float32(theta), as_float32(bias), as_float32(norm_weight), as_float32(norm_bias)
-    return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask)  # type: ignore[arg-type]
+    pre_theta = None if pre_theta is None else as_float32(pre_theta)
+    return Inputs(*maps, *parameters, mean, var, count, seed, attn_mask, pre_theta)  # type: ignore[arg-type]
 
 
 def _template(problem: Problem, shape: torch.Size, key_shape: torch.Size, strides: Strides, mask: Mask) -> Params:
@@ -551,12 +564,14 @@ def _strided(strides: tuple[int, ...], rows: int) -> cuda_plan.Tensor:
 
 def _params(template: Params, problem: Problem, inputs: Inputs, outputs: Outputs) -> Params:
     """A copy with the addresses of what both directions have."""
-    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, _ = inputs
+    query, key, value, theta, bias, norm_weight, norm_bias, mean, var, count, seed, attn_mask, pre_theta = inputs
     params = Params.from_buffer_copy(template)
     params.query.data, params.key.data, params.value.data = query.data_ptr(), key.data_ptr(), value.data_ptr()
     params.lse, params.seed = outputs.lse.data_ptr(), address(seed)
     if attn_mask is not None:
         params.mask.data = attn_mask.data_ptr()
+    if pre_theta is not None:
+        params.pre_theta = pre_theta.data_ptr()
     parameters = params.fold.p
     parameters.theta, parameters.bias = theta.data_ptr(), address(bias)
     parameters.norm_weight, parameters.norm_bias = address(norm_weight), address(norm_bias)

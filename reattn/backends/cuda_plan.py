@@ -69,6 +69,7 @@ class Params(Structure):
         ("final_statistics", c_void_p),
         ("splits", c_int),
         ("mask", MaskTensor),
+        *((name, c_void_p) for name in ("pre_theta", "pre_products", "grad_pre_theta")),
     ]
 
 
