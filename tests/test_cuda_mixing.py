@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fuzz import FLOATS, mask_of
-from parity import MODES, NORMS, assert_same, compute, device_of, make_problem, sizes_of
+from parity import MODES, assert_parity, assert_same, compute, device_of, make_problem
 from test_cuda import CUTS, cut_as
 from test_masks import KINDS, masked_problem
 
@@ -43,19 +43,6 @@ def mixing_problem(mode="layer", kind="none", *, heads=3, seed=1, **options):
     return problem.with_tensors(pre_theta=pre_theta.to(device))
 
 
-def assert_near_eager(problem):
-    """Within three times the error of eager arithmetic in the same dtype, and four roundings."""
-    exact, eager = compute(problem.to(torch.float64), "reference"), compute(problem, "reference")
-    found, eps = compute(problem, "cuda"), torch.finfo(problem.grad.dtype).eps
-    assert found.keys() == exact.keys()
-    for name, right in exact.items():
-        assert found[name].dtype == eager[name].dtype, name
-        for norm in NORMS:
-            error, others, size = (sizes_of(each)[norm] for each in (found[name] - right, eager[name] - right, right))
-            allowed = 3 * others + 4 * eps * size
-            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} in norm {norm}"
-
-
 # heads, head_dim, seqlen, seqlen_k, dtype, mode, kind of mask
 SHAPES = [
     (1, 8, 33, 50, "float32", "none", "none"),
@@ -75,7 +62,7 @@ SHAPES = [
 @pytest.mark.parametrize(("heads", "head_dim", "seqlen", "seqlen_k", "dtype", "mode", "kind"), SHAPES)
 def test_shapes(heads, head_dim, seqlen, seqlen_k, dtype, mode, kind):
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k}
-    assert_near_eager(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]))
+    assert_parity(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]), "cuda")
 
 
 @pytest.mark.slow
@@ -89,7 +76,7 @@ def test_every_head_count(arch, dtype, heads, compiled_for):
     mode, kind = list(MODES)[turn % 4], ["none", *KINDS][turn % (1 + len(KINDS))]
     seqlen, seqlen_k = ((17, 50), (33, 17))[turn % 2]
     sizes = {"heads": heads, "head_dim": (8, 32, 64, 128)[turn // 2 % 4], "seqlen": seqlen, "seqlen_k": seqlen_k}
-    assert_near_eager(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]))
+    assert_parity(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]), "cuda")
 
 
 def plan_cases():
@@ -105,7 +92,7 @@ def test_plans(cut, dtype, mode, kind, use_cut):
     """In tiles of keys, and in parts of the workspace."""
     use_cut(cut)
     sizes = {"heads": 5, "head_dim": 33, "seqlen": 35, "seqlen_k": 70, "batch": 2 if kind == "padding" else 1}
-    assert_near_eager(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]))
+    assert_parity(mixing_problem(mode, kind, **sizes, dtype=FLOATS[dtype]), "cuda")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +109,7 @@ def test_dropout(cut, dtype, heads, use_cut):
     keep = mask_of("cuda", **sizes)
     use_cut(cut)
     problem = mixing_problem("layer", **sizes, dtype=FLOATS[dtype], dropout_p=0.3)
-    assert_near_eager(replace(problem, keep=keep))
+    assert_parity(replace(problem, keep=keep), "cuda")
 
 
 @emulated
@@ -133,7 +120,7 @@ def test_compute_capability(arch, dtype, cut, use_cut, request):
     request.addfinalizer(functools.partial(cuda_driver.use, cuda_driver.use(emulator.cuda.Driver(arch))))
     use_cut(cut)
     sizes = {"heads": 13, "seqlen": 19, "seqlen_k": 70, "batch": 1}
-    assert_near_eager(mixing_problem("layer", "causal", **sizes, dtype=FLOATS[dtype]))
+    assert_parity(mixing_problem("layer", "causal", **sizes, dtype=FLOATS[dtype]), "cuda")
 
 
 @emulated
@@ -233,7 +220,7 @@ def test_a_head_that_sees_nothing():
     for dtype in ("float32", "bfloat16"):
         problem = mixing_problem("layer", seqlen_k=21, dtype=FLOATS[dtype]).with_tensors(attn_mask=mask)
         assert compute(problem, "cuda")["key gradient"][:, 1].abs().amax((1, 2)).min() > 0
-        assert_near_eager(problem)
+        assert_parity(problem, "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
