@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.compile_report`` prints a table of the Triton kernels and one of the CUDA kernels, and fails if a
 default configuration spills registers or does not fit the card. Needs triton for the one, NVRTC for the other, and no
-GPU: registers come from ``cuobjdump -res-usage``, spills and tensor-core instructions from ``-sass``.
+GPU: registers come from ``cuobjdump -res-usage``, spills and tensor-core instructions from ``nvdisasm``.
 The Triton release is the one that is imported: ``make aot`` does it for each that the tests do.
 """
 
@@ -14,7 +14,7 @@ import itertools
 import os
 import pathlib
 import re
-import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import sass
 from reattn.backends import cuda_compile
 from reattn.backends.cuda_compile import Code, Kernel
 from reattn.backends.cuda_plan import SHARED_LIMIT
@@ -96,13 +97,14 @@ def compile_case(case: Case, tiles: dict[str, Any] | None = None, kernels: tuple
     """Every kernel a forward and backward pass launches, compiled; ``tiles`` replaces the table's by kernel name."""
     from reattn.kernels import configs
 
+    launches = [launch for launch in recorded_launches(case, tiles) if not kernels or launch[0].__name__ in kernels]
+    compiled = [compile_launch(*launch, case.arch) for launch in launches]
+    listings = disassemble([each.asm["cubin"] for each in compiled], case.arch)
     costs = []
-    for kernel, args, constants, tile in recorded_launches(case, tiles):
-        if kernels and kernel.__name__ not in kernels:
-            continue
-        compiled = compile_launch(kernel, args, constants, tile, case.arch)
-        costs.append(Cost(case, kernel.__name__, tuple(tile), *read_cubin(compiled)))
+    for (kernel, _, _, tile), each, listing in zip(launches, compiled, listings, strict=True):
         assert isinstance(tile, configs.Tile)
+        (text,) = listing.values()
+        costs.append(Cost(case, kernel.__name__, tuple(tile), *read_cubin(each, text)))
     return costs
 
 
@@ -223,48 +225,67 @@ _POINTEE = {
 }
 
 
-def read_cubin(compiled: Any) -> tuple[int, int, int, int, int, int]:
+def read_cubin(compiled: Any, listing: str) -> tuple[int, int, int, int, int, int]:
     """Registers a thread; local-memory instructions, in all and inside loops; all instructions inside loops; shared
     memory in bytes; HMMA instructions."""
-    usage, sass = dump(compiled.asm["cubin"])
+    usage = resource_usage(compiled.asm["cubin"])
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return int(registers[1]), *local_memory(sass), compiled.metadata.shared, hmma_of(sass)
+    return int(registers[1]), *local_memory(listing), compiled.metadata.shared, hmma_of(listing)
 
 
-def hmma_of(sass: str) -> int:
-    return len(re.findall(r"\bHMMA\b", sass))
+def hmma_of(listing: str) -> int:
+    return len(re.findall(r"\bHMMA\b", listing))
 
 
-def dump(image: bytes) -> tuple[str, str]:
-    """What a cubin uses, and its instructions."""
-    tool = cuobjdump()
+def resource_usage(image: bytes) -> str:
+    """What the kernels of a cubin use."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(image)
-        usage, sass = (
-            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    return usage, sass
+        return subprocess.run(
+            [sass.tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
 
 
-def cuobjdump() -> str:
-    """The one that triton ships, or else one on the path."""
-    try:
-        import triton.backends.nvidia
+def disassemble(images: Sequence[bytes], arch: int) -> list[dict[str, str]]:
+    """The instructions of each cubin's kernels, by name. All at once: a disassembler takes longer to start than for a
+    kernel. Addresses are those behind each other."""
+    kernels = [dict(machine_code(image)) for image in images]
+    with tempfile.TemporaryDirectory() as folder:
+        code = pathlib.Path(folder) / "code"
+        code.write_bytes(b"".join(text for each in kernels for text in each.values()))
+        command = [sass.tool("nvdisasm"), "--binary", f"SM{arch}", code]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = iter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S.*?;", listing))
 
-        return str(pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
-    except ImportError:
-        if found := shutil.which("cuobjdump"):
-            return found
-        raise SystemExit("needs cuobjdump, which triton ships, or one on the path") from None
+    def take(text: bytes) -> str:
+        found = list(itertools.islice(lines, len(text) // 16))
+        assert len(found) == len(text) // 16, "an instruction has 16 bytes"
+        return "\n".join(found)
+
+    taken = [{name: take(text) for name, text in each.items()} for each in kernels]
+    assert next(lines, None) is None, "an instruction has 16 bytes"
+    return taken
 
 
-def local_memory(sass: str) -> tuple[int, int, int]:
+def machine_code(image: bytes) -> Iterator[tuple[str, bytes]]:
+    """The kernels of a cubin, which is an ELF file: (name, code)."""
+    (headers,) = struct.unpack_from("<Q", image, 40)
+    size, number, names = struct.unpack_from("<HHH", image, 58)
+    # Of a section: its name's place among the names, three numbers, its place, its bytes.
+    sections = [struct.unpack_from("<2I4Q", image, headers + size * i) for i in range(number)]
+    for name, _, _, _, place, length in sections:
+        begin = sections[names][4] + name
+        text = image[begin : image.index(b"\0", begin)].decode()
+        if text.startswith(".text."):
+            yield text.removeprefix(".text."), image[place : place + length]
+
+
+def local_memory(listing: str) -> tuple[int, int, int]:
     """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is
     cheap; and all instructions inside loops."""
-    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?);", sass)]
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", listing)]
     jumps = [(at, re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", text)) for at, text in instructions]
     loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
     local = {at for at, text in instructions if re.search(r"\b(?:LDL|STL)\b", text)}
@@ -391,12 +412,27 @@ def compile_cuda(problems: list[Case], sources: list[str] | None, jobs: int) -> 
             if not sources or kernel.source in sources:
                 asked[case.arch, kernel] = max(shared, asked.get((case.arch, kernel), 0))
 
-    def cost(arch: int, kernel: Kernel) -> CudaCost:
-        (code,) = cuda_compile.compiled([kernel], f"sm_{arch}")
-        return CudaCost(arch, kernel, *read_cuda_cubin(arch, code, asked[arch, kernel]))
-
+    # NVRTC compiles all kernels of a source at once.
+    together: dict[tuple[Any, ...], list[Kernel]] = {}
+    for arch, kernel in asked:
+        together.setdefault((arch, kernel.source, kernel.constants), []).append(kernel)
+    groups = [(key[0], kernels) for key, kernels in together.items()]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda key: cost(*key), sorted(asked, key=lambda key: (key[0], _natural(name_of(key[1])))))
+        found = pool.map(lambda group: cuda_compile.compiled(group[1], f"sm_{group[0]}"), groups)
+        codes = {
+            (arch, kernel): code
+            for (arch, kernels), each in zip(groups, found, strict=True)
+            for kernel, code in zip(kernels, each, strict=True)
+        }
+    for arch in sorted({arch for arch, _ in asked}):
+        kernels = sorted((key[1] for key in asked if key[0] == arch), key=lambda kernel: _natural(name_of(kernel)))
+        # Those of a source share an image.
+        images = list(dict.fromkeys(codes[arch, kernel].image for kernel in kernels))
+        listings = dict(zip(images, disassemble(images, arch), strict=True))
+        for kernel in kernels:
+            code = codes[arch, kernel]
+            listing = listings[code.image][code.entry]
+            yield CudaCost(arch, kernel, *read_cuda_cubin(arch, code, listing, asked[arch, kernel]))
 
 
 def _natural(text: str) -> list[Any]:
@@ -404,16 +440,16 @@ def _natural(text: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def read_cuda_cubin(arch: int, code: Code, dynamic_shared: int) -> tuple[int, int, int, int, int, int, int]:
+def read_cuda_cubin(
+    arch: int, code: Code, listing: str, dynamic_shared: int
+) -> tuple[int, int, int, int, int, int, int]:
     """What :class:`CudaCost` has of a kernel; its cubin has all of the source."""
-    usage, sass = (
-        text.split(f"Function {colon}{code.entry}")[1].split("Function ")[0]
-        for text, colon in zip(dump(code.image), ("", ": "), strict=True)
-    )
+    usage = resource_usage(code.image).split(f"Function {code.entry}")[1].split("Function ")[0]
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
     # From 9.0 on it counts the KB that the driver takes for itself, which is in none of the limits.
     static = max(0, numbers["SHARED"] - 1024 * (arch >= 90))
-    return numbers["REG"], numbers["STACK"], *local_memory(sass)[:2], static, dynamic_shared, hmma_of(sass)
+    memory = local_memory(listing)[:2]
+    return numbers["REG"], numbers["STACK"], *memory, static, dynamic_shared, hmma_of(listing)
 
 
 def cuda_table(costs: Iterable[CudaCost]) -> Iterator[str]:

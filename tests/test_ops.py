@@ -18,7 +18,7 @@ from reattn import ReAttention, ops, re_attention
 from reattn.backends import FUSED as BACKENDS
 from reattn.backends import cuda_driver
 from reattn.backends.common import as_float32
-from reattn.backends.contract import Inputs
+from reattn.backends.contract import Gradients, Inputs
 from reattn.problem import Problem
 
 modes = pytest.mark.parametrize("mode", MODES)
@@ -86,7 +86,7 @@ def test_opcheck_with_strided_inputs(mode, backend, device):
 @pytest.mark.parametrize("kind", ["padding", "bias", "causal"])
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
 def test_opcheck_with_masks(mode, kind, backend, device):
-    """One whose gradient is wanted among them."""
+    """One whose gradient is wanted among them, and mixing before the softmax."""
     draw = torch.Generator().manual_seed(0)
     mask = {
         "padding": torch.tensor([[3], [6]]) > torch.arange(6),
@@ -99,12 +99,15 @@ def test_opcheck_with_masks(mode, kind, backend, device):
     if mask is not None:
         mask = mask[:, None, None] if kind == "padding" else mask[None]
         inputs = inputs._replace(attn_mask=mask.to(device))
+    if kind == "padding":
+        inputs = inputs._replace(pre_theta=torch.randn(3, 3, generator=draw).to(device))
     torch.library.opcheck(torch.ops.reattn.forward.default, inputs, options, test_utils=OPCHECKS)
     outputs = torch.ops.reattn.forward(*inputs, **options)
     arguments = (made.grad, None, *inputs, *outputs)
     torch.library.opcheck(torch.ops.reattn.backward.default, arguments, options, test_utils=OPCHECKS)
-    found = torch.ops.reattn.backward(*arguments, **options)[-1]
-    assert found.shape == (mask.shape if kind == "bias" else (0,))
+    found = Gradients(*torch.ops.reattn.backward(*arguments, **options))
+    assert found.attn_mask.shape == (mask.shape if kind == "bias" else (0,))
+    assert found.pre_theta.shape == ((3, 3) if kind == "padding" else (0,))
 
 
 def test_synchronised_steps_are_the_whole(backend, device):

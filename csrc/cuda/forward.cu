@@ -642,12 +642,18 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
   const int end = block.range.end, unhidden = block.range.unhidden(0, end);
   const int in_all = unhidden < end ? unhidden / 16 * 16 : end;  // keys that all rows see
   Output seen;
-  const auto sweep = [&](bool strict) {
+  // Most often once. Not unrolled: what runs in few blocks, and seldom twice, is compiled once.
+#pragma unroll 1
+  for (int times = 0; times < (kMasked ? 2 : 1); times++) {
+    seen = Output();
     if (in_all > 0) seen.add<Weights::kOnes>(p, stages, maps, block, head, 0, in_all, first_dim);
+#pragma unroll
     for (int i = 0; i < kOutDims / 2; i++) seen.sums[kTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
-    for (int first_key = in_all; first_key < end; first_key += kKeys) {
+#pragma unroll 1
+    for (int first_key = in_all; kMasked && first_key < end; first_key += kKeys) {
       const int keys = smaller(kKeys, end - first_key);
       sync_warp();
+#pragma unroll 1
       for (int key = 0; key < keys; key += 16) {
         float ones[kTiles][2][4];
         for (int i = 0; i < kTiles * 8; i++) ones[i / 8][i / 4 % 2][i % 4] = 1;
@@ -662,16 +668,12 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
                            Packed<Narrow>(ones[tile]).part);
       }
       sync_warp();
-      if (strict)
+      if (times > 0)
         seen.add_strictly(p, stages, maps, block, head, first_key, keys, first_dim);
       else
         seen.add(p, stages, maps, block, head, first_key, keys, first_dim);
     }
-  };
-  sweep(false);
-  if (kMasked && !seen.finite()) {
-    seen = Output();
-    sweep(true);
+    if (kMasked && seen.finite()) break;
   }
   seen.store_sums(p, block, head, first_dim);
 }
@@ -689,6 +691,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     for (int turn = 0; turn < kTurns; turn++)
       if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
   };
+  // The same where nothing is kept for each turn: compiled once.
+  const auto for_each_alike = [&](auto function) {
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns; turn++)
+      if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
+  };
 
   prefetch_heads(p, sample, warp, block_x() - sample * blocks, blocks);
   if (warp == 0) {
@@ -702,7 +710,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   if constexpr (kPreMixed)
     for (int first_key = 0; first_key < block.range.end; first_key += kKeys) {
       const int keys = smaller(kKeys, block.range.end - first_key);
-      for_each_head([&](int, int head, Shared<char> maps) {
+      for_each_alike([&](int, int head, Shared<char> maps) {
         Softmax(p, stages, block, head).leave_products(maps, first_key, first_key + keys);
       });
       sync_block();
@@ -710,7 +718,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       sync_block();
     }
   else
-    for_each_head([&](int, int head, Shared<char> maps) {
+    for_each_alike([&](int, int head, Shared<char> maps) {
       Softmax softmax(p, stages, block, head);
       softmax.sweep<kResident>(maps);
       const Shared<float> sums = of_row(kSums, lane() / 4, head);
@@ -736,7 +744,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     // The first are on their way while other warps mix.
     Output::Values values(stages, p.value, sample, warp, 0, end, first_dim);
     sync_block();
-    for_each_head([&](int turn, int head, Shared<char> maps) {
+    for_each_alike([&](int turn, int head, Shared<char> maps) {
       if (turn > 0) values = Output::Values(stages, p.value, sample, head, 0, end, first_dim);
       Output out;
       out.add(values, maps, end);
@@ -751,7 +759,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
     const auto sweep = [&](bool strict) {
       for (int first_key = 0; first_key < end; first_key += kKeys) {
         const int keys = smaller(kKeys, end - first_key);
-        for_each_head([&](int, int head, Shared<char> maps) {
+        for_each_alike([&](int, int head, Shared<char> maps) {
           Softmax softmax(p, stages, block, head);
           if constexpr (kPreMixed) return softmax.leave_products(maps, first_key, first_key + keys);
           for_each_row<kTiles>([&](int tile, int lower, int row) {
@@ -774,22 +782,26 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
         });
       }
     };
-    sweep(false);
-    if constexpr (kMasked) {
+    // Once, or twice with a mask; not unrolled, which would compile all of it twice.
+#pragma unroll 1
+    for (bool strict = false;; strict = true) {
+      sweep(strict);
+      if constexpr (!kMasked) break;
+      if (strict) {
+        sync_block();  // as the vote leaves it
+        break;
+      }
       bool finite = true;
       for_each_head([&](int turn, int, Shared<char>) { finite = finite && out[turn].finite(); });
-      if (!in_all_warps(warp, finite)) {
-        for (Output& again : out) again = Output();
-        moments = MixedSums();
-        sweep(true);
-        sync_block();  // as the vote leaves it
-      }
+      if (in_all_warps(warp, finite)) break;
+      for (Output& again : out) again = Output();
+      moments = MixedSums();
     }
     for_each_head([&](int turn, int head, Shared<char> maps) { out[turn].store(p, maps, block, head, first_dim); });
   }
   // Where all rows see the same, one block is enough: the last one, which has the fewest rows.
   if (kStatistics && (kSeenByRow || first_row + kRows >= p.query.rows))
-    for_each_head([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
+    for_each_alike([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
   if constexpr (kStatistics) moments.store(p, warp);
 }
 

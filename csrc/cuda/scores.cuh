@@ -97,7 +97,7 @@ class Softmax {
     });
     if (end <= 16 || !any(beyond)) return;
     find_reference();
-    exponentiate<kFill, true>(maps, 0, end, false);
+    exponentiate<kFill, true, true>(maps, 0, end, false);
   }
 
   // The maps of some keys, once reference and sum are known.
@@ -194,8 +194,8 @@ class Softmax {
     });
   }
 
-  // Refer: the first keys say what the reference is.
-  template <bool kFill, bool kSum>
+  // Refer: the first keys say what the reference is. kSeldom: fewer loops, each a little slower; less to compile.
+  template <bool kFill, bool kSum, bool kSeldom = false>
   REATTN_DEVICE void exponentiate(Shared<char> maps, int first_key, int last_key, bool refer) {
     sync_warp();  // what lies in the maps is done with
     const Dropout dropout(p_, sample_, head_);
@@ -233,7 +233,7 @@ class Softmax {
     };
 
     int key = first_key;
-    {
+    if constexpr (!kSeldom) {
       Scores scores;
       multiply(scores, keys, 0);
       mask(scores, key);
@@ -246,9 +246,10 @@ class Softmax {
       key += 16;
     }
     // In pairs those that have 32 more behind them, and of which nothing is hidden.
-    const int in_pairs = key + block_.range.unhidden(key, greater(last_key - 32 - key, 0)) / 32 * 32;
+    const int in_pairs = kSeldom ? key : key + block_.range.unhidden(key, greater(last_key - 32 - key, 0)) / 32 * 32;
+    constexpr int kSlot = kSeldom ? 0 : 1;  // which comes next
 #pragma unroll 1
-    for (; key < in_pairs; key += 32)
+    for (; !kSeldom && key < in_pairs; key += 32)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         Scores scores;
@@ -262,7 +263,7 @@ class Softmax {
       for (int i = 0; i < 2; i++)
         if (key + 16 * i < last_key) {
           Scores scores;
-          multiply(scores, keys, 1 - i);
+          multiply(scores, keys, (kSlot + i) % 2);
           mask(scores, key + 16 * i);
           take(scores, key + 16 * i);
         }
