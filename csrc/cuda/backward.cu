@@ -1157,9 +1157,9 @@ class RowMaps {
 #pragma unroll 1
     for (int row = warp; row < place_.rows; row += kWarps, first.descend(kWarps)) {
       float lse[kHeadBlocks][2];
+      const float* of_row = p_.lse + row_index(p_, place_.sample, 0, place_.first_row + row);
       for_each_head_of_lane([&](int block, int i, int head) {
-        lse[block][i] =
-            read<float>(p_.lse + row_index(p_, place_.sample, smaller(head, kHeads - 1), place_.first_row + row));
+        lse[block][i] = read<float>(of_row + int64_t(smaller(head, kHeads - 1)) * p_.query.rows);
         if (kMasked && lse[block][i] == -kInfinity) lse[block][i] = 0;  // no key is seen, all scores are -infinity
       });
       Heads<> heads = first;
@@ -1180,6 +1180,7 @@ class RowMaps {
           for (int i = 0; i < 4; i++)
             maps[block][i] = !kDropout ? maps[block][i] - p_.centre : kept >> i & 1 ? maps[block][i] : -maps[block][i];
         }
+        if constexpr (!kFloat) clear_absent(maps);
         sync_warp();  // all lanes have the products
         if constexpr (kFloat)
           for_each_element([&](int block, int i, int head, int lower) {
@@ -1229,6 +1230,7 @@ class RowUnmixing {
           for_each_element([&](int block, int i, int, int) { grads[block][i] *= scale; });
           add(of_row, heads, of_scores, seen);
         }
+        if constexpr (!kFloat) clear_absent(grads);
         sync_warp();  // all lanes have the gradients
         if constexpr (kFloat)
           for_each_element([&](int block, int i, int head, int lower) {

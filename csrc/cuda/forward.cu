@@ -151,6 +151,7 @@ class RowSoftmax {
               if (!(kept >> i & 1)) maps[block][i] = 0;
           }
         }
+        if constexpr (!kFloat) clear_absent(maps);
         sync_warp();  // all lanes have the products
         if constexpr (kFloat)
           for_each_element([&](int block, int i, int head, int lower) {

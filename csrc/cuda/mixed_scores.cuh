@@ -63,9 +63,8 @@ class ScoreWeights {
  private:
   // Zero outside.
   REATTN_DEVICE float weight(int from, int to) const {
-    const int inside_from = smaller(from, kHeads - 1), inside_to = smaller(to, kHeads - 1);
-    const float weight =
-        read<float>(p_.pre_theta + (kBack ? inside_to * kHeads + inside_from : inside_from * kHeads + inside_to));
+    const int first = smaller(kBack ? to : from, kHeads - 1), second = smaller(kBack ? from : to, kHeads - 1);
+    const float weight = read<float>(p_.pre_theta + unsigned(first * kHeads + second));
     return from < kHeads && to < kHeads ? weight : 0.0f;
   }
   REATTN_DEVICE float largest() const {
@@ -127,6 +126,14 @@ class MixedScores {
   ScoreWeights<false> weights_;
   float factor_;
 };
+
+// Nothing for heads that do not exist: what is stored of them may lie in the same place.
+REATTN_DEVICE void clear_absent(HeadsTile& tile) {
+  if constexpr (kPaddedHeads > kHeads)
+    for_each_element([&](int block, int i, int head, int) {
+      if (head >= kHeads) tile[block][i] = 0;
+    });
+}
 
 // Of 16 keys a bit for each that some head sees of a row.
 REATTN_DEVICE uint32_t seen_by_any(const Params& p, const Block& block, int row, int first_key) {
