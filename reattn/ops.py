@@ -79,8 +79,9 @@ def _to_update(inputs: Inputs, options: dict[str, Any]) -> Inputs:
 
 
 def _problem(inputs: Inputs, options: dict[str, Any]) -> Problem:
-    mixed = {"pre_mixed": inputs.pre_theta is not None, "heads_out": inputs.theta.shape[1]}
-    return Problem.of(inputs.query, **mixed, **options)
+    query, heads_out, pre_mixed = inputs.query, inputs.theta.shape[1], inputs.pre_theta is not None
+    _, heads, _, head_dim = query.shape
+    return Problem(query.device, query.dtype, heads, head_dim, heads_out=heads_out, pre_mixed=pre_mixed, **options)
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")

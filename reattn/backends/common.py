@@ -62,7 +62,7 @@ def beyond_limits(problem: Problem) -> list[str]:
         reasons.append(f"dtype must be float32, float16 or bfloat16, got {problem.dtype}")
     if problem.heads > MAX_HEADS:
         reasons.append(f"takes at most {MAX_HEADS} heads, got {problem.heads}")
-    if problem.most_heads > max(problem.heads, MAX_HEADS):
+    if problem.heads_out not in (None, problem.heads) and problem.heads_out > MAX_HEADS:
         reasons.append(f"takes at most {MAX_HEADS} heads after mixing, got {problem.heads_out}")
     if problem.head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, got {problem.head_dim}")
@@ -125,13 +125,12 @@ def zeroed(gradients: Gradients) -> Gradients:
 def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
     """The gradients of parameters in the dtypes of these; as a rule they are, and nothing is copied. Those of query,
     key and value are."""
-    return Gradients(*gradients[:3], *map(_in_dtype_of, gradients[3:], (*inputs[3:7], *inputs[-2:])))
-
-
-def _in_dtype_of(gradient: Tensor, given: Tensor | None) -> Tensor:
-    if given is None or given.dtype is gradient.dtype or not gradient.numel():
-        return gradient
-    return gradient.to(given.dtype)
+    pairs = zip(gradients[3:], (*inputs[3:7], *inputs[-2:]), strict=True)
+    of_others = [
+        gradient if given is None or given.dtype is gradient.dtype or not gradient.numel() else gradient.to(given.dtype)
+        for gradient, given in pairs
+    ]
+    return Gradients(*gradients[:3], *of_others)
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:
