@@ -1,6 +1,7 @@
 """Mixing before the softmax, no mixing after it, and another number of heads after it than before."""
 
 import itertools
+import random
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from test_masks import KINDS, definition
 from torch.autograd import gradcheck
 
 from reattn import re_attention
+from reattn.backends import cpu
 
 modes = pytest.mark.parametrize("mode", MODES)
 fused = pytest.mark.parametrize("backend", FUSED)
@@ -269,6 +271,46 @@ def test_parity(heads, dtype, mode, kind, sizes, dropout_p, backend):
         lengths = {name: sizes[name] for name in ("seqlen", "seqlen_k")}
         keep = drawn_mask(backend, heads=heads, **lengths, dropout_p=dropout_p)
         problem = replace(problem.with_options(dropout_p=dropout_p), keep=keep)
+    assert_parity(problem, backend)
+
+
+def random_problem(draw, backend):
+    """Anything that the backend takes, and what it is made of."""
+    heads = draw.choice([draw.randint(1, 12), draw.randint(1, 32)])
+    made = {
+        "heads": heads,
+        "heads_out": draw.choice([heads, draw.randint(1, 32)]) if backend != "cuda" else heads,
+        "head_dim": draw.choice([16, 32, 48, draw.randint(1, 128)]),
+        "seqlen": draw.randint(1, 60),
+        "seqlen_k": draw.randint(2, 80),
+        "batch": draw.randint(1, 3),
+        "dtype": draw.choice(list(FLOATS.values())),
+    }
+    mode = draw.choice(list(MODES))
+    by_head = ("by-head", "full-bias", "table-bias", "causal-bias")
+    kind = draw.choice(["none", *(kind for kind in KINDS if made["heads_out"] == heads or kind not in by_head)])
+    problem = mixing_problem(mode, kind, **made, device=device_of(backend))
+    options = {"scale": draw.choice([None, 0.3, -0.2]), "dropout_p": draw.choice([0.0, 0.0, 0.3])}
+    problem = problem.with_options(**options)
+    if options["dropout_p"]:
+        sizes = {name: made[name] for name in ("heads", "seqlen", "seqlen_k", "batch")}
+        problem = replace(problem, keep=drawn_mask(backend, **sizes, head_dim=128))
+    return problem, {"mode": mode, "kind": kind, **made, **options}
+
+
+RANDOM = [("cpu", seed) for seed in range(40)]
+RANDOM += [(backend, seed) for backend in ("triton", "cuda") for seed in range(3)]
+
+
+@pytest.mark.extension
+@pytest.mark.cuda
+@pytest.mark.parametrize(("backend", "seed"), RANDOM)
+def test_random_problems(backend, seed, monkeypatch):
+    draw = random.Random(seed)
+    if backend == "cpu":
+        monkeypatch.setenv("REATTN_CPU_ISA", draw.choice([name for name, runs in cpu.INSTRUCTION_SETS if runs]))
+    problem, made_of = random_problem(draw, backend)
+    print(made_of)
     assert_parity(problem, backend)
 
 
