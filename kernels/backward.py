@@ -14,6 +14,7 @@ import triton.language as tl
 from .fold import load_mixing, load_unmixing, normalise, normalise_backward
 from .masks import find_hidden, find_span, find_visible_keys, find_visible_positions
 from .scores import (
+    LOG2E,
     OUTSIDE,
     as_exponents,
     as_operand,
@@ -22,6 +23,7 @@ from .scores import (
     map_tile,
     mix_scores,
     probabilities,
+    scale_dots,
     score_tile,
     unless_blind,
 )
@@ -295,13 +297,14 @@ def grad_scores_kernel(
     for column in range(0, keys, BLOCK_N):
         visible = find_visible_keys(mask, batch, 0, column, k, BLOCK_N, SHAPE)
         k_tile = load_rows(k, batch, 0, column, 0, BLOCK_N, SHAPE, visible=visible)
-        dots = dot_rows(q_tile, q, row_start, k_tile, k, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible)
+        scaled = dot_rows(q_tile, q, row_start, k_tile, k, column, batch, 0, BLOCK_M, BLOCK_N, SHAPE, visible)
+        scaled = scale_dots(scaled, scale_log2)
         # Nothing of a key that is not finite may arrive where it is hidden; where it is seen, delta is NaN.
-        operand, finite = as_operand(dots, dtype)
+        operand, finite = as_operand(scaled, dtype)
         operand = laid_out_like(tl.permute(by_position(operand, SHAPE), (0, 2, 1)), transposed_layout)
         scores = as_exponents(
-            mix_scores(dots, pre_mixing, SHAPE), q, row_start, k, column, batch, 0, mask, scale_log2, BLOCK_M, BLOCK_N,
-            SHAPE, False,
+            mix_scores(scaled, pre_mixing, SHAPE), q, row_start, k, column, batch, 0, mask, tl.cast(LOG2E, tl.float32),
+            BLOCK_M, BLOCK_N, SHAPE, False,
         )  # fmt: skip
         probs = probabilities(scores, lse, SHAPE)
         kept = dropout(

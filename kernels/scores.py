@@ -17,6 +17,7 @@ from .tiles import (
     mix_heads,
     over_heads,
     positions,
+    sum_by_halves,
 )
 
 
@@ -33,32 +34,48 @@ def load_pre_mixing(pre_theta_ptr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
-def as_operand(dots, dtype: tl.constexpr):
-    """Products of query and key in the dots' dtype, what is not finite as zero; and where that is."""
-    rounded = dots.to(dtype)
+def as_operand(scaled, dtype: tl.constexpr):
+    """Scaled products of query and key in the dots' dtype, what is not finite as zero; and where it is finite."""
+    rounded = scaled.to(dtype)
     finite = is_finite(rounded)
     return tl.where(finite, rounded, 0.0).to(dtype), finite
 
 
 @triton.jit
-def mix_scores(dots, pre_mixing, SHAPE: tl.constexpr):
-    """Products of query and key, mixed over the heads: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
+def scale_dots(dots, scale_log2):
+    """Products of query and key as they are mixed: scaled, as float16 holds them."""
+    return rounded_product(dots, scale_log2 * LN2)
 
-    Zero times what is not finite would be NaN in rows that share a dot with its row. A head keeps its own; how the
-    others come by it, see ``spread_over_heads``.
+
+@triton.jit
+def mix_scores(scaled, pre_mixing, SHAPE: tl.constexpr):
+    """What ``scale_dots`` leaves, mixed over the heads: [HEADS_PADDED, BLOCK_M, BLOCK_N], float32.
+
+    Zero times what is not finite would be NaN in rows that share a dot with its row. There a head keeps its own as NaN,
+    which ``spread_over_heads`` takes to the others, or, where a mask may hide it from this head alone, all have it at
+    once.
     """
     weights, layout = pre_mixing
     dtype: tl.constexpr = weights.dtype
     if SHAPE.PACK > 1:
-        rounded, finite = as_operand(dots, dtype)
+        rounded, finite = as_operand(scaled, dtype)
     else:
-        rounded = dots.to(dtype)
+        rounded = scaled.to(dtype)
     tile = laid_out_like(by_position(rounded, SHAPE), layout)
     # In the layout of the dots, which Triton can sum: see ``laid_out_like``.
-    mixed = by_head(mix_heads(tile, weights, SHAPE), dots.shape[2], SHAPE)
-    mixed = tl.inline_asm_elementwise("", "=f,0,f", [mixed, dots], dtype=tl.float32, is_pure=True, pack=1)
+    mixed = by_head(mix_heads(tile, weights, SHAPE), scaled.shape[2], SHAPE)
+    mixed = tl.inline_asm_elementwise("", "=f,0,f", [mixed, scaled], dtype=tl.float32, is_pure=True, pack=1)
     if SHAPE.PACK > 1:
-        mixed = tl.where(finite, mixed, float("nan"))
+        if SHAPE.MASK_HEADS:
+            broken = tl.reshape(tl.where(finite, 0.0, 1.0), (scaled.shape[0], scaled.shape[1] * scaled.shape[2]))
+            broken = tl.reshape(sum_by_halves(broken), (1, scaled.shape[1], scaled.shape[2]))
+            mixed = tl.where(broken == 0.0, mixed, float("nan"))
+        else:
+            mixed = tl.where(finite, mixed, float("nan"))
+    elif SHAPE.HEADS < SHAPE.HEADS_PADDED:
+        # Zero weights make NaN of what is infinite.
+        heads = tl.arange(0, SHAPE.HEADS_PADDED)[:, None, None]
+        mixed = tl.where(heads < SHAPE.HEADS, mixed, 0.0)
     return mixed
 
 
@@ -80,7 +97,8 @@ def score_tile(
     BLOCK_N], float32."""
     dots = dot_rows(q_tile, q, row_start, k_tile, k, column_start, batch, first_head, BLOCK_M, BLOCK_N, SHAPE, visible)
     if SHAPE.PRE_MIX:
-        dots = mix_scores(dots, pre_mixing, SHAPE)
+        dots = mix_scores(scale_dots(dots, scale_log2), pre_mixing, SHAPE)
+        scale_log2 = tl.cast(LOG2E, tl.float32)
     return as_exponents(
         dots, q, row_start, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M, BLOCK_N, SHAPE, WHOLE
     )
@@ -91,7 +109,7 @@ def as_exponents(
     dots, q, row_start, k, column_start, batch, first_head, mask, scale_log2, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SHAPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``score_tile`` of what is exponentiated, mixed if it is."""
+    """``score_tile`` of products of query and key, or of scores that are scaled and mixed already."""
     columns = column_start + tl.arange(0, BLOCK_N)
     if WHOLE:
         scores = rounded_product(dots, scale_log2)
@@ -118,6 +136,7 @@ def as_exponents(
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 FARTHEST = tl.constexpr(-3.4e38)
 
 

@@ -85,7 +85,7 @@ def re_attention(
         problem = problem._replace(synchronised=True)
     whole = [Replicate()] * mesh.ndim
     parts = [Partial() if dim in split else Replicate() for dim in range(mesh.ndim)]
-    batch = inputs.query.shape[0]
+    batch, _, seqlen, head_dim = inputs.query.shape
 
     def local(name: str, tensor: Any) -> Any:
         if tensor is None:
@@ -96,7 +96,7 @@ def re_attention(
         tensor = tensor.redistribute(mesh, placements if by_sample else whole)
         return tensor.to_local(grad_placements=placements if by_sample else parts)
 
-    shape = inputs.query.shape
+    shape = torch.Size((batch, inputs.value.shape[1], seqlen, head_dim))
     if packed is None:
         inputs = Inputs(*(local(name, tensor) for name, tensor in zip(Inputs._fields, inputs, strict=True)))
     else:
@@ -107,7 +107,7 @@ def re_attention(
     if problem.dropout_p > 0.0:
         inputs = inputs._replace(seed=_seed(mesh, split, problem.device))
     out = call(problem, inputs, group, packed)
-    _, heads, seqlen, head_dim = shape
+    heads = shape[1]
     stride = (seqlen * heads * head_dim, head_dim, heads * head_dim, 1)
     return DTensor.from_local(out, mesh, placements, run_check=False, shape=shape, stride=stride)
 

@@ -141,7 +141,7 @@ def use_tile(monkeypatch):
         choose = tile if callable(tile) else lambda *problem: tile
 
         def table_tile(kernel, problem):
-            return choose(kernel, 80, problem.dtype.itemsize, problem.heads, problem.head_dim)
+            return choose(kernel, 80, problem.dtype.itemsize, problem.most_heads, problem.head_dim)
 
         monkeypatch.setattr(triton, "_table_tile", table_tile)
 

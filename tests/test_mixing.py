@@ -254,7 +254,7 @@ def compiled_cases():
         if lengths[0] == 1 and kind.startswith("causal"):
             kind = "by-head"  # of a single key there is nothing to learn
         sizes = dict(zip(("seqlen", "seqlen_k"), lengths, strict=True)) | {"head_dim": (32, 64, 48, 128)[number % 4]}
-        if number % 3 == 1 and kind not in ("by-head", "table-bias"):
+        if (number + number // 3) % 3 == 1 and kind not in ("by-head", "table-bias"):
             sizes["heads_out"] = after[heads]
         dropout_p = 0.3 if number % 5 == 2 else 0.0
         name = "-".join(f"{key}={size}" for key, size in sizes.items())
@@ -299,7 +299,7 @@ def random_problem(draw, backend):
 
 
 RANDOM = [("cpu", seed) for seed in range(40)]
-RANDOM += [(backend, seed) for backend in ("triton", "cuda") for seed in range(3)]
+RANDOM += [(backend, seed) for backend, seeds in (("triton", 1), ("cuda", 2)) for seed in range(seeds)]
 
 
 @pytest.mark.extension
@@ -358,6 +358,46 @@ def test_fused_backends_let_nothing_of_hidden_keys_arrive(heads, kind, backend):
     assert_same(compute(problem.with_tensors(query=query), backend), clean)
 
 
+@fused
+@pytest.mark.parametrize("heads", [3, 12])
+def test_products_that_float16_does_not_hold(heads, backend):
+    """They are scaled before they are rounded."""
+    problem = mixing_problem("layer", heads=heads, head_dim=64, dtype=torch.float16, device=device_of(backend))
+    large = {name: problem[name] * 100 for name in ("query", "key")}
+    assert (large["query"].float() @ large["key"].float().mT).abs().max() > 2**17
+    assert_parity(problem.with_tensors(**large).with_options(scale=2.0**-14), backend)
+
+
+@fused
+@pytest.mark.parametrize("heads", [3, 12])
+def test_what_is_hidden_from_one_head_alone(heads, backend):
+    """What is NaN in its key makes NaN of the others' scores."""
+    problem = mixing_problem("layer", heads=heads, head_dim=16, dtype=torch.float32, device=device_of(backend))
+    mask = torch.ones(1, heads, 7, 9, dtype=torch.bool, device=problem.grad.device)
+    mask[:, 1, :, 4] = False
+    key = problem["key"].clone()
+    key[0, 1, 4] = float("nan")
+    problem = problem.with_tensors(key=key, attn_mask=mask)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    assert expected["output"][0].isnan().all() and expected["output"][1].isfinite().all()
+    for name in ("output", "query gradient"):
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+
+
+@fused
+def test_a_key_without_weight(backend):
+    """All of whose scores are -infinity; see docs/performance.md for Triton with at most 8 heads."""
+    problem = mixing_problem("layer", heads=12, head_dim=16, dtype=torch.float32, device=device_of(backend))
+    query = problem["query"].clone()
+    query[..., 0] = -query[..., 0].abs() - 1
+    key = problem["key"].clone()
+    key[0, :, 4, 0] = float("inf")
+    problem = problem.with_tensors(query=query, key=key, pre_theta=problem["pre_theta"].abs() + 0.01)
+    found, expected = compute(problem, backend)["output"], compute(problem, "reference")["output"]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @own
 def test_what_is_not_finite_before_the_softmax(backend):
     """A bias that is NaN is not ignored; one that is finite has a gradient, of zeros."""
@@ -370,8 +410,8 @@ def test_what_is_not_finite_before_the_softmax(backend):
 
 @own
 def test_reproducible(backend):
-    problem = mixing_problem("batch-training", "padding", head_dim=16, seqlen=50, batch=3, dtype=torch.float32)
-    problem = problem.to(torch.float32)
+    sizes = {"head_dim": 16, "seqlen": 50, "batch": 3, "device": device_of(backend)}
+    problem = mixing_problem("batch-training", "padding", dtype=torch.float32, **sizes)
     assert_same(compute(problem, backend), compute(problem, backend))
 
 

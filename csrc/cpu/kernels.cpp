@@ -1040,8 +1040,9 @@ void pack(const Job& job, int64_t index, bool backward) {
   float row[128 + kLanes], sums[128 + kLanes], terms[kStretch];
   for (int64_t h = 0; h < p.heads_out; h++) {
     std::memset(sums, 0, sizeof sums);
+    // None where the last stretch is padding alone.
     const int64_t end = smaller(stretch.end, p.seqlen_k);
-    if (p.mask.any()) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
+    if (p.mask.any() && end > stretch.first) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
     for (int64_t key = stretch.first; key < end; key++) {
       if (p.mask.any() && terms[key - stretch.first] == -kInfinity) continue;
       load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);

@@ -371,7 +371,7 @@ class _BackwardCall:
             sums_kernels.unfold_kernel,
             (self.heads,),
             configs.SUMS_TILE,
-            _no_norm(self.problem)._replace(output_scale=self.problem.scale),
+            _no_norm(self.problem)._replace(output_scale=1.0),
             None,
             products,
             self.gradients.pre_theta,

@@ -34,6 +34,8 @@ struct Case {
   double dropout_p;
   MaskKind mask = MaskKind::kNone;  // boolean: of keys; added: of heads, queries and keys
   bool causal = false;
+  int64_t heads_out = 0;  // 0: as many as before mixing
+  bool pre_mixed = false;
 };
 
 uint16_t to_bfloat16(float value) {
@@ -87,27 +89,32 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   call.kernels = &kernels, call.threads = threads;
   Problem& p = call.problem;
   p.dtype = c.dtype;
-  p.batch = c.batch, p.heads = c.heads, p.seqlen = c.seqlen, p.seqlen_k = c.seqlen_k, p.head_dim = c.head_dim;
+  const int64_t heads = c.heads, heads_out = c.heads_out > 0 ? c.heads_out : heads;
+  p.batch = c.batch, p.heads = heads, p.heads_out = heads_out;
+  p.seqlen = c.seqlen, p.seqlen_k = c.seqlen_k, p.head_dim = c.head_dim;
   p.scale = 1.0f / std::sqrt(float(c.head_dim)), p.dropout_p = c.dropout_p;
-  const auto buffer = [&](int64_t rows, std::mt19937* with) {
-    return Buffer(c.dtype, c.batch, c.heads, rows, c.head_dim, with);
+  const auto buffer = [&](int64_t of_heads, int64_t rows, std::mt19937* with) {
+    return Buffer(c.dtype, c.batch, of_heads, rows, c.head_dim, with);
   };
-  Buffer query = buffer(c.seqlen, &generator), key = buffer(c.seqlen_k, &generator),
-         value = buffer(c.seqlen_k, &generator);
-  Buffer grad = buffer(c.seqlen, &generator), out = buffer(c.seqlen, nullptr);
-  Buffer grad_query = buffer(c.seqlen, nullptr), grad_key = buffer(c.seqlen_k, nullptr),
-         grad_value = buffer(c.seqlen_k, nullptr);
+  Buffer query = buffer(heads, c.seqlen, &generator), key = buffer(heads, c.seqlen_k, &generator),
+         value = buffer(heads_out, c.seqlen_k, &generator);
+  Buffer grad = buffer(heads_out, c.seqlen, &generator), out = buffer(heads_out, c.seqlen, nullptr);
+  Buffer grad_query = buffer(heads, c.seqlen, nullptr), grad_key = buffer(heads, c.seqlen_k, nullptr),
+         grad_value = buffer(heads_out, c.seqlen_k, nullptr);
   p.query = query.tensor, p.key = key.tensor, p.value = value.tensor, p.grad = grad.tensor, p.out = out.tensor;
   p.grad_query = grad_query.tensor, p.grad_key = grad_key.tensor, p.grad_value = grad_value.tensor;
-  const int64_t heads = c.heads;
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  auto theta = random(heads * heads, 0.5f, 0), bias = random(heads, 0.5f, 0), norm_weight = random(heads, 0.3f, 1),
-       norm_bias = random(heads, 1, 0), running_mean = random(heads, 0.1f, 0), running_var = random(heads, 0, 0.01f);
+  auto theta = random(heads * heads_out, 0.5f, 0), bias = random(heads_out, 0.5f, 0),
+       norm_weight = random(heads_out, 0.3f, 1), norm_bias = random(heads_out, 1, 0),
+       running_mean = random(heads_out, 0.1f, 0), running_var = random(heads_out, 0, 0.01f),
+       pre_theta = random(heads * heads, 0.5f, 0);
+  if (c.pre_mixed) call.pre_theta = pre_theta.data();
   Parameters& parameters = call.parameters;
   parameters.theta = theta.data(), parameters.bias = bias.data();
   parameters.norm_weight = norm_weight.data(), parameters.norm_bias = norm_bias.data();
   parameters.running_mean = running_mean.data(), parameters.running_var = running_var.data();
-  parameters.norm = c.norm, parameters.training = c.training, parameters.heads = int(heads);
+  parameters.norm = c.norm, parameters.training = c.training;
+  parameters.heads = int(heads), parameters.heads_out = int(heads_out);
   parameters.output_scale = 0.5f, parameters.eps = 1e-5f, parameters.momentum = 0.1f;
   parameters.centre = 1.0f / float(c.seqlen_k), parameters.unit_scale = 1;
   std::vector<uint8_t> hides(size_t(c.batch * c.seqlen_k));
@@ -125,14 +132,15 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
   }
   p.value_rows = c.causal || c.mask == MaskKind::kFloat ? c.seqlen : 1;
   std::vector<float> lse(size_t(c.batch * heads * c.seqlen), nan),
-      value_sum(size_t(c.batch * heads * p.value_rows * c.head_dim), nan);
-  std::vector<double> statistics(size_t(3 * heads), nan);
-  std::vector<float> grads(size_t((heads + 3) * heads), nan);
+      value_sum(size_t(c.batch * heads_out * p.value_rows * c.head_dim), nan);
+  std::vector<double> statistics(size_t(3 * heads_out), nan);
+  std::vector<float> grads(size_t((heads + 3) * heads_out), nan), grad_pre_theta;
   const int64_t seed = 123456789012345;
   p.lse = lse.data(), p.seed = &seed, p.value_sum = value_sum.data(), parameters.statistics = statistics.data();
   run_forward(call);
-  call.grad_theta = grads.data(), call.grad_bias = call.grad_theta + heads * heads;
-  call.grad_norm_weight = call.grad_bias + heads, call.grad_norm_bias = call.grad_norm_weight + heads;
+  call.grad_theta = grads.data(), call.grad_bias = call.grad_theta + heads * heads_out;
+  call.grad_norm_weight = call.grad_bias + heads_out, call.grad_norm_bias = call.grad_norm_weight + heads_out;
+  if (c.pre_mixed) grad_pre_theta.assign(size_t(heads * heads), nan), call.grad_pre_theta = grad_pre_theta.data();
   p.mask.grad = grad_mask.empty() ? nullptr : grad_mask.data();
   run_backward(call);
   if (!c.training) statistics.clear();
@@ -145,6 +153,7 @@ std::vector<std::vector<double>> run(const Kernels& kernels, const Case& c, int 
           grad_key.values(),
           grad_value.values(),
           std::vector<double>(grads.begin(), grads.end()),
+          std::vector<double>(grad_pre_theta.begin(), grad_pre_theta.end()),
           std::vector<double>(grad_mask.begin(), grad_mask.end())};
 }
 
@@ -187,9 +196,14 @@ int main() {
       {bf16, 2, 6, 20, 30, 24, batch, true, 0, MaskKind::kFloat, true},
       {bf16, 1, 5, 70, 50, 33, none, false, 0, MaskKind::kNone, true},
       {bf16, 1, 32, 9, 1500, 8, layer, false, 0, MaskKind::kFloat, false},
+      {f32, 2, 6, 20, 70, 24, layer, false, 0.1, MaskKind::kBool, true, 9, true},
+      {f32, 1, 12, 9, 1500, 8, batch, true, 0, MaskKind::kNone, false, 5, true},
+      {bf16, 2, 3, 17, 33, 16, batch, true, 0, MaskKind::kBool, false, 7, true},
+      {bf16, 2, 6, 20, 30, 24, layer, false, 0, MaskKind::kFloat, true, 0, true},
+      {bf16, 1, 32, 9, 1500, 8, none, false, 0, MaskKind::kNone, false, 17, true},
   };
-  const char* names[] = {"out",      "lse",        "statistics",      "running",  "grad_query",
-                         "grad_key", "grad_value", "grad_parameters", "grad_mask"};
+  const char* names[] = {"out",      "lse",        "statistics",      "running",        "grad_query",
+                         "grad_key", "grad_value", "grad_parameters", "grad_pre_theta", "grad_mask"};
   int wrong = 0, compared = 0;
   std::vector<InstructionSet> sets = instruction_sets();
 #if defined(REATTN_EMULATED)
