@@ -124,6 +124,14 @@ def gathered(found):
     return found.full_tensor().detach() if isinstance(found, DTensor) else found.detach()
 
 
+def mixing_before_and_after():
+    """Tensors and options of a call that mixes four heads before the softmax, and makes six of them after it."""
+    draw = torch.Generator().manual_seed(2)
+    shapes = {"query": (3, 4, 5, 8), "key": (3, 4, 5, 8), "value": (3, 6, 5, 8), "theta": (4, 6), "pre_theta": (4, 4)}
+    tensors = {name: torch.randn(*shape, generator=draw).requires_grad_() for name, shape in shapes.items()}
+    return tensors, {"norm": "batch", "training": True}
+
+
 def distributed_tensors(mesh, rank):
     """Everything that two processes compute of DTensors; the CPU backend alone, for they are none of a backend's."""
     results = {}
@@ -150,6 +158,13 @@ def distributed_tensors(mesh, rank):
     for placement in (Shard(0), Shard(1), Shard(3)):
         maps = distribute_tensor(query, mesh, [placement])
         results["dtensor maps", str(placement)] = re_attention(maps, maps, maps, backend="cpu").full_tensor()
+        tensors, options = mixing_before_and_after()
+        on_mesh = {name: replicate(tensor.detach()) for name, tensor in tensors.items()}
+        on_mesh = {name: tensor.requires_grad_() for name, tensor in on_mesh.items()}
+        on_mesh["query"] = maps  # which are drawn alike
+        out = re_attention(**on_mesh, **options, backend="cpu")
+        out.square().sum().backward()
+        results["dtensor mixing", str(placement)] = gathered({"out": out, "pre_theta": on_mesh["pre_theta"].grad})
     torch.manual_seed(rank)
     for name in ("replicated", "samples"):
         maps = distribute_tensor(query[:1].expand(2, -1, -1, -1), mesh, [PLACEMENTS[name]])
@@ -315,6 +330,18 @@ def test_maps_of_distributed_tensors(ranks):
     expected = F.scaled_dot_product_attention(query, query, query)
     for placement in (Shard(0), Shard(1), Shard(3)):
         torch.testing.assert_close(ranks[0]["dtensor maps", str(placement)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.extension
+def test_distributed_tensors_that_mix_before_the_softmax_and_make_other_heads(ranks):
+    tensors, options = mixing_before_and_after()
+    out = re_attention(**tensors, **options, backend="reference")
+    out.square().sum().backward()
+    for placement in (Shard(0), Shard(1), Shard(3)):
+        found = ranks[0]["dtensor mixing", str(placement)]
+        assert found["out"].shape == out.shape
+        torch.testing.assert_close(found["out"], out.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["pre_theta"], tensors["pre_theta"].grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.extension
