@@ -256,7 +256,9 @@ def test_talking_heads_of_x_transformers(mixing, causal):
     before[1](tokens()).square().sum().backward()
     found = model[1].attention.qkv.weight.grad.chunk(3)
     for grad, part in zip(found, (before[1].to_q, before[1].to_k, before[1].to_v), strict=True):
-        torch.testing.assert_close(grad, part.weight.grad, rtol=1e-4, atol=1e-5)
+        # Sums of float32 terms as large as the largest of them, in another order.
+        largest = part.weight.grad.abs().max().item()
+        torch.testing.assert_close(grad, part.weight.grad, rtol=0, atol=1e-5 * largest)
     with pytest.raises(ValueError, match="converted takes masks alone, got context, rotary_pos_emb"):
         model[0](tokens(), tokens(), rotary_pos_emb=1)
     with pytest.raises(ValueError, match=r"attn_mask must be alike for all heads, got \(3, 10, 10\)"):
