@@ -224,10 +224,11 @@ def test_card():
 # What is changed in csrc/cuda, spaces aside, and what is then reported of which kernel; without one, nothing but
 # results is wrong. The problem has layer norm in float16 if it is not said otherwise.
 HALF, FLOAT, BATCH = {}, {"dtype": torch.float32}, {"mode": "batch-training"}
+PRE_MIXED, NOT_RESIDENT = "if constexpr (kPre", "if constexpr (!kRes"
 SHUFFLE = "value += shuffle_xor(value, 1);"
 CHANGES = {
     "maps not there yet": ("forward.cu", "sync_block(); MixedSums", "MixedSums", "forward", NOT_THERE, HALF),
-    "rows not there yet": ("forward.cu", "sync_block(); for_each_head", "for_each_head", "forward", RACE, HALF),
+    "rows not there yet": ("forward.cu", "sync_block(); for_each_alike", "for_each_alike", "forward", RACE, HALF),
     "sums that are not there": ("forward.cu", "store(of_row(kSums, row, head), 1.0f);", ";", "forward", NO_WRITE, HALF),
     "moments that are not there yet": ("forward.cu", "sync_block(); if", "if", "forward", NOT_THERE, BATCH),
     "maps of other lanes": ("forward.cu", "sync_warp(); Heads", "Heads", "forward", RACE, HALF),
@@ -237,8 +238,12 @@ CHANGES = {
     "copies of other lanes": ("tiles.cuh", "arrived<0>(); sync_warp();", "arrived<0>();", "forward", RACE, FLOAT),
     "copies not awaited": ("tiles.cuh", "copies_arrived<0>();", ";", "forward", IN_FLIGHT, FLOAT),
     "a lane alone": ("tiles.cuh", SHUFFLE, f"if (lane() != 5) {SHUFFLE}", "forward", "a shuffle that", FLOAT),
-    "gradients that are not there yet": ("backward.cu", "sync_block(); Row", "Row", "backward", NOT_THERE, HALF),
-    "gradients still to be mixed": ("backward.cu", "sync_block(); if con", "if con", "backward", RACE, HALF),
+    "gradients that are not there yet": (
+        "backward.cu", f"sync_block(); {PRE_MIXED}", PRE_MIXED, "backward", NOT_THERE, HALF
+    ),
+    "gradients still to be mixed": (
+        "backward.cu", f"sync_block(); {NOT_RESIDENT}", NOT_RESIDENT, "backward", RACE, HALF
+    ),
     "gradients of other lanes": ("backward.cu", "sync_warp(); store_mat", "store_mat", "backward", RACE, HALF),
     "mixed maps of other lanes": ("backward.cu", "put(mix); sync_warp();", "put(mix);", "backward", NOT_THERE, HALF),
     "sums over maps": ("backward.cu", "sync_block();  // the maps are", "// the maps are", "backward", RACE, HALF),

@@ -129,14 +129,14 @@ KERNEL(missed_by_lane) {
 }
 KERNEL(exited_lane) {
   if (lane() == 3) return;
-  write(p.out + thread(), shuffle(1, 0));
+  write(p.out + thread(), shuffle(1.0f, 0));
 }
 KERNEL(lone_lane) {
   if (lane() == 0) write(p.out + thread() / kWarp, float(warp()));
 }
 KERNEL(diverged) {
   if (lane() < 16)
-    write(p.out + thread(), shuffle(1, 0));
+    write(p.out + thread(), shuffle(1.0f, 0));
   else
     sync_warp();
 }
