@@ -678,6 +678,17 @@ class HeadGradients {
     sync_warp();
   }
 
+  // Of maps and the gradients of maps, packed, in their place the gradients of the scores.
+  REATTN_DEVICE void to_grad_scores(Packed<Narrow>& map, Packed<Narrow>& grads, const float (&delta)[2]) const {
+    probs_of(map.part);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 prob = unpack<Narrow>(map.part[i]);
+      const float2 grad = unpack<Narrow>(grads.part[i]);
+      grads.part[i] = pack<Narrow>(prob.x * (grad.x - delta[i % 2]), prob.y * (grad.y - delta[i % 2]));
+    }
+  }
+
   // The gradients of the scores, which go to the workspace, of the maps in shared memory and their gradients, which lie
   // there or, where keys are not resident, in the workspace. Delta as finish_delta leaves it.
   REATTN_DEVICE void leave_grad_scores(const float (&delta)[2], Element* grad_scores, int first_key, int keys) const {
@@ -700,13 +711,7 @@ class HeadGradients {
         Packed<Narrow> map, scores;
         load_matrices(map.part, maps + (lane_place_ + 2 * key));
         load_matrices(scores.part, tile + lane_place_);
-        probs_of(map.part);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float2 prob = unpack<Narrow>(map.part[i]);
-          const float2 grad = unpack<Narrow>(scores.part[i]);
-          scores.part[i] = pack<Narrow>(prob.x * (grad.x - delta[i % 2]), prob.y * (grad.y - delta[i % 2]));
-        }
+        to_grad_scores(map, scores, delta);
         sync_warp();
         store_matrices(tile + lane_place_, scores.part);
       }
@@ -738,13 +743,7 @@ class HeadGradients {
         Packed<Narrow> map, scores;
         load_matrices(map.part, from + 32 * group);
         load_matrices(scores.part, from + (kGrads - kMaps + 32 * group));
-        probs_of(map.part);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float2 prob = unpack<Narrow>(map.part[i]);
-          const float2 grad = unpack<Narrow>(scores.part[i]);
-          scores.part[i] = pack<Narrow>(prob.x * (grad.x - delta[i % 2]), prob.y * (grad.y - delta[i % 2]));
-        }
+        to_grad_scores(map, scores, delta);
         sync_warp();
         store_matrices(from + (kGrads - kMaps + 32 * group), scores.part);
         multiply(scores);

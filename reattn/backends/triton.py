@@ -297,11 +297,9 @@ class _BackwardCall:
             samples = first.samples if first.rows < self.seqlen else 0
             return lse.new_empty(samples, self.seqlen_k, heads, head_dim).transpose(1, 2)
 
-        self.heads_out = value.shape[1]
-        both = workspace(self.heads_out + self.heads).view(-1)
-        first_of_maps = both.numel() // (self.heads_out + self.heads) * self.heads_out
-        shape = first.samples, -1, first.rows, self.keys
-        self.mixed, self.maps = both[:first_of_maps].view(shape), both[first_of_maps:].view(shape)
+        self.heads_out, matrices = value.shape[1], first.samples * first.rows * self.keys  # of a head
+        both = workspace(self.heads_out + self.heads).flatten().tensor_split([self.heads_out * matrices])
+        self.mixed, self.maps = (maps.view(first.samples, -1, first.rows, self.keys) for maps in both)
         # Of the scores, where those in ``maps`` are unmixed when they are complete.
         self.grad_scores_of_mask = workspace(self.heads) if problem.pre_mixed and problem.mask_gradient else None
         self.sums = sums(self.heads), sums(self.heads_out)
