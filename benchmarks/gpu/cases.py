@@ -15,6 +15,16 @@ MODE_OF = {"layer": "layer", "batch": "batch-training", "none": "none", "batch-e
 TIMED_NORMS = ("layer", "batch")
 DIRECTIONS = ("forward", "forward+backward")
 DROPOUT_P = 0.1
+# What a call may have beside the ordinary (worker.FORMS), with the backends that take it.
+FORMS = {
+    "pre_theta": BACKENDS,
+    "padding": BACKENDS,
+    "causal": BACKENDS,
+    "bias": BACKENDS,
+    "pre_theta padding": BACKENDS,
+    "pre_theta bias": BACKENDS,
+    "heads_out": ("triton",),
+}
 
 
 class Sizes(NamedTuple):
@@ -78,9 +88,19 @@ def kernel_jobs(sizes: Sizes) -> list[Job]:
 
 
 def parity_jobs(sizes: Sizes) -> list[list[Job]]:
-    """Every problem against float64: those in bfloat16, with dropout, in float16, in float32."""
+    """Every problem against float64: those in bfloat16, of other forms, with dropout, in float16, in float32."""
     kinds = (("bfloat16", 0.0), ("bfloat16", DROPOUT_P), ("float16", 0.0), ("float32", 0.0))
-    return [list(_parity_jobs(sizes, dtype, dropout_p)) for dtype, dropout_p in kinds]
+    in_bfloat16, *others = (list(_parity_jobs(sizes, dtype, dropout_p)) for dtype, dropout_p in kinds)
+    return [in_bfloat16, list(_form_jobs(sizes)), *others]
+
+
+def _form_jobs(sizes: Sizes) -> Iterator[Job]:
+    heads, head_dim = sizes.heads_and_dims[0]
+    problem = {"heads": heads, "head_dim": head_dim, "seqlen": sizes.seqlen, "dtype": "bfloat16"}
+    for (form, backends), mode in itertools.product(FORMS.items(), MODES[:3]):
+        for backend in reversed(backends):
+            request = {"kind": "parity", "backend": backend, "mode": mode, **problem, "form": form}
+            yield Job(f"{backend} {heads}x{head_dim} {mode} bfloat16, {form}", request)
 
 
 def _parity_jobs(sizes: Sizes, dtype: str, dropout_p: float) -> Iterator[Job]:

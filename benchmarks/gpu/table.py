@@ -64,14 +64,18 @@ def kernels(records: Records) -> list[str]:
 
 
 def parity(records: Records) -> list[str]:
-    """A row for each backend and dtype, a column for each norm: how many are right, of how many that were run; and the
-    largest relative error of an output and of the gradient of query, key or value."""
+    """A row for each backend and dtype, those of other forms apart, a column for each norm: how many are right, of how
+    many that were run; and the largest relative error of an output and of the gradient of query, key or value."""
+
+    def kind_of(record: dict[str, Any]) -> tuple[str, str]:
+        more = " dropout" if record.get("dropout_p") else " other forms" if record.get("form") else ""
+        return record["backend"], record["dtype"] + more
+
     modes = list(dict.fromkeys(record["mode"] for record in records))
     rows = [["backend", "dtype", *modes, "output off by", "gradients off by"]]
-    kinds = dict.fromkeys((r["backend"], r["dtype"], bool(r["dropout_p"])) for r in records)
-    for backend, dtype, dropped in sorted(kinds, key=lambda kind: BACKENDS.index(kind[0])):
-        of = [r for r in records if (r["backend"], r["dtype"], bool(r["dropout_p"])) == (backend, dtype, dropped)]
-        row = [backend, f"{dtype} dropout" if dropped else dtype]
+    for kind in sorted(dict.fromkeys(map(kind_of, records)), key=lambda kind: BACKENDS.index(kind[0])):
+        of = [record for record in records if kind_of(record) == kind]
+        row = list(kind)
         for mode in modes:
             ran = [record for record in of if record["mode"] == mode and record["status"] != NOT_RUN]
             row.append(f"{sum(record['status'] == 'ok' for record in ran)}/{len(ran)}")

@@ -169,13 +169,64 @@ def synchronize() -> None:
 # Correctness, by tests/parity.py
 
 
-def make_problem(mode: str, heads: int, head_dim: int, seqlen: int, dtype: str, dropout_p: float = 0.0) -> Any:
+def drawn(like: Any, *shape: int) -> Any:
+    """Random numbers, the same on every card."""
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(like.device, like.dtype)
+
+
+def with_pre_theta(problem: Any, make: Any) -> Any:
+    theta = problem["theta"]
+    heads = theta.shape[0]
+    return problem.with_tensors(pre_theta=drawn(theta, heads, heads) * heads**-0.5, pre_bias=drawn(theta, heads))
+
+
+def with_padding(problem: Any, make: Any) -> Any:
+    """The second sample has two thirds of the keys."""
+    import torch
+
+    batch, _, seqlen, _ = problem["key"].shape
+    lengths = torch.tensor([seqlen, 2 * seqlen // 3])[:batch, None, None, None]
+    return problem.with_tensors(attn_mask=(torch.arange(seqlen) < lengths).to(problem["key"].device))
+
+
+def with_bias(problem: Any, make: Any) -> Any:
+    _, heads, seqlen, _ = problem["key"].shape
+    return problem.with_tensors(attn_mask=drawn(problem["key"], heads, seqlen, seqlen))
+
+
+def with_heads_out(problem: Any, make: Any) -> Any:
+    """Two heads more after mixing."""
+    heads = problem["theta"].shape[0]
+    wide = make(heads=heads + 2)
+    after = {name: tensor for name, tensor in wide.tensors.items() if name not in ("query", "key", "theta")}
+    theta = drawn(problem["theta"], heads, heads + 2) * heads**-0.5
+    return replace(problem.with_tensors(**after, theta=theta), grad=wide.grad)
+
+
+# What a problem is given more of than make_problem does; "causal" is an option.
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "pre_theta": with_pre_theta,
+    "padding": with_padding,
+    "bias": with_bias,
+    "causal": lambda problem, make: problem,
+    "heads_out": with_heads_out,
+}
+
+
+def make_problem(
+    mode: str, heads: int, head_dim: int, seqlen: int, dtype: str, dropout_p: float = 0.0, form: str = ""
+) -> Any:
     import parity
     import torch
 
     options = {"dropout_p": dropout_p} if dropout_p else {}
-    sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "batch": 2}
-    problem = parity.make_problem(mode, **sizes, dtype=getattr(torch, dtype), device=device(), seed=0, **options)
+    options |= {"is_causal": True} if form == "causal" else {}
+    sizes = {"head_dim": head_dim, "seqlen": seqlen, "batch": 2, "dtype": getattr(torch, dtype), "device": device()}
+    problem = parity.make_problem(mode, heads=heads, **sizes, seed=0, **options)
+    for name in form.split():
+        problem = FORMS[name](problem, functools.partial(parity.make_problem, mode, **sizes, seed=1))
     # As in benchmarks/measure.py: the sum of all rows that is the bias's gradient overflows in eager float16 otherwise.
     return replace(problem, grad=problem.grad / 32) if dtype == "float16" else problem
 
