@@ -33,8 +33,8 @@ struct MixedSums {
       positions[0][0] += float(visible.count());
   }
 
-  // Of all warps, added up in order; all threads have to come here.
-  REATTN_DEVICE void store(const Params& p, int warp) {
+  // To those of the warp's other rows, in shared memory.
+  REATTN_DEVICE void add_up(int warp) {
     const Shared<float> moments = as<float>(at(kMoments));
 #pragma unroll
     for (int block = 0; block < kHeadBlocks; block++) {
@@ -50,30 +50,39 @@ struct MixedSums {
         for (int i = 0; i < 2; i++)
           if (lane() < 4) {
             const int head = 8 * block + lane() * 2 + i;
-            reattn::store(moments + (warp * kPaddedHeads + head), sums[block][i]);
-            reattn::store(moments + ((kWarps + warp) * kPaddedHeads + head), squares[block][i]);
+            add_to(moments + (warp * kPaddedHeads + head), sums[block][i]);
+            add_to(moments + ((kWarps + warp) * kPaddedHeads + head), squares[block][i]);
           }
       } else if (lane() % 4 == lane() / 8) {
         // The diagonal of the products of maps with maps.
-        reattn::store(moments + (warp * kPaddedHeads + 8 * block + lane() / 4), sums[block][0]);
-        reattn::store(moments + ((kWarps + warp) * kPaddedHeads + 8 * block + lane() / 4), squares[block][0]);
+        add_to(moments + (warp * kPaddedHeads + 8 * block + lane() / 4), sums[block][0]);
+        add_to(moments + ((kWarps + warp) * kPaddedHeads + 8 * block + lane() / 4), squares[block][0]);
       }
     }
-    if constexpr (kMasked) store_positions(moments + (2 * kWarps + warp) * kPaddedHeads);
+    if constexpr (kMasked) add_up_positions(moments + (2 * kWarps + warp) * kPaddedHeads);
+  }
+
+  // What is added to, and what all warps come to, added up in order. All threads have to come here.
+  static REATTN_DEVICE void clear() {
+    for (int i = thread(); i < kNumbers * kWarps * kPaddedHeads; i += threads())
+      reattn::store(as<float>(at(kMoments)) + i, 0.0f);
+  }
+  static REATTN_DEVICE void store(const Params& p) {
     sync_block();
     if (block_y() > 0) return;  // blocks for other columns of an output have the same
     for (int i = thread(); i < kNumbers * kHeads; i += threads()) {
       float sum = 0;
       for (int from = 0; from < kWarps; from++)
-        sum += load<float>(moments + ((i / kHeads * kWarps + from) * kPaddedHeads + i % kHeads));
+        sum += load<float>(as<float>(at(kMoments)) + ((i / kHeads * kWarps + from) * kPaddedHeads + i % kHeads));
       write(p.vectors + (i * p.blocks + block_x()), sum);
     }
   }
 
  private:
-  REATTN_DEVICE void store_positions(Shared<float> to) {
+  static REATTN_DEVICE void add_to(Shared<float> sum, float number) { reattn::store(sum, load<float>(sum) + number); }
+  REATTN_DEVICE void add_up_positions(Shared<float> to) {
     if constexpr (!kMaskByHead) {
-      if (lane() < kPaddedHeads) reattn::store(to + lane(), positions[0][0]);
+      if (lane() < kPaddedHeads) add_to(to + lane(), positions[0][0]);
     } else {
 #pragma unroll
       for (int block = 0; block < kHeadBlocks; block++)
@@ -82,7 +91,7 @@ struct MixedSums {
           float& number = positions[block][i];
 #pragma unroll
           for (int mask = 4; mask < kWarp; mask *= 2) number += shuffle_xor(number, mask);
-          if (lane() < 4) reattn::store(to + (8 * block + lane() * 2 + i), number);
+          if (lane() < 4) add_to(to + (8 * block + lane() * 2 + i), number);
         }
     }
   }
@@ -434,9 +443,12 @@ class RowMixing {
 // ones.
 enum class Weights { kMaps, kStrict, kOnes };
 
-// The output of one head: its mixed maps times the values.
+// The output of one head: its mixed maps times the values. Of a tile of 8 rows it is transposed, columns down, so that
+// no product is wasted: rows lane % 4 * 2 and the next, and columns of two 8, laid out as those of Values.
 struct Output {
-  float sums[kTiles][kOutDims / 8][4] = {};
+  static constexpr int kFullTiles = kRows / 16;
+  float sums[kFullTiles][kOutDims / 8][4] = {}, half[kHalfTile ? kOutDims / 16 : 1][4] = {};
+  static_assert(!kHalfTile || (kDirect && kResident && !kMasked), "as the plan has it");
 
   using Values = std::conditional_t<kDirect, DirectColumns<kValueStride>, Stream<kOutDims, kValueStride>>;
 
@@ -445,18 +457,18 @@ struct Output {
   REATTN_DEVICE void add(Values& values, Shared<char> maps, int end) {
     // In pairs those that have 32 more behind them.
     const int in_pairs = greater(end - 32, 0) / 32 * 32;
-    Shared<char> from = maps + (lane_row() * kRowStride + lane_column() * 2);
+    OwnTiles from(maps);
     const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     int key = 0;
 #pragma unroll 1
-    for (; key < in_pairs; key += 32, from = from + 64)
+    for (; key < in_pairs; key += 32, from.advance(32))
 #pragma unroll
-      for (int i = 0; i < 2; i++) take<true, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+      for (int i = 0; i < 2; i++) take<true, kWeights>(values, i, offset, maps, from, key + 16 * i);
 #pragma unroll 1
-    for (; key < end; key += 32, from = from + 64)
+    for (; key < end; key += 32, from.advance(32))
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (key + 16 * i < end) take<false, kWeights>(values, i, offset, maps, from + 32 * i, key + 16 * i);
+        if (key + 16 * i < end) take<false, kWeights>(values, i, offset, maps, from, key + 16 * i);
   }
   // Of the keys from the first on, up to `end` behind it.
   template <Weights kWeights = Weights::kMaps>
@@ -503,7 +515,7 @@ struct Output {
     const int dim = first_dim + lane() % 4 * (kDirect ? kOutDims / 4 : 2);
     Element* to = head_rows(p.out, block.sample, head);
     if constexpr (kWholeRows) sync_warp();
-    for_each_row<kTiles>([&](int tile, int lower, int row) {
+    for_each_row<kFullTiles>([&](int tile, int lower, int row) {
       if (!kWholeRows && first_row + row >= p.out.rows) return;
       Element* to_row = to + (dim + (first_row + row) * row_stride<kOutStride>(p.out));
       float values[kOutDims / 8][2];
@@ -526,6 +538,23 @@ struct Output {
         }
       }
     });
+    if constexpr (kHalfTile) {
+      constexpr int kColumns = kOutDims / 8;
+      const int first = lane() / 4 * kColumns;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = kRows - 8 + lane() % 4 * 2 + i;
+        Element* to_row = to + (first + (first_row + row) * row_stride<kOutStride>(p.out));
+#pragma unroll
+        for (int j = 0; j < kColumns / 2; j++) {
+          const float left = half[j][i] * slope, right = half[j][2 + i] * slope;
+          if constexpr (kWholeRows)
+            reattn::store(as<uint32_t>(maps + (row * kRowStride + 2 * first)) + j, pack<Narrow>(left, right));
+          else if (first_row + row < p.out.rows)
+            write_pair(to_row + 2 * j, first + 2 * j, left, right);
+        }
+      }
+    }
     if constexpr (kWholeRows) {
       sync_warp();
       constexpr int kPieces = kOutDims / 8, kRowsAtOnce = kWarp / kPieces;  // of 16 bytes, in a row
@@ -569,9 +598,9 @@ struct Output {
 
   // 16 keys.
   template <bool kWhole, Weights kWeights>
-  REATTN_DEVICE void take(Values& values, int slot, int offset, Shared<char> maps, Shared<char> from, int key) {
+  REATTN_DEVICE void take(Values& values, int slot, int offset, Shared<char> maps, const OwnTiles& from, int key) {
     constexpr bool kStrict = kWeights == Weights::kStrict, kOnes = kWeights == Weights::kOnes;
-    constexpr int kOwnTiles = kOnes ? 1 : kTiles;  // of ones, all rows have the same
+    constexpr int kOwnTiles = kOnes ? 1 : kFullTiles;  // of ones, all rows have the same
     if constexpr (kFloat) {
       const Shared<char> stage = values.template next<kWhole>();
       if constexpr (kStrict) make_finite<kOutDims>(stage);
@@ -612,14 +641,20 @@ struct Output {
         if constexpr (kOnes)
           for (uint32_t& part : mixed[tile]) part = pack<Narrow>(1, 1);
         else
-          load_matrices(mixed[tile], from + 16 * tile * kRowStride);
+          from.load(mixed[tile], tile, 16 * slot);
+      uint32_t last[2];
+      if constexpr (kHalfTile && !kOnes) from.load_half(last, 16 * slot);
 #pragma unroll
       for (int column = 0; column < kOutDims / 8; column += 2) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
           for (int tile = 0; tile < kOwnTiles; tile++)
-            multiply_add<Narrow>(sums[tile][column + half], mixed[tile], operands[column + half]);
+            multiply_add<Narrow>(sums[tile][column + i], mixed[tile], operands[column + i]);
+        if constexpr (kHalfTile && !kOnes) {
+          const uint32_t (&left)[2] = operands[column], (&right)[2] = operands[column + 1];
+          multiply_add<Narrow>(half[column / 2], {left[0], right[0], left[1], right[1]}, last);
+        }
       }
     }
   }
@@ -649,7 +684,8 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
     seen = Output();
     if (in_all > 0) seen.add<Weights::kOnes>(p, stages, maps, block, head, 0, in_all, first_dim);
 #pragma unroll
-    for (int i = 0; i < kOutDims / 2; i++) seen.sums[kTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
+    for (int i = 0; i < kOutDims / 2; i++)
+      seen.sums[Output::kFullTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
 #pragma unroll 1
     for (int first_key = in_all; kMasked && first_key < end; first_key += kKeys) {
       const int keys = smaller(kKeys, end - first_key);
@@ -679,13 +715,26 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
   seen.store_sums(p, block, head, first_dim);
 }
 
-// A block of query rows, all heads. With the keys' maps resident, one sweep over keys and one over values; else the LSE
-// comes first, and the maps again some keys at a time. Registers are for one block: its maps fill shared memory.
-__global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
-  const int warp = reattn::warp(), blocks = (p.query.rows + kRows - 1) / kRows;
-  const int sample = unsigned(block_x()) / unsigned(blocks), first_row = (block_x() - sample * blocks) * kRows;
-  const int first_dim = block_y() * kOutDims;
-  const Block block(p, sample, first_row, kRows);
+// Has a warp ask the L2 cache for its heads' query rows of the block that comes next, and for its share of their keys
+// and values.
+REATTN_DEVICE void prefetch_rows(const Params& p, int next, int warp) {
+  if (next >= p.row_blocks_of_launch) return;
+  const int blocks = (p.query.rows + kRows - 1) / kRows, sample = unsigned(next) / unsigned(blocks);
+  const int block = next - sample * blocks;
+  prefetch_heads(p, sample, warp, block, blocks);
+#pragma unroll 1
+  for (int head = warp; head < kHeads; head += kWarps)
+#pragma unroll 1
+    for (int row = lane(); row < kRows; row += kWarp)
+      prefetch(head_rows(p.query, sample, head) +
+               smaller(block * kRows + row, p.query.rows - 1) * row_stride<kQueryStride>(p.query));
+}
+
+// Some query rows of a sample, all heads. With the keys' maps resident, one sweep over keys and one over values; else the
+// LSE comes first, and the maps again some keys at a time. All threads have to come here.
+REATTN_DEVICE void run(const Params& p, const Block& block, int next) {
+  const int warp = thread() / kWarp;  // made anew where it is used: no register is held for it
+  const int sample = block.sample, first_row = block.first_row, first_dim = block_y() * kOutDims;
   const Shared<char> stages = at(kStages + warp * kWarpStages);
   const auto for_each_head = [&](auto function) {
 #pragma unroll
@@ -699,15 +748,6 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       if (const int head = warp + turn * kWarps; head < kHeads) function(turn, head, at(head * kHeadStride));
   };
 
-  prefetch_heads(p, sample, warp, block_x() - sample * blocks, blocks);
-  if (warp == 0) {
-    const int row = smaller(first_row + lane() % kRows, p.query.rows - 1);
-    prefetch(head_rows(p.query, sample, 0) + row * row_stride<kQueryStride>(p.query));  // what it takes next
-    Folded(kFolded).prepare<!kFloat>(p);
-  }
-  if constexpr (kPaddedHeads > kHeads)
-    for (int row = thread(); row < kRows; row += threads())
-      for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
   if constexpr (kPreMixed)
     for (int first_key = 0; first_key < block.range.end; first_key += kKeys) {
       const int keys = smaller(kKeys, block.range.end - first_key);
@@ -741,7 +781,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
   sync_block();
   MixedSums moments;
   if constexpr (kResident) {
+    prefetch_rows(p, next, warp);  // while nobody waits for anything from there
     RowMixing(p, moments).mix(block, 0, warp, rows, end);
+    if constexpr (kStatistics) moments.add_up(warp);
     // The first are on their way while other warps mix.
     Output::Values values(stages, p.value, sample, warp, 0, end, first_dim);
     sync_block();
@@ -798,12 +840,28 @@ __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant_
       for (Output& again : out) again = Output();
       moments = MixedSums();
     }
+    if constexpr (kStatistics) moments.add_up(warp);
     for_each_head([&](int turn, int head, Shared<char> maps) { out[turn].store(p, maps, block, head, first_dim); });
   }
   // Where all rows see the same, one block is enough: the last one, which has the fewest rows.
   if (kStatistics && (kSeenByRow || first_row + kRows >= p.query.rows))
     for_each_alike([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
-  if constexpr (kStatistics) moments.store(p, warp);
+}
+
+// As many blocks as run at a time, and each takes rows until there are none left: of its warps some multiply values
+// while others are at the next rows' scores. Registers are for one block: its maps fill shared memory.
+__global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
+  if (warp() == 0) Folded(kFolded).prepare<!kFloat>(p);
+  if constexpr (kPaddedHeads > kHeads)
+    for (int row = thread(); row < kRows; row += threads())
+      for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
+  if constexpr (kStatistics) MixedSums::clear();
+#pragma unroll 1
+  for (int i = block_x(); i < p.row_blocks_of_launch; i += blocks_x()) {
+    const int blocks = (p.query.rows + kRows - 1) / kRows, sample = unsigned(i) / unsigned(blocks);
+    run(p, Block(p, sample, (i - sample * blocks) * kRows, kRows), i + blocks_x());
+  }
+  if constexpr (kStatistics) MixedSums::store(p);
 }
 
 }  // namespace reattn

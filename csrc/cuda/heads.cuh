@@ -136,7 +136,8 @@ class Heads {
       const Shared<char> first = maps + (row * kRowStride + lane() / 8 % 2 * 16);
       from_[step] = first + smaller(head, kHeads - 1) * kHeadStride;
       // Heads that do not exist go to the gaps behind a row, which nobody reads.
-      const int gap = (2 * (head - kHeads) + lane() / 8 % 2) % kHeads;
+      int gap = 2 * (head - kHeads) + lane() / 8 % 2;
+      if constexpr (2 * (kPaddedHeads - kHeads) > kHeads) gap %= kHeads;
       to_[step] = head < kHeads ? from_[step] : maps + (row * kRowStride + gap * kHeadStride + kRowStride - 16);
       advance_[step] = head < kHeads ? 32 : 0;
       const int across = 16 * step + lane_row();

@@ -22,6 +22,7 @@ __device__ __forceinline__ int thread() { return threadIdx.x; }
 __device__ __forceinline__ int threads() { return blockDim.x; }
 __device__ __forceinline__ int block_x() { return blockIdx.x; }
 __device__ __forceinline__ int block_y() { return blockIdx.y; }
+__device__ __forceinline__ int blocks_x() { return gridDim.x; }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Orders what the lanes of a warp read and write in shared memory.
@@ -164,6 +165,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], Shared<T>
                : "memory");
 }
 template <class T>
+__device__ __forceinline__ void load_two_matrices(uint32_t (&matrices)[2], Shared<T> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrices[0]), "=r"(matrices[1])
+               : "r"(row.address)
+               : "memory");
+}
+template <class T>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4], Shared<T> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -202,17 +210,27 @@ __device__ __forceinline__ void store_matrices(Shared<T> row, const uint32_t (&m
 #endif
 }
 template <class T>
-__device__ __forceinline__ void store_two_matrices_transposed(Shared<T> row, const uint32_t (&matrices)[2]) {
+__device__ __forceinline__ void store_two_matrices(Shared<T> row, const uint32_t (&matrices)[2]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row.address), "r"(matrices[0]),
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row.address), "r"(matrices[0]),
                "r"(matrices[1])
                : "memory");
 #else
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
-    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, transposed(matrices[i]));
+    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, matrices[i]);
   }
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_two_matrices_transposed(Shared<T> row, const uint32_t (&matrices)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row.address), "r"(matrices[0]),
+               "r"(matrices[1])
+               : "memory");
+#else
+  store_two_matrices(row, {transposed(matrices[0]), transposed(matrices[1])});
 #endif
 }
 template <class T>

@@ -109,7 +109,7 @@ class Softmax {
   REATTN_DEVICE void leave_products(Shared<char> maps, int first_key, int last_key) const {
     sync_warp();  // what lies in the maps is done with
     Keys keys(stages_, p_.key, sample_, head_, first_key, last_key, 0);
-    Shared<char> to = maps + (lane_row() * kRowStride + lane_column() * 2);
+    OwnTiles to(maps);
     const auto take = [&](Scores& scores, int key) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile++) {
@@ -117,9 +117,9 @@ class Softmax {
         if constexpr (kFloat)
           store_tile(as<float>(maps + 16 * tile * kRowStride) + (key - first_key), kRowStride, scores[tile]);
         else
-          store_matrices(to + 16 * tile * kRowStride, Packed<Narrow>(scores[tile]).part);
+          to.store(tile, Packed<Narrow>(scores[tile]));
       }
-      to = to + 32;
+      to.advance(16);
     };
     int key = first_key;
 #pragma unroll 1
@@ -200,15 +200,14 @@ class Softmax {
     sync_warp();  // what lies in the maps is done with
     const Dropout dropout(p_, sample_, head_);
     Keys keys(stages_, p_.key, sample_, head_, first_key, last_key, 0);
-    Shared<char> to = maps + (lane_row() * kRowStride + lane_column() * 2);
-    [[maybe_unused]] float sums[kTiles][4];
-    if constexpr (kSum)
-      for_each_row<kTiles>([&](int tile, int lower, int) { sums[tile][2 * lower] = sums[tile][2 * lower + 1] = 0; });
+    OwnTiles to(maps);
+    [[maybe_unused]] float sums[kTiles][4] = {};
     const auto take = [&](Scores& scores, int key) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile++) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
+          if (16 * tile + i / 2 % 2 * 8 >= kRows) continue;
           float& score = scores[tile][i / 4][i % 4];
           // Rounded on its own: the largest of scores in the millions shall be exactly the reference.
           score = fast_exp2(rounded_product(score, score_factor(p_)) - reference_[tile][i / 2 % 2]);
@@ -226,10 +225,10 @@ class Softmax {
           if constexpr (kFloat)
             store_tile(as<float>(maps + 16 * tile * kRowStride) + (key - first_key), kRowStride, scores[tile]);
           else
-            store_matrices(to + 16 * tile * kRowStride, Packed<Half>(scores[tile]).part);
+            to.store(tile, Packed<Half>(scores[tile]));
         }
       }
-      to = to + 32;
+      to.advance(16);
     };
 
     int key = first_key;

@@ -14,12 +14,13 @@ constexpr bool kLayer = Norm(REATTN_NORM) == Norm::kLayer, kBatch = Norm(REATTN_
 constexpr bool kStatistics = kBatch && REATTN_TRAINING;
 
 // How a block cuts the problem.
-constexpr int kRows = REATTN_ROWS;           // that a block owns: 16 or 32
+constexpr int kRows = REATTN_ROWS;           // that a block owns, a multiple of 8
 constexpr int kKeys = REATTN_KEYS;           // whose maps lie in shared memory at a time, a multiple of 16
 constexpr bool kResident = REATTN_RESIDENT;  // these are all there are
 constexpr int kWarps = REATTN_WARPS;         // a warp works on heads warp, warp + kWarps, ...
 
-constexpr int kTiles = kRows / 16;
+constexpr int kTiles = (kRows + 15) / 16;
+constexpr bool kHalfTile = kRows % 16 != 0;  // the last tile has 8 rows, the upper ones
 constexpr int kTurns = (kHeads + kWarps - 1) / kWarps;
 constexpr int kHeadSteps = (kHeadBlocks + 1) / 2;  // of 16 heads, in a product over heads
 
@@ -49,14 +50,15 @@ REATTN_DEVICE float quad_largest(float value) {
   return larger(value, shuffle_xor(value, 2));
 }
 
-// Own rows of a lane: lane / 4 and 8 further down of every 16. Calls function(which 16, upper or lower 8, the row in
-// the block).
+// Own rows of a lane: lane / 4 and 8 further down of every 16, as far as there are so many. Calls function(which 16,
+// upper or lower 8, the row in the block).
 template <int kCount, class Function>
 REATTN_DEVICE void for_each_row(Function function) {
 #pragma unroll
   for (int tile = 0; tile < kCount; tile++)
 #pragma unroll
-    for (int lower = 0; lower < 2; lower++) function(tile, lower, 16 * tile + 8 * lower + lane() / 4);
+    for (int lower = 0; lower < 2; lower++)
+      if (16 * tile + 8 * lower < kRows) function(tile, lower, 16 * tile + 8 * lower + lane() / 4);
 }
 
 // A tile of 16 x 16, of two 8 columns what mma.m16n8k16 gives a lane: as 16-bit elements, the first operand of a
@@ -69,6 +71,30 @@ struct Packed {
       : part{pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
              pack<T>(right[2], right[3])} {}
   REATTN_DEVICE explicit Packed(const float (&tile)[2][4]) : Packed(tile[0], tile[1]) {}
+};
+// Where a lane's part of a head's own rows lies, of 16 keys at a time: 16-bit elements.
+class OwnTiles {
+ public:
+  REATTN_DEVICE explicit OwnTiles(Shared<char> maps)
+      : tiles_(maps + (lane_row() * kRowStride + lane_column() * 2)),
+        half_(maps + ((kRows - 8 + lane() % 8) * kRowStride + lane() / 8 % 2 * 16)) {}
+  REATTN_DEVICE void advance(int keys) { tiles_ = tiles_ + 2 * keys, half_ = half_ + 2 * keys; }
+
+  template <class T>
+  REATTN_DEVICE void store(int tile, const Packed<T>& packed) const {
+    if (kHalfTile && tile == kTiles - 1)
+      store_two_matrices(half_, {packed.part[0], packed.part[2]});
+    else
+      store_matrices(tiles_ + 16 * tile * kRowStride, packed.part);
+  }
+  // A tile of 16 rows, and the rows of the one that has 8, of keys further on.
+  REATTN_DEVICE void load(uint32_t (&parts)[4], int tile, int key) const {
+    load_matrices(parts, tiles_ + (16 * tile * kRowStride + 2 * key));
+  }
+  REATTN_DEVICE void load_half(uint32_t (&parts)[2], int key) const { load_two_matrices(parts, half_ + 2 * key); }
+
+ private:
+  Shared<char> tiles_, half_;
 };
 REATTN_DEVICE void store_tile(Shared<float> rows, int row_stride_bytes, const float (&tile)[2][4]) {
 #pragma unroll
@@ -305,6 +331,8 @@ class OwnRows {
   REATTN_DEVICE OwnRows(const Tensor& tensor, int sample, int head, int first_row) {
     const char* from = reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() % 4 * 2);
     offset_ = kept((lane() % 8 + lane() / 16 * 8) * kStageStride + lane() / 8 % 2 * 16);
+    if constexpr (kHalfTile)
+      for (auto& step : held_[kTiles - 1]) step[1] = step[3] = 0;
     for_each_row<kTiles>([&](int tile, int lower, int row) {
       // Rows outside get what the last one has, and are not stored.
       const char* own =
@@ -382,8 +410,8 @@ class OwnRows {
 };
 
 constexpr int kMostAskedFor = 1024;  // keys, by a block
-// Has a warp ask for the keys and values of its heads, before others wait for them: the blocks of a sample share them
-// out, and begin at about the same time.
+// Has a warp ask for the keys and values of its heads, before they are waited for: the blocks of a sample share them
+// out, and take them at about the same time.
 REATTN_DEVICE void prefetch_heads(const Params& p, int sample, int warp, int block, int blocks) {
   const int share = (p.key.rows + blocks - 1) / blocks;
   if (share > kMostAskedFor) return;  // the cache would forget them

@@ -295,7 +295,10 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
     params = _template(problem, shape, key_shape, strides, mask)
     params.out = _strided(out_stride, seqlen)
     plan = _plan("forward", size, *_describe(device))
-    params.blocks = batch * -(-seqlen // plan.rows)
+    params.row_blocks_of_launch = batch * -(-seqlen // plan.rows)
+    chunks = -(-problem.head_dim // cuda_plan.OUT_DIMS)
+    at_once = -(-cuda_plan.blocks_at_once(plan, *_describe(device)) // chunks)
+    params.blocks = min(params.row_blocks_of_launch, at_once)
     # Every block of finish adds up what the sweep's blocks left: many are added up once before.
     adds_up = problem.synchronised or params.blocks > _MANY_BLOCKS
     names = ["forward"]
@@ -306,7 +309,7 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
     specs = _specs(tuple(names), problem, mask, plan, _row_strides(*strides, out_stride))
     sweep, *sums = cuda_driver.kernels(specs, device)
     blocks = {"add_up": heads, "finish": _finish_blocks(shape, params)}
-    grid = (params.blocks, -(-problem.head_dim // cuda_plan.OUT_DIMS))
+    grid = (params.blocks, chunks)
     launches = (_sum_launch(kernel, blocks[name]) for kernel, name in zip(sums, names[1:], strict=True))
     return Work(params, ((sweep, grid, 32 * plan.warps, plan.shared_bytes), *launches))
 

@@ -100,6 +100,11 @@ class Plan(NamedTuple):
         return tuple((f"REATTN_{name.upper()}", int(value)) for name, value in zip(self._fields, self, strict=True))
 
 
+def blocks_at_once(plan: Plan, shared_bytes: int, multiprocessors: int) -> int:
+    """That run on a card at the same time, as far as threads and shared memory say, of which each takes 1 KB more."""
+    return multiprocessors * min((shared_bytes + 1024) // (plan.shared_bytes + 1024), 64 // plan.warps, 32)
+
+
 def round_up(number: int, multiple: int) -> int:
     """The least multiple that is not smaller."""
     return -(-number // multiple) * multiple
@@ -150,6 +155,10 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     # Keys and values are read once for every block: taller ones read less, as long as they still occupy the card.
     small = element_bytes == 2 and heads <= 16 and head_dim <= 64
     tall = kernel == "forward" and small and batch * -(-seqlen // 32) >= multiprocessors
+    heights = (32, 16) if tall else (16,)
+    if tall and not size.masked:
+        # Halves of a tile too, where keys are resident; of as many blocks, those with the fewest rows.
+        heights = tuple(sorted((40, 32, 24, 16), key=lambda rows: (-(-seqlen // rows), rows)))
 
     def fit(rows: int, keys: int, warps: int) -> Plan | None:
         taken = _shared_bytes(kernel, size, rows, keys, warps)
@@ -158,7 +167,7 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     all_warps = -(-heads // -(-heads // MOST_WARPS))
     # What the backward pass has to do with dropout, or in tiles of keys, takes more registers.
     few_warps = min(all_warps, 8) if kernel == "backward" else all_warps
-    for rows in (32, 16) if tall else (16,):
+    for rows in heights:
         if whole <= MOST_KEYS and (plan := fit(rows, whole, few_warps if size.dropout else all_warps)):
             return plan
     # Fewer warps leave more room for maps.
