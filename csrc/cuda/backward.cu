@@ -14,7 +14,7 @@ constexpr bool kNorm = kLayer || kBatch;
 constexpr int kMaps = 0, kGrads = kMapBytes;
 constexpr int kScratch = 2 * kMapBytes;
 constexpr int kBoxStride = 16 * int(sizeof(Element)) + 16;  // of heads, of 16 positions on their way
-constexpr int kScratchBytes = greater(2 * kStageBytes, kPaddedHeads* kBoxStride);  // of a warp
+constexpr int kScratchBytes = greater(kDirect ? 0 : 2 * kStageBytes, kPaddedHeads* kBoxStride);  // of a warp
 constexpr int kFolded = round_up(kScratch + kWarps * kScratchBytes, 128);
 constexpr int kOnes = kFolded + kFoldedBytes;  // 16 of them
 // In the end the sums of all warps lie there.
@@ -42,6 +42,14 @@ struct Place : Block {
     head_stride = int64_t(p.rows_of_launch) * keys;
     workspace = in_launch * kHeads * head_stride + int64_t(row) * keys;
   }
+  // Keys come in tiles, the first of them with what is left over, so that most of them are still in shared memory after
+  // the last.
+  REATTN_DEVICE int tiles() const { return kResident ? 1 : (range.end + kKeys - 1) / kKeys; }
+  REATTN_DEVICE int first_key(int tile) const {
+    return tile == 0 ? 0 : round_up(range.end, 16) - (tiles() - tile) * kKeys;
+  }
+  REATTN_DEVICE int last_key(int tile) const { return tile + 1 < tiles() ? first_key(tile + 1) : range.end; }
+
   // Of all blocks of a backward pass.
   REATTN_DEVICE int64_t number(const Params& p) const {
     return int64_t(sample) * ((p.query.rows + kRows - 1) / kRows) + first_row / kRows;
@@ -455,12 +463,6 @@ class RowGradients {
   uint32_t mix_[kHeadSteps][kHeadBlocks][2], unmix_[kHeadSteps][kHeadBlocks][2];
 };
 
-// In the place of DirectRows where there are none.
-struct NoRows {
-  REATTN_DEVICE NoRows(Shared<char>, const Tensor&, int, int, int, int, int) {}
-  REATTN_DEVICE Shared<char> next() const { return {}; }
-};
-
 // Rows of one head as second operands of products over head_dim, 16 at a time: so many of these 16 are on their way to
 // registers. Instead of rows outside there is the last one: zeros would be copied once they have arrived.
 template <int kStride>
@@ -504,11 +506,11 @@ class ColumnsAhead {
   static constexpr int kAhead = 2, kColumns = kDims / 8;
   using Operands = uint32_t[kColumns][2];
 
-  // Rows up to last_row - 1, of which there are some.
-  REATTN_DEVICE ColumnsAhead(const Tensor& tensor, int sample, int head, int last_row)
-      : step_(row_stride<kStride>(tensor) * int(sizeof(Element))), left_(last_row - lane() % 4 * 2) {
-    from_ =
-        reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() / 4 * kColumns) + lane() % 4 * 2 * step_;
+  // Rows first_row to last_row - 1, of which there are some.
+  REATTN_DEVICE ColumnsAhead(const Tensor& tensor, int sample, int head, int first_row, int last_row)
+      : step_(row_stride<kStride>(tensor) * int(sizeof(Element))), left_(last_row - first_row - lane() % 4 * 2) {
+    from_ = reinterpret_cast<const char*>(head_rows(tensor, sample, head) + lane() / 4 * kColumns) +
+            (first_row + lane() % 4 * 2) * step_;
 #pragma unroll
     for (int place = 0; place < kAhead; place++) fetch<false>(place);
   }
@@ -552,8 +554,8 @@ class ColumnsAhead {
   int left_;
   uint32_t coming_[kAhead][4][kColumns / 2];
 };
-constexpr bool kKeysAhead = kDirect && kResident;  // for the gradient of the query
-using AllKeys = std::conditional_t<kKeysAhead, ColumnsAhead<kKeyStride>, Stream<kDims, kKeyStride>>;
+// For the gradient of the query.
+using QueryKeys = std::conditional_t<kDirect, ColumnsAhead<kKeyStride>, Stream<kDims, kKeyStride>>;
 
 // What a warp does for one head.
 class HeadGradients {
@@ -574,9 +576,8 @@ class HeadGradients {
 
   // The maps of some keys, and the gradients of the normalised maps, grad value^T; returns the sum of these over rows
   // and keys.
-  REATTN_DEVICE float fill(int first_key) const {
+  REATTN_DEVICE float fill(int first_key, int last_key) const {
     const OwnRows<kQueryStride, kDirect> query(p_.query, place_.sample, head_, place_.first_row);
-    const int last_key = first_key + smaller(kKeys, (kMasked ? place_.range.end : p_.key.rows) - first_key);
     if constexpr (kDirect) {
       RowsAhead<kKeyStride> keys(p_.key, place_.sample, head_, first_key, last_key);
       RowsAhead<kValueStride> values(p_.value, place_.sample, head_, first_key, last_key);
@@ -593,10 +594,9 @@ class HeadGradients {
     }
   }
 
-  // Where scores are mixed, the products of query and key that they are made of, once more.
-  REATTN_DEVICE void fill_products(int first_key) const {
+  // The maps once more; where scores are mixed, the products of query and key that they are made of.
+  REATTN_DEVICE void fill_again(int first_key, int last_key) const {
     const OwnRows<kQueryStride, kDirect> query(p_.query, place_.sample, head_, place_.first_row);
-    const int last_key = first_key + smaller(kKeys, place_.range.end - first_key);
     if constexpr (kDirect) {
       RowsAhead<kKeyStride> keys(p_.key, place_.sample, head_, first_key, last_key);
       keys.start();
@@ -655,7 +655,7 @@ class HeadGradients {
     }
   }
 
-  // Leaves the gradients of the maps in the workspace, for run.
+  // Leaves the gradients of the maps in the workspace, for later.
   REATTN_DEVICE void save_gradients(Element* grad_scores, int first_key, int keys) const {
     const Shared<char> grads = at(kGrads + head_ * kHeadStride);
     for (int key = 0; key < keys; key += 16)
@@ -666,15 +666,24 @@ class HeadGradients {
   // From the workspace, of the rows that exist.
   REATTN_DEVICE void load_gradients(const Element* grad_scores, int first_key, int keys) const {
     const Shared<char> grads = at(kGrads + head_ * kHeadStride);
-    for (int key = 0; key < keys; key += 16)
+    sync_warp();  // what lies there is done with, and what is read is there
+    constexpr int kAtOnce = 4, kPieces = kTilePieces / 2;  // on their way: so many times 16 keys, of which a lane has
+    for (int first = 0; first < keys; first += 16 * kAtOnce) {
+      uint4 pieces[kAtOnce * kPieces];
+      const auto for_each_piece = [&](auto function) {
 #pragma unroll
-      for (int i = 0; i < kTilePieces / 2; i++) {
-        const int row = (i * kWarp + lane()) / kTilePieces,
-                  piece = key * int(sizeof(Element)) / 16 + lane() % kTilePieces;
-        if (row < place_.rows)
-          store(grads + (row * kRowStride + piece * 16),
-                read<uint4>(grad_scores + (int64_t(row) * place_.keys + first_key + piece * kVector)));
-      }
+        for (int i = 0; i < kAtOnce * kPieces; i++) {
+          const int row = (i % kPieces * kWarp + lane()) / kTilePieces, key = first + 16 * (i / kPieces);
+          if (row < place_.rows && key < keys) function(pieces[i], row, key + lane() % kTilePieces * kVector);
+        }
+      };
+      for_each_piece([&](uint4& piece, int row, int key) {
+        piece = read<uint4>(grad_scores + (int64_t(row) * place_.keys + first_key + key));
+      });
+      for_each_piece([&](const uint4& piece, int row, int key) {
+        store(grads + (row * kRowStride + key * int(sizeof(Element))), piece);
+      });
+    }
     sync_warp();
   }
 
@@ -722,133 +731,40 @@ class HeadGradients {
   }
 
   // The gradients of the scores, which go to the workspace, and the gradient of the query. Delta and mass are those of
-  // add_delta, where keys are not resident. Where scores are mixed, the gradient of the query alone, of what unmix left
-  // in the workspace.
-  template <class Keys = AllKeys>
+  // add_delta, where keys are not resident; of these, the last are still in shared memory. Where scores are mixed, the
+  // gradient of the query alone, of what unmix left in the workspace.
+  template <class Keys = QueryKeys>
   REATTN_DEVICE void run(float (&delta)[2], float (&mass)[2], Element* grad_scores) const {
     float grad_query[kDims / 8][4] = {};
-    const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
-    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
     const int end = place_.range.end;
-    Keys keys = start<Keys>(kPreMixed && !kKeysAhead ? 0 : end);
-    if constexpr (kResident && !kPreMixed) add_delta(delta, mass, end);
-    if constexpr (!kPreMixed) finish_delta(delta, mass);
     if constexpr (kPreMixed) {
       multiply_again<false>(grad_query, grad_scores);
-    } else if constexpr (kResident && !kFloat) {
-      const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
-      Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
-      Shared<char> copied = {kept((grads + (row * kRowStride + piece * 16)).address)}, from = maps + lane_place_;
-      const auto take = [&](auto multiply, int group) {
-        Packed<Narrow> map, scores;
-        load_matrices(map.part, from + 32 * group);
-        load_matrices(scores.part, from + (kGrads - kMaps + 32 * group));
-        to_grad_scores(map, scores, delta);
-        sync_warp();
-        store_matrices(from + (kGrads - kMaps + 32 * group), scores.part);
-        multiply(scores);
-        sync_warp();
-        copy_tile(to + 16 * group, copied + 32 * group);
-      };
-      int key = 0;
-      if constexpr (kKeysAhead) {
-        constexpr int kAhead = Keys::kAhead;
-        const auto take_some = [&](auto whole, int place) {
-          take(
-              [&](const Packed<Narrow>& scores) {
-                typename Keys::Operands operands;
-                keys.get(operands, place);
-#pragma unroll
-                for (int column = 0; column < kDims / 8; column++)
-                  multiply_add<Narrow>(grad_query[column], scores.part, operands[column]);
-                constexpr bool kWhole = decltype(whole)::value;
-                if (kWhole || key + 16 * (place + kAhead) < end) keys.template fetch<kWhole>(place);
-              },
-              place);
-        };
-        const auto advance = [&] {
-          key += 16 * kAhead, from = from + 32 * kAhead, copied = copied + 32 * kAhead, to += 16 * kAhead;
-        };
-#pragma unroll 1
-        for (; key + 32 * kAhead <= end; advance())
-#pragma unroll
-          for (int place = 0; place < kAhead; place++) take_some(std::integral_constant<bool, true>(), place);
-#pragma unroll 1
-        for (; key < end; advance())
-#pragma unroll
-          for (int place = 0; place < kAhead; place++)
-            if (key + 16 * place < end) take_some(std::integral_constant<bool, false>(), place);
-      } else {
-        const auto multiply_by = [&](Shared<char> stage) {
-          return
-              [&grad_query, row = stage + offset](const Packed<Narrow>& scores) { multiply(grad_query, scores, row); };
-        };
-#pragma unroll 1
-        for (; key + 48 <= end; key += 32, from = from + 64, copied = copied + 64, to += 32)
-#pragma unroll
-          for (int group = 0; group < 2; group++) take(multiply_by(keys.template next<true>()), group);
-#pragma unroll 1
-        for (; key < end; key += 16, from = from + 32, copied = copied + 32, to += 16)
-          take(multiply_by(keys.next()), 0);
-      }
     } else if constexpr (kResident) {
-#pragma unroll 1
-      for (int key = 0; key < end; key += 16) {
-        const Shared<char> stage = keys.next(), tile = grads + key * int(sizeof(Element));
-        float scores[2][4];
-        for_each_pair([&](int right, int lower, int row, int column) {
-          const float2 map = load<float2>(as<float>(maps + row * kRowStride) + (key + column));
-          const float2 grad = load<float2>(as<float>(tile + row * kRowStride) + column);
-          scores[right][2 * lower] = prob_of(map.x) * (grad.x - delta[lower]);
-          scores[right][2 * lower + 1] = prob_of(map.y) * (grad.y - delta[lower]);
-        });
-        store_tile(as<float>(tile), kRowStride, scores);
-        sync_warp();
-        multiply(grad_query, tile, stage);
-        copy_tiles(grad_scores + key, tile);
-      }
+      Keys keys = start<Keys>(0, end);
+      add_delta(delta, mass, end);
+      finish_delta(delta, mass);
+      multiply_tile(grad_query, keys, delta, grad_scores, 0, end);
     } else {
-      // Scores are summed in the same order as where the LSE is from.
-      const OwnRows<kQueryStride, kDirect> own(p_.query, place_.sample, head_, place_.first_row);
-      std::conditional_t<kDirect, DirectRows<kKeyStride>, NoRows> direct(stages_, p_.key, place_.sample, head_, 0, end,
-                                                                         0);
+      finish_delta(delta, mass);
 #pragma unroll 1
-      for (int key = 0; key < end; key += 16) {
-        const Shared<char> stage = keys.next();
-        float products[1][2][4];
-        if constexpr (kDirect)
-          own.multiply(products, direct.next());
-        else
-          own.multiply(products, stage);
-        exponentiate<true>(products, key);
-        for_each_pair([&](int right, int lower, int row, int column) {
-          float (&score)[4] = products[0][right];
-          if (row >= place_.rows) return;
-          Element* to = grad_scores + (int64_t(row) * place_.keys + key + column);
-          const float2 grad = read_pair(to);
-          score[2 * lower] *= grad.x - delta[lower], score[2 * lower + 1] *= grad.y - delta[lower];
-          if constexpr (kFloat)
-            write(to, float2{score[2 * lower], score[2 * lower + 1]});
-          else
-            write(to, pack<Narrow>(score[2 * lower], score[2 * lower + 1]));
-        });
-        if constexpr (kFloat) {
-          store_tile(as<float>(grads), kRowStride, products[0]);
-          sync_warp();
-          multiply(grad_query, grads, stage);
-        } else {
-          multiply(grad_query, Packed<Narrow>(products[0]), stage + offset);
+      for (int tile = place_.tiles() - 1; tile >= 0; tile--) {
+        const int first_key = place_.first_key(tile), last_key = place_.last_key(tile);
+        if (last_key < end) {
+          fill_again(first_key, last_key);
+          load_gradients(grad_scores, first_key, last_key - first_key);
         }
+        Keys keys = start<Keys>(first_key, last_key);
+        multiply_tile(grad_query, keys, delta, grad_scores, first_key, last_key);
       }
     }
     if (kMasked && !finite(grad_query)) multiply_again<true>(grad_query, grad_scores);
     // A lane has pairs of columns, or those of ColumnsAhead.
-    const int first_column = lane() % 4 * (kKeysAhead ? kDims / 4 : 2);
+    const int first_column = lane() % 4 * (kDirect ? kDims / 4 : 2);
     Element* all = head_rows(p_.grad_query, place_.sample, head_) + first_column;
     for_each_row<1>([&](int, int lower, int row) {
       if (row >= place_.rows) return;
       Element* to = all + (place_.first_row + row) * p_.grad_query.row_stride;
-      if constexpr (kKeysAhead) {
+      if constexpr (kDirect) {
         constexpr int kColumns = kDims / 8;
         const auto scaled = [&](int i) { return grad_query[i % kColumns][2 * lower + i / kColumns] * p_.scale; };
         const auto pair = [&](int i) { return pack<Narrow>(scaled(i), scaled(i + 1)); };
@@ -869,15 +785,97 @@ class HeadGradients {
     });
   }
 
+  // Of the maps of some keys in shared memory, and of their gradients, makes gradients of the scores, which go to the
+  // workspace, and multiplies them by these keys.
+  template <class Keys>
+  REATTN_DEVICE void multiply_tile(float (&grad_query)[kDims / 8][4], Keys& keys, const float (&delta)[2],
+                                   Element* grad_scores, int first_key, int last_key) const {
+    const Shared<char> maps = at(kMaps + head_ * kHeadStride), grads = at(kGrads + head_ * kHeadStride);
+    const int end = last_key - first_key;
+    grad_scores += first_key;
+    if constexpr (kFloat) {
+#pragma unroll 1
+      for (int key = 0; key < end; key += 16) {
+        const Shared<char> stage = keys.next(), tile = grads + key * int(sizeof(Element));
+        float scores[2][4];
+        for_each_pair([&](int right, int lower, int row, int column) {
+          const float2 map = load<float2>(as<float>(maps + row * kRowStride) + (key + column));
+          const float2 grad = load<float2>(as<float>(tile + row * kRowStride) + column);
+          scores[right][2 * lower] = prob_of(map.x) * (grad.x - delta[lower]);
+          scores[right][2 * lower + 1] = prob_of(map.y) * (grad.y - delta[lower]);
+        });
+        store_tile(as<float>(tile), kRowStride, scores);
+        sync_warp();
+        multiply(grad_query, tile, stage);
+        copy_tiles(grad_scores + key, tile);
+      }
+      return;
+    }
+    const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+    const int row = lane() / kTilePieces, piece = lane() % kTilePieces;
+    Element* to = grad_scores + (int64_t(row) * place_.keys + piece * kVector);
+    Shared<char> copied = {kept((grads + (row * kRowStride + piece * 16)).address)}, from = maps + lane_place_;
+    const auto take = [&](auto multiply, int group) {
+      Packed<Narrow> map, scores;
+      load_matrices(map.part, from + 32 * group);
+      load_matrices(scores.part, from + (kGrads - kMaps + 32 * group));
+      to_grad_scores(map, scores, delta);
+      sync_warp();
+      store_matrices(from + (kGrads - kMaps + 32 * group), scores.part);
+      multiply(scores);
+      sync_warp();
+      copy_tile(to + 16 * group, copied + 32 * group);
+    };
+    int key = 0;
+    if constexpr (kDirect) {
+      constexpr int kAhead = Keys::kAhead;
+      const auto take_some = [&](auto whole, int place) {
+        take(
+            [&](const Packed<Narrow>& scores) {
+              typename Keys::Operands operands;
+              keys.get(operands, place);
+#pragma unroll
+              for (int column = 0; column < kDims / 8; column++)
+                multiply_add<Narrow>(grad_query[column], scores.part, operands[column]);
+              constexpr bool kWhole = decltype(whole)::value;
+              if (kWhole || key + 16 * (place + kAhead) < end) keys.template fetch<kWhole>(place);
+            },
+            place);
+      };
+      const auto advance = [&] {
+        key += 16 * kAhead, from = from + 32 * kAhead, copied = copied + 32 * kAhead, to += 16 * kAhead;
+      };
+#pragma unroll 1
+      for (; key + 32 * kAhead <= end; advance())
+#pragma unroll
+        for (int place = 0; place < kAhead; place++) take_some(std::integral_constant<bool, true>(), place);
+#pragma unroll 1
+      for (; key < end; advance())
+#pragma unroll
+        for (int place = 0; place < kAhead; place++)
+          if (key + 16 * place < end) take_some(std::integral_constant<bool, false>(), place);
+    } else {
+      const auto multiply_by = [&](Shared<char> stage) {
+        return [&grad_query, row = stage + offset](const Packed<Narrow>& scores) { multiply(grad_query, scores, row); };
+      };
+#pragma unroll 1
+      for (; key + 48 <= end; key += 32, from = from + 64, copied = copied + 64, to += 32)
+#pragma unroll
+        for (int group = 0; group < 2; group++) take(multiply_by(keys.template next<true>()), group);
+#pragma unroll 1
+      for (; key < end; key += 16, from = from + 32, copied = copied + 32, to += 16) take(multiply_by(keys.next()), 0);
+    }
+  }
+
   // The gradient of the query, from those of the scores in the workspace. Strictly: what is hidden in a key does not
   // reach it, where it is not finite. Where it is seen, those of the scores are not.
-  template <bool kStrict, class Keys = AllKeys>
+  template <bool kStrict, class Keys = QueryKeys>
   REATTN_DEVICE void multiply_again(float (&grad_query)[kDims / 8][4], const Element* grad_scores) const {
 #pragma unroll
     for (int i = 0; i < kDims / 2; i++) grad_query[i / 4][i % 4] = 0;
     sync_warp();  // what other lanes have written is there
     const int end = place_.range.end;
-    Keys keys = start<Keys>(end);
+    Keys keys = start<Keys>(0, end);
     const auto scores_at = [&](int key, float (&scores)[2][4]) {
       for_each_pair([&](int right, int lower, int row, int column) {
         if (row >= place_.rows) return;
@@ -885,7 +883,7 @@ class HeadGradients {
         scores[right][2 * lower] = pair.x, scores[right][2 * lower + 1] = pair.y;
       });
     };
-    if constexpr (kKeysAhead) {
+    if constexpr (kDirect) {
 #pragma unroll 1
       for (int key = 0; key < end; key += 16 * Keys::kAhead)
 #pragma unroll
@@ -934,13 +932,13 @@ class HeadGradients {
   }
 
  private:
-  // All keys, for products over them.
+  // Some keys, for products over them.
   template <class Keys>
-  REATTN_DEVICE Keys start(int end) const {
-    if constexpr (kKeysAhead)
-      return {p_.key, place_.sample, head_, end};
+  REATTN_DEVICE Keys start(int first_key, int last_key) const {
+    if constexpr (kDirect)
+      return {p_.key, place_.sample, head_, first_key, last_key};
     else
-      return {stages_, p_.key, place_.sample, head_, 0, end, 0};
+      return {stages_, p_.key, place_.sample, head_, first_key, last_key, 0};
   }
   // Before_last: called before the last keys are multiplied.
   template <class Own, class Rows, class Function>
@@ -1362,9 +1360,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
   Sums sums;
   float beta[kTurns] = {}, mass[kTurns][2] = {}, delta[kTurns][2] = {};
 #pragma unroll 1
-  for (int first_key = 0; first_key < (kResident ? 1 : place.range.end); first_key += kKeys) {
-    const int keys = smaller(kKeys, place.range.end - first_key);
-    for_each_head([&](int turn, const HeadGradients& head, Element*) { beta[turn] += head.fill(first_key); });
+  for (int tile = 0; tile < place.tiles(); tile++) {
+    const int first_key = place.first_key(tile), last_key = place.last_key(tile), keys = last_key - first_key;
+    for_each_head([&](int turn, const HeadGradients& head, Element*) { beta[turn] += head.fill(first_key, last_key); });
     sync_block();
     if constexpr (kPreMixed) {
       RowMaps(p, place).run(warp, first_key, keys);
@@ -1376,7 +1374,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
     if constexpr (!kResident)
       for_each_head([&](int turn, const HeadGradients& head, Element* to) {
         head.add_delta(delta[turn], mass[turn], keys);
-        head.save_gradients(to, first_key, keys);
+        if (kPreMixed || last_key < place.range.end) head.save_gradients(to, first_key, keys);
       });
   }
   const int64_t block_number = place.number(p);
@@ -1390,7 +1388,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
       const int keys = smaller(kKeys, place.range.end - first_key);
       if constexpr (!kResident) {
         sync_block();  // all have left the maps
-        for_each_head([&](int, const HeadGradients& head, Element*) { head.fill_products(first_key); });
+        for_each_head([&](int, const HeadGradients& head, Element*) { head.fill_again(first_key, first_key + keys); });
         sync_block();
         RowMaps(p, place).run(warp, first_key, keys);
         sync_block();
@@ -1430,7 +1428,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) unmix(const __grid_constant__ 
   for (int first_key = 0; first_key < place.range.end; first_key += kKeys) {
     const int keys = smaller(kKeys, place.range.end - first_key);
     for_each_head([&](const HeadGradients& head, const Element* of_head) {
-      head.fill_products(first_key);
+      head.fill_again(first_key, first_key + keys);
       head.load_gradients(of_head, first_key, keys);
     });
     sync_block();

@@ -136,12 +136,13 @@ def _shared_bytes(kernel: str, size: Size, rows: int, keys: int, warps: int) -> 
     maps = round_up(heads * (rows * (keys * element_bytes + 16) + 16), 128)
     stages = 2 * 16 * (round_up(head_dim, 16) * element_bytes + 16)
     folded = round_up((heads * (padded + 1) + 7 * padded) * 4, 128)
+    # Keys and values go straight to registers where there are enough of them.
+    direct = element_bytes == 2 and head_dim <= 64 and warps <= MOST_WARPS
     if kernel == "backward":
-        scratch = max(stages, padded * (16 * element_bytes + 16))
+        scratch = max(0 if direct else stages, padded * (16 * element_bytes + 16))
         return max(round_up(2 * maps + warps * scratch, 128) + folded + 128, warps * padded * (padded + 2) * 4)
     by_row, resident = rows * padded * 4, keys >= size.seqlen_k
-    # Keys and values go straight to registers where there are enough of them.
-    if resident and element_bytes == 2 and head_dim <= 64 and warps <= MOST_WARPS:
+    if resident and direct:
         stages = 0
     sums = round_up(round_up(maps + warps * stages, 128) + by_row + (not resident) * by_row, 128)
     return sums + folded + size.statistics * (2 + size.masked) * warps * padded * 4
@@ -165,11 +166,14 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
         return Plan(rows, keys, keys >= whole, warps, taken) if taken <= shared_bytes else None
 
     all_warps = -(-heads // -(-heads // MOST_WARPS))
-    # What the backward pass has to do with dropout, or in tiles of keys, takes more registers.
-    few_warps = min(all_warps, 8) if kernel == "backward" else all_warps
+    # What the backward pass has to do with dropout takes more registers.
+    few_warps = min(all_warps, 8) if kernel == "backward" and size.dropout else all_warps
     for rows in heights:
-        if whole <= MOST_KEYS and (plan := fit(rows, whole, few_warps if size.dropout else all_warps)):
+        if whole <= MOST_KEYS and (plan := fit(rows, whole, few_warps)):
             return plan
+    # So does what streams through stages, in tiles of keys.
+    if kernel == "backward" and (element_bytes == 4 or head_dim > 64):
+        few_warps = min(all_warps, 8)
     # Fewer warps leave more room for maps.
     for warps in sorted({-(-few_warps // turns) for turns in range(1, few_warps + 1)}, reverse=True):
         least = min(64 if warps == few_warps else 16, whole)
