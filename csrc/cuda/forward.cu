@@ -5,7 +5,7 @@ namespace reattn {
 
 // Shared memory.
 constexpr int kStages = kMapBytes;
-constexpr int kWarpStages = kDirect && kResident ? 0 : 2 * kStageBytes;
+constexpr int kWarpStages = kDirect ? 0 : 2 * kStageBytes;
 constexpr int kSums = round_up(kStages + kWarps * kWarpStages, 128);  // of softmax, by row and head
 constexpr int kReferences = kSums + kRows * kPaddedHeads * 4;         // by row and head, where they are read again
 constexpr int kFolded = round_up(kReferences + (kResident ? 0 : kRows * kPaddedHeads * 4), 128);

@@ -134,16 +134,14 @@ def _shared_bytes(kernel: str, size: Size, rows: int, keys: int, warps: int) -> 
     element_bytes, heads, head_dim, *_ = size
     padded = padded_heads(heads)
     maps = round_up(heads * (rows * (keys * element_bytes + 16) + 16), 128)
-    stages = 2 * 16 * (round_up(head_dim, 16) * element_bytes + 16)
-    folded = round_up((heads * (padded + 1) + 7 * padded) * 4, 128)
     # Keys and values go straight to registers where there are enough of them.
     direct = element_bytes == 2 and head_dim <= 64 and warps <= MOST_WARPS
+    stages = 0 if direct else 2 * 16 * (round_up(head_dim, 16) * element_bytes + 16)
+    folded = round_up((heads * (padded + 1) + 7 * padded) * 4, 128)
     if kernel == "backward":
-        scratch = max(0 if direct else stages, padded * (16 * element_bytes + 16))
+        scratch = max(stages, padded * (16 * element_bytes + 16))
         return max(round_up(2 * maps + warps * scratch, 128) + folded + 128, warps * padded * (padded + 2) * 4)
     by_row, resident = rows * padded * 4, keys >= size.seqlen_k
-    if resident and direct:
-        stages = 0
     sums = round_up(round_up(maps + warps * stages, 128) + by_row + (not resident) * by_row, 128)
     return sums + folded + size.statistics * (2 + size.masked) * warps * padded * 4
 
@@ -171,8 +169,8 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     for rows in heights:
         if whole <= MOST_KEYS and (plan := fit(rows, whole, few_warps)):
             return plan
-    # So does what streams through stages, in tiles of keys.
-    if kernel == "backward" and (element_bytes == 4 or head_dim > 64):
+    # So do tiles of keys, with many heads or where keys stream through stages.
+    if kernel == "backward" and not small:
         few_warps = min(all_warps, 8)
     # Fewer warps leave more room for maps.
     for warps in sorted({-(-few_warps // turns) for turns in range(1, few_warps + 1)}, reverse=True):
