@@ -204,11 +204,11 @@ def re_attention(
         else:
             if theta is None:
                 theta = ops.identity(query)
-            inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             if pre_theta is not None and pre_bias is not None:
                 # It adds the same to all keys, which the softmax takes away: its gradient is zero, and NaN stays NaN.
                 pre_theta = pre_theta.add(pre_bias, alpha=0)
-            inputs = inputs._replace(attn_mask=attn_mask, pre_theta=pre_theta)
+            masks = {"attn_mask": attn_mask, "pre_theta": pre_theta}
+            inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics, **masks)
             out = ops.re_attention(name, problem, inputs, process_group, packed)
     out = out if out.dtype == dtype else out.to(dtype)
     return out if factor is None else out * factor
