@@ -132,7 +132,11 @@ def check_heads(query: Tensor, value: Tensor, tensors: Mapping[str, Tensor | Non
     """``pre_theta (heads, heads)``, ``pre_bias (heads,)``, ``theta (heads, value's heads)``, the others ``(value's
     heads,)``, each or None, on the query's device. Statistics are no leaves."""
     heads, heads_out = query.shape[1], value.shape[1]
-    shapes: dict[str, tuple[int, ...]] = {"theta": (heads, heads_out), "pre_theta": (heads, heads), "pre_bias": (heads,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "theta": (heads, heads_out),
+        "pre_theta": (heads, heads),
+        "pre_bias": (heads,),
+    }
     for name, tensor in tensors.items():
         if tensor is None:
             continue
