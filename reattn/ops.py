@@ -9,7 +9,6 @@ output where batch statistics need it, and the LSE: never a map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -225,11 +224,6 @@ _count_flops()
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for a device, which need not know of it."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Parameters stay in the dtype they have; a context only where autocast is on."""
-    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def draw_seed(device: torch.device) -> Tensor:
