@@ -4,7 +4,7 @@ Needs no GPU: calls are made on CPU tensors, with all that the backend does up t
 here. So torch's guard, its stream and the driver itself are not in it. Prints microseconds of a direction, the best of
 several rounds; of that, what torch needs to allocate the results; launches, and how many functions are called.
 "operator" is a forward pass of ``re_attention`` without gradients: its checks, the choice of a backend and torch's
-dispatcher too.
+dispatcher too; "gradients" is one with gradients and the backward pass, by way of autograd.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def no_driver() -> Iterator[NoDriver]:
 
 
 def step(norm: str) -> dict[str, Callable[[], Any]]:
-    """A forward pass, a backward pass, the operator, and what both passes allocate for their results; batch norm in
-    training."""
+    """A forward pass, a backward pass, the operator without and with gradients, and what both passes allocate for their
+    results; batch norm in training."""
     batch, heads, seqlen, head_dim = SHAPE
     qkv = torch.zeros(batch, seqlen, 3, heads, head_dim, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     inputs = Inputs(*qkv, torch.eye(heads), torch.zeros(heads), torch.ones(heads), torch.zeros(heads))
@@ -81,17 +81,23 @@ def step(norm: str) -> dict[str, Callable[[], Any]]:
     problem = Problem.of(inputs.query, norm=norm, training=norm == "batch", scale=0.125)
     outputs = cuda.forward(problem, inputs)
     grad = torch.zeros_like(outputs.out)
-    given = dict(zip(Inputs._fields, inputs, strict=True))
-    options = {"norm": norm, "training": norm == "batch", "backend": "cuda"}
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:7] if tensor is not None]
+    differentiated = Inputs(*leaves, *inputs[7:])
+    options: dict[str, Any] = {"norm": norm, "training": norm == "batch", "backend": "cuda"}
 
-    def operator() -> Tensor:
+    def operator(inputs: Inputs) -> Tensor:
+        given = inputs._asdict()
+        return re_attention(*inputs[:3], **{name: given[name] for name in NAMES}, **options)
+
+    def without_gradients() -> Tensor:
         with torch.no_grad():
-            return re_attention(*inputs[:3], **{name: given[name] for name in NAMES}, **options)
+            return operator(inputs)
 
     return {
         "forward": lambda: cuda.forward(problem, inputs),
         "backward": lambda: cuda.backward(problem, grad, inputs, outputs, None),
-        "operator": operator,
+        "operator": without_gradients,
+        "gradients": lambda: torch.autograd.grad(operator(differentiated), leaves, grad),
         "results": lambda: (
             common.empty_outputs(problem, inputs),
             common.empty_gradients(problem, inputs, None),

@@ -132,23 +132,26 @@ def check_heads(query: Tensor, value: Tensor, tensors: Mapping[str, Tensor | Non
     """``pre_theta (heads, heads)``, ``pre_bias (heads,)``, ``theta (heads, value's heads)``, the others ``(value's
     heads,)``, each or None, on the query's device. Statistics are no leaves."""
     heads, heads_out = query.shape[1], value.shape[1]
+    shapes: dict[str, tuple[int, ...]] = {
+        "theta": (heads, heads_out),
+        "pre_theta": (heads, heads),
+        "pre_bias": (heads,),
+    }
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        before = name.startswith("pre_")
-        expected: tuple[int, ...] = (heads if before else heads_out,)
-        if name.endswith("theta"):
-            expected = (heads, *expected)
+        expected = shapes.get(name, (heads_out,))
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {class_name(tensor)}")
         if tuple(tensor.shape) != expected:
-            whom = f"query's {heads} heads" if before or heads == heads_out else f"value's {heads_out} heads"
+            before = name.startswith("pre_") or heads == heads_out
+            whom = f"query's {heads} heads" if before else f"value's {heads_out} heads"
             raise ValueError(f"{name} must have shape {expected} to match {whom}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on {query.device}, as query is, got {tensor.device}")
-        if name.startswith("running_") and tensor.requires_grad:
+        if tensor.requires_grad and name.startswith("running_"):
             raise ValueError(f"{name} must not require a gradient: the operator has none for it")
     if tensors["pre_bias"] is not None and tensors["pre_theta"] is None:
         raise ValueError("pre_bias must come with pre_theta, got pre_bias alone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from reattn import checks, ops, reference
 from reattn.backends import choose, exporting_onnx
 from reattn.backends.contract import Inputs, lowest
 from reattn.problem import Problem
+
+_CPU = torch.device("cpu")
 
 
 def re_attention(
@@ -104,7 +107,10 @@ def re_attention(
         RuntimeError: an explicit ``backend`` cannot run these inputs; the message gives every reason. Also from
             differentiating twice, or forward, through a fused backend: ``backend="reference"`` does both.
     """
-    query, key, value = _autocast(query, key, value)
+    device = getattr(query, "device", _CPU)
+    autocast = ops.autocast_enabled(device)
+    if autocast:
+        query, key, value = _autocast(device, query, key, value)
     if isinstance(is_causal, Tensor) and torch.jit.is_tracing():
         # torch.onnx.export(dynamo=False) makes tensors of all arguments.
         is_causal = bool(is_causal)
@@ -149,8 +155,11 @@ def re_attention(
         query, scale, packed = query * scale.reshape(()), 1.0, None
     if isinstance(output_scale, Tensor):
         factor, output_scale = output_scale.reshape(()), 1.0
-    problem = Problem.of(
-        query,
+    problem = Problem(
+        device,
+        query.dtype,
+        query.shape[1],
+        query.shape[3],
         norm=None if callable(norm) else norm,
         training=training,
         synchronised=process_group is not None,
@@ -174,7 +183,8 @@ def re_attention(
         query, key, value = (maps.to(torch.promote_types(dtype, torch.float32)) for maps in (query, key, value))
         norm, attn_drop = (_under_autocast(function, query.device) for function in (norm, attn_drop))
     statistics = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
-    with ops.without_autocast(query.device):
+    # Parameters stay in the dtype they have.
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         if name == "reference":
             if problem.batch_statistics and not torch.compiler.is_compiling() and ops.recomputes():
                 statistics = dict(zip(statistics, ops.throw_away(statistics.values()), strict=True))
@@ -204,11 +214,11 @@ def re_attention(
         else:
             if theta is None:
                 theta = ops.identity(query)
-            inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics)
             if pre_theta is not None and pre_bias is not None:
                 # It adds the same to all keys, which the softmax takes away: its gradient is zero, and NaN stays NaN.
                 pre_theta = pre_theta.add(pre_bias, alpha=0)
-            inputs = inputs._replace(attn_mask=attn_mask, pre_theta=pre_theta)
+            masks = {"attn_mask": attn_mask, "pre_theta": pre_theta}
+            inputs = Inputs(query, key, value, theta, bias, norm_weight, norm_bias, **statistics, **masks)
             out = ops.re_attention(name, problem, inputs, process_group, packed)
     out = out if out.dtype == dtype else out.to(dtype)
     return out if factor is None else out * factor
@@ -267,16 +277,13 @@ def _in_four_dimensions(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, query, key and value take its dtype; theta and the norm's parameters stay as they are."""
-    device = getattr(query, "device", torch.device("cpu"))
-    if not ops.autocast_enabled(device):
-        return query, *others
     dtype = torch.get_autocast_dtype(device.type)
     # As torch's own autocast: floating tensors but float64. Non-tensors pass through; the checks report them.
     return tuple(
         tensor.to(dtype)
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
         else tensor
-        for tensor in (query, *others)
+        for tensor in tensors
     )

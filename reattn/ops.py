@@ -8,9 +8,7 @@ output where batch statistics need it, and the LSE: never a map.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,9 +33,11 @@ _PARAMETERS = "Tensor theta, Tensor? bias, Tensor? norm_weight, Tensor? norm_bia
 _STATISTICS = "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, "
 _UPDATED = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
 _MAPS = "Tensor query, Tensor key, Tensor value, "
+# Defaults are those of Problem. Each option that is given costs a call of an op almost a microsecond.
 _OPTIONS = (
-    "*, str backend, str? norm, bool training, bool synchronised, str? mask, bool mask_gradient, bool is_causal, "
-    "float scale, float output_scale, float eps, float dropout_p, float? momentum"
+    "*, str backend, str? norm=None, bool training=False, bool synchronised=False, str? mask=None, "
+    "bool mask_gradient=False, bool is_causal=False, float scale=1.0, float output_scale=1.0, float eps=1e-5, "
+    "float dropout_p=0.0, float? momentum=0.1"
 )
 _MASKS = "Tensor? seed, Tensor? attn_mask, Tensor? pre_theta, "
 _library.define(f"forward({_MAPS}{_PARAMETERS}{_UPDATED}{_MASKS}{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -71,8 +71,8 @@ def throw_away(statistics: Iterable[Tensor | None]) -> list[Tensor | None]:
         return [None if tensor is None else tensor.clone() for tensor in statistics]
 
 
-def _to_update(inputs: Inputs, options: dict[str, Any]) -> Inputs:
-    if options["training"] and recomputes():
+def _to_update(problem: Problem, inputs: Inputs) -> Inputs:
+    if problem.training and recomputes():
         mean, var, count = throw_away((inputs.running_mean, inputs.running_var, inputs.num_batches_tracked))
         return inputs._replace(running_mean=mean, running_var=var, num_batches_tracked=count)
     return inputs
@@ -86,17 +86,20 @@ def _problem(inputs: Inputs, options: dict[str, Any]) -> Problem:
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs = _to_update(Inputs(*tensors), options)
-    outputs = FUSED[backend].forward(_problem(inputs, options), inputs)
-    if options["training"] and not options["synchronised"]:
+    problem = _problem(inputs := Inputs(*tensors), options)
+    inputs = _to_update(problem, inputs)
+    outputs = FUSED[backend].forward(problem, inputs)
+    if problem.training and not problem.synchronised:
         _note_update(inputs)
     return outputs
 
 
 @torch.library.impl(_library, "finish", "CompositeExplicitAutograd")
 def _finish(*tensors: Any, backend: str, **options: Any) -> Any:
-    inputs, outputs = _to_update(Inputs(*tensors[:_INPUTS]), options), Outputs(*tensors[_INPUTS:])
-    statistics = FUSED[backend].finish(_problem(inputs, options), inputs, outputs)
+    inputs, outputs = Inputs(*tensors[:_INPUTS]), Outputs(*tensors[_INPUTS:])
+    problem = _problem(inputs, options)
+    inputs = _to_update(problem, inputs)
+    statistics = FUSED[backend].finish(problem, inputs, outputs)
     _note_update(inputs)
     return statistics
 
@@ -153,7 +156,7 @@ def _(grad: Tensor, grad_sums: Tensor | None, *tensors: Any, backend: str, **opt
     return _empty_like_parameters(grad, Inputs(*tensors[:_INPUTS]), **options)
 
 
-def _empty_like_parameters(grad: Tensor, inputs: Inputs, mask_gradient: bool, **_: Any) -> tuple[Tensor, ...]:
+def _empty_like_parameters(grad: Tensor, inputs: Inputs, mask_gradient: bool = False, **_: Any) -> tuple[Tensor, ...]:
     given = (*inputs[3:7], inputs.attn_mask if mask_gradient else None, inputs.pre_theta)
     return tuple(grad.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape) for t in given)
 
@@ -167,7 +170,7 @@ def _one_by_one(op: Any) -> Any:
         names = [argument.name for argument in op._schema.arguments]
         for name, tensor, dim in zip(names, tensors, in_dims, strict=False):
             updated = name.startswith("running_") or name == "num_batches_tracked"
-            if updated and tensor is not None and dim is None and options["training"]:
+            if updated and tensor is not None and dim is None and options.get("training"):
                 raise RuntimeError(f"{name} cannot be updated inside torch.vmap: give None, or training=False")
         results = [
             op(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), **options)
@@ -223,11 +226,6 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Parameters stay in the dtype they have; a context only where autocast is on."""
-    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """One int64 from torch's generator, on the device: no synchronisation, and replayed with the RNG state."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -241,19 +239,22 @@ def re_attention(
     ``packed (batch, seqlen, 3, heads, head_dim)``: of which query, key and value are views; it is what has a gradient
     then.
     """
-    if (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, inputs))) and sharded.is_sharded(*inputs):
+    compiling = torch.compiler.is_compiling()
+    if (compiling or not _PLAIN.issuperset(map(type, inputs))) and sharded.is_sharded(*inputs):
         return sharded.re_attention(partial(re_attention, backend), problem, inputs, group, packed)
     if problem.dropout_p > 0.0 and inputs.seed is None:
         inputs = inputs._replace(seed=draw_seed(problem.device))
     options = _options(backend, problem)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _refuse_tangents(inputs)
     # A compiled call with tangents is left to the Function, which refuses them.
-    tangents = torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    tangents = compiling and forward_ad._current_level >= 0
     if not tangents and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
         # The Function would cost as much as a small problem, and torch.compile cannot call it without a gradient.
         return _run_forward(inputs, options, group).out
-    function = ReAttentionFunction if torch.compiler.is_compiling() else EagerFunction
+    function: type[torch.autograd.Function] = ReAttentionFunction
+    if not compiling:
+        function = TransformedFunction if torch._C._are_functorch_transforms_active() else EagerFunction
     maps = inputs[:3] if packed is None else (None, None, None)
     return function.apply(packed, *maps, *inputs[3:], options, group)[0]
 
@@ -272,10 +273,12 @@ def identity(query: Tensor) -> Tensor:
     return sharded.replicated_like(theta, query) if sharded.is_sharded(query) else theta
 
 
+_DEFAULTS = Problem._field_defaults
+
+
 def _options(backend: str, problem: Problem) -> dict[str, Any]:
-    """What the ops take beside tensors."""
-    return {
-        "backend": backend,
+    """What the ops take beside tensors, but for what has its default."""
+    options = {
         "norm": problem.norm,
         "training": problem.batch_statistics,
         "synchronised": problem.synchronised and problem.batch_statistics,
@@ -288,6 +291,7 @@ def _options(backend: str, problem: Problem) -> dict[str, Any]:
         "dropout_p": problem.dropout_p,
         "momentum": problem.momentum,
     }
+    return {"backend": backend} | {name: option for name, option in options.items() if option != _DEFAULTS[name]}
 
 
 _ONCE = 'a fused backend of reattn is differentiable once, in reverse mode: use backend="reference"'
@@ -313,14 +317,14 @@ def _inputs_of(packed: Tensor | None, tensors: Sequence[Any]) -> Inputs:
 def _of_others(inputs: Inputs, gradients: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     """What the Function returns beside the gradients of query, key and value: the others, in the order of its
     arguments."""
-    parameters = (None if given is None else grad for given, grad in zip(inputs[3:7], gradients[:4], strict=True))
-    of_mask = gradients[4] if options["mask_gradient"] else None
+    parameters = [None if given is None else grad for given, grad in zip(inputs[3:7], gradients[:4], strict=True)]
+    of_mask = gradients[4] if options.get("mask_gradient") else None
     return *parameters, *(None,) * 4, of_mask, None if inputs.pre_theta is None else gradients[5], None, None
 
 
 def _run_forward(inputs: Inputs, options: dict[str, Any], group: dist.ProcessGroup | None) -> Outputs:
     outputs = Outputs(*torch.ops.reattn.forward(*inputs, **options))
-    if options["synchronised"]:
+    if options.get("synchronised"):
         dist.all_reduce(outputs.statistics, group=group)
         outputs = outputs._replace(statistics=torch.ops.reattn.finish(*inputs, *outputs, **options))
     return outputs
@@ -336,7 +340,7 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     """All gradients; with ``into``, to which those of query, key and value are written, the others."""
     sums = None
-    if options["synchronised"]:
+    if options.get("synchronised"):
         sums = torch.ops.reattn.grad_sums(grad, *outputs, **options)
         dist.all_reduce(sums, group=group)
     if into is not None:
@@ -358,18 +362,18 @@ class ReAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         packed, *tensors, ctx.options, ctx.group = inputs
-        outputs = Outputs(*output)
-        ctx.mark_non_differentiable(*outputs[1:])
+        out, *others = output
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         # num_batches_tracked plays no part in the backward pass, and changes.
-        given = Inputs(*tensors)._replace(num_batches_tracked=None)
-        if ctx.options["training"]:
-            # Nor do these.
-            given = given._replace(running_mean=None, running_var=None)
+        tensors[9] = None
+        if ctx.options.get("training"):
+            # Nor do the running statistics.
+            tensors[7:9] = None, None
         else:
             # The output is needed for batch statistics alone.
-            outputs = outputs._replace(out=outputs.statistics)
-        ctx.save_for_backward(packed, *given, *outputs)
+            out = others[1]
+        ctx.save_for_backward(packed, *tensors, out, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -416,11 +420,6 @@ class ReAttentionBackward(torch.autograd.Function):
         raise RuntimeError(_ONCE)
 
 
-# torch asks for it in every call, and inspecting a function takes longer than a small problem.
-for _forward_of in (ReAttentionFunction.forward, ReAttentionBackward.forward):
-    setattr(_forward_of, "__signature__", inspect.signature(_forward_of))  # noqa: B010 - no attribute that mypy knows
-
-
 class _NoTangents:
     """Says what forward-mode differentiation meets; torch.compile takes no Function that has ``jvp``."""
 
@@ -429,8 +428,21 @@ class _NoTangents:
         raise RuntimeError(_ONCE)
 
 
-class EagerFunction(_NoTangents, ReAttentionFunction):
-    """:class:`ReAttentionFunction` outside the compiler."""
+class TransformedFunction(_NoTangents, ReAttentionFunction):
+    """:class:`ReAttentionFunction` in the transforms of ``torch.func``, outside the compiler."""
+
+
+class EagerFunction(_NoTangents, torch.autograd.Function):
+    """:class:`ReAttentionFunction` outside both: of a Function that has ``setup_context`` torch binds the arguments to
+    their names in every call, which takes longer than a small problem."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = ReAttentionFunction.forward(*args)
+        ReAttentionFunction.setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(ReAttentionFunction.backward)
 
 
 class EagerBackward(_NoTangents, ReAttentionBackward):

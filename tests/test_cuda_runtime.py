@@ -535,8 +535,8 @@ print(*cuda.unavailable(device), sep="; ")
 
 # Calls of functions in a direction at most, some 0.2 us each, and launches: see benchmarks/launch_cost.py.
 COSTS = {
-    "layer": {"forward": (64, 1), "backward": (100, 3), "operator": (210, 1)},
-    "batch": {"forward": (88, 2), "backward": (126, 5), "operator": (260, 2)},
+    "layer": {"forward": (64, 1), "backward": (100, 3), "operator": (185, 1), "gradients": (440, 4)},
+    "batch": {"forward": (88, 2), "backward": (126, 5), "operator": (235, 2), "gradients": (510, 7)},
 }
 
 

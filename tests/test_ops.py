@@ -142,6 +142,15 @@ class Operations(TorchDispatchMode):
         return result
 
 
+def test_defaults_are_those_of_problem():
+    """What a call leaves out, an op must take to be the same."""
+    for name in ("forward", "finish", "grad_sums", "backward", "backward_into"):
+        arguments = getattr(torch.ops.reattn, name).default._schema.arguments
+        defaults = {a.name: a.default_value for a in arguments if a.kwarg_only and a.name != "backend"}
+        assert defaults == {option: Problem._field_defaults[option] for option in defaults}
+        assert len(defaults) == 11
+
+
 @modes
 def test_one_op_a_direction(mode, backend, device):
     """Between the projections of a module there is nothing else."""
