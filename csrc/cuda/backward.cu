@@ -874,8 +874,6 @@ class HeadGradients {
 #pragma unroll
     for (int i = 0; i < kDims / 2; i++) grad_query[i / 4][i % 4] = 0;
     sync_warp();  // what other lanes have written is there
-    const int end = place_.range.end;
-    Keys keys = start<Keys>(0, end);
     const auto scores_at = [&](int key, float (&scores)[2][4]) {
       for_each_pair([&](int right, int lower, int row, int column) {
         if (row >= place_.rows) return;
@@ -883,42 +881,48 @@ class HeadGradients {
         scores[right][2 * lower] = pair.x, scores[right][2 * lower + 1] = pair.y;
       });
     };
-    if constexpr (kDirect) {
+    // In the order in which run adds them up.
 #pragma unroll 1
-      for (int key = 0; key < end; key += 16 * Keys::kAhead)
+    for (int tile = place_.tiles() - 1; tile >= 0; tile--) {
+      const int first_key = place_.first_key(tile), last_key = place_.last_key(tile);
+      Keys keys = start<Keys>(first_key, last_key);
+      if constexpr (kDirect) {
+#pragma unroll 1
+        for (int key = first_key; key < last_key; key += 16 * Keys::kAhead)
 #pragma unroll
-        for (int place = 0; place < Keys::kAhead; place++) {
-          if (key + 16 * place >= end) break;
-          float scores[2][4] = {};
-          scores_at(key + 16 * place, scores);
-          const Packed<Narrow> packed(scores);
-          typename Keys::Operands operands;
-          keys.get(operands, place);
+          for (int place = 0; place < Keys::kAhead; place++) {
+            if (key + 16 * place >= last_key) break;
+            float scores[2][4] = {};
+            scores_at(key + 16 * place, scores);
+            const Packed<Narrow> packed(scores);
+            typename Keys::Operands operands;
+            keys.get(operands, place);
 #pragma unroll
-          for (int column = 0; column < kDims / 8; column++) {
-            if constexpr (kStrict)
-              multiply_add<Narrow>(grad_query[column], packed.part,
-                                   {finite_or_zero(operands[column][0]), finite_or_zero(operands[column][1])});
-            else
-              multiply_add<Narrow>(grad_query[column], packed.part, operands[column]);
+            for (int column = 0; column < kDims / 8; column++) {
+              if constexpr (kStrict)
+                multiply_add<Narrow>(grad_query[column], packed.part,
+                                     {finite_or_zero(operands[column][0]), finite_or_zero(operands[column][1])});
+              else
+                multiply_add<Narrow>(grad_query[column], packed.part, operands[column]);
+            }
+            if (key + 16 * (place + Keys::kAhead) < last_key) keys.template fetch<false>(place);
           }
-          if (key + 16 * (place + Keys::kAhead) < end) keys.template fetch<false>(place);
-        }
-    } else {
-      const Shared<char> tile = at(kGrads + head_ * kHeadStride);
-      const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
+      } else {
+        const Shared<char> grads = at(kGrads + head_ * kHeadStride);
+        const int offset = kept(lane_row() * kStageStride + lane_column() * 2);
 #pragma unroll 1
-      for (int key = 0; key < end; key += 16) {
-        const Shared<char> stage = keys.next();
-        if constexpr (kStrict) make_finite<kDims>(stage);
-        float scores[2][4] = {};
-        scores_at(key, scores);
-        if constexpr (kFloat) {
-          store_tile(as<float>(tile), kRowStride, scores);
-          sync_warp();
-          multiply(grad_query, tile, stage);
-        } else {
-          multiply(grad_query, Packed<Narrow>(scores), stage + offset);
+        for (int key = first_key; key < last_key; key += 16) {
+          const Shared<char> stage = keys.next();
+          if constexpr (kStrict) make_finite<kDims>(stage);
+          float scores[2][4] = {};
+          scores_at(key, scores);
+          if constexpr (kFloat) {
+            store_tile(as<float>(grads), kRowStride, scores);
+            sync_warp();
+            multiply(grad_query, grads, stage);
+          } else {
+            multiply(grad_query, Packed<Narrow>(scores), stage + offset);
+          }
         }
       }
     }
