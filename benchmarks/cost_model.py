@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.kernel_counts import Counts, ceil_div, read_counts, round_up
 from benchmarks.measure import Problem
+from reattn.backends import cuda_plan
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
@@ -81,8 +82,13 @@ class Forecast(NamedTuple):
 
     def for_32_computed(self, number: float) -> float:
         """The same for 32 elements that a CUDA kernel computes, those of whole tiles of 16 keys and a block's rows."""
-        _, _, seqlen, _ = self.shape
-        rows = 32 if self.kernel == "forward" and self.counts.blocks == self.shape[0] * ceil_div(seqlen, 32) else 16
+        batch, heads, seqlen, head_dim = self.shape
+        rows = 16
+        if self.kernel == "forward":
+            size = cuda_plan.Size(2, heads, head_dim, batch, seqlen, seqlen, self.norm == "batch")
+            plan = cuda_plan.make_plan("forward", size, cuda_plan.SHARED_LIMIT[90], CARDS[0].multiprocessors)
+            assert plan, "an H100 has room for it"
+            rows = plan.rows
         return self.for_32(number) * seqlen**2 / (round_up(seqlen, rows) * round_up(seqlen, 16))
 
 

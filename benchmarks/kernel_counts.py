@@ -192,14 +192,18 @@ def run_triton(shape: tuple[int, int, int, int], norm: str, mask: str = "none") 
 
 
 def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none") -> None:
-    """The same on the CUDA backend."""
+    """The same on the CUDA backend. A block of the forward pass, which takes many groups of rows, stands for as many
+    that take one."""
     import emulator.cuda
     from reattn.backends import cuda as backend
-    from reattn.backends import cuda_driver
+    from reattn.backends import cuda_driver, cuda_plan
 
     before = cuda_driver.use(emulator.cuda.Driver(ARCH))
     try:
-        with mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)):
+        with (
+            mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)),
+            mock.patch.object(cuda_plan, "blocks_at_once", lambda *_: 1 << 30),
+        ):
             train_step(backend, shape, norm, mask)
     finally:
         cuda_driver.use(before)

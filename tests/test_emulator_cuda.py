@@ -237,7 +237,9 @@ CHANGES = {
     "rows of half a tile": (
         "forward.cu", "else if (first_row + row < p.out.rows)", "else", "forward", OUTSIDE, HALF
     ),
-    "maps of half a tile": ("tiles.cuh", "store_two_matrices(half_", "store_two_matrices(tiles_", "forward", NOT_THERE, HALF),
+    "maps of half a tile": (
+        "tiles.cuh", "store_two_matrices(half_", "store_two_matrices(tiles_", "forward", NOT_THERE, HALF
+    ),
     "LSE too far": ("forward.cu", "(first_row + row < rows_with_lse)", "(rows_with_lse)", "forward", OUTSIDE, HALF),
     "copies of other lanes": ("tiles.cuh", "arrived<0>(); sync_warp();", "arrived<0>();", "forward", RACE, FLOAT),
     "copies not awaited": ("tiles.cuh", "copies_arrived<0>();", ";", "forward", IN_FLIGHT, FLOAT),

@@ -733,7 +733,7 @@ REATTN_DEVICE void prefetch_rows(const Params& p, int next, int warp) {
 // Some query rows of a sample, all heads. With the keys' maps resident, one sweep over keys and one over values; else the
 // LSE comes first, and the maps again some keys at a time. All threads have to come here.
 REATTN_DEVICE void run(const Params& p, const Block& block, int next) {
-  const int warp = thread() / kWarp;  // made anew where it is used: no register is held for it
+  const int warp = reattn::warp();
   const int sample = block.sample, first_row = block.first_row, first_dim = block_y() * kOutDims;
   const Shared<char> stages = at(kStages + warp * kWarpStages);
   const auto for_each_head = [&](auto function) {
@@ -848,19 +848,22 @@ REATTN_DEVICE void run(const Params& p, const Block& block, int next) {
     for_each_alike([&](int, int head, Shared<char> maps) { see(p, stages, maps, block, head, first_dim); });
 }
 
-// As many blocks as run at a time, and each takes rows until there are none left: of its warps some multiply values
-// while others are at the next rows' scores. Registers are for one block: its maps fill shared memory.
+// With the keys' maps resident, as many blocks as run at a time, and each takes rows until there are none left: of its
+// warps some multiply values while others are at the next rows' scores. Registers are for one block: its maps fill shared
+// memory.
 __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
   if (warp() == 0) Folded(kFolded).prepare<!kFloat>(p);
   if constexpr (kPaddedHeads > kHeads)
     for (int row = thread(); row < kRows; row += threads())
       for (int head = kHeads; head < kPaddedHeads; head++) store(of_row(kSums, row, head), 1.0f);
   if constexpr (kStatistics) MixedSums::clear();
+  int i = block_x();
 #pragma unroll 1
-  for (int i = block_x(); i < p.row_blocks_of_launch; i += blocks_x()) {
+  do {
     const int blocks = (p.query.rows + kRows - 1) / kRows, sample = unsigned(i) / unsigned(blocks);
     run(p, Block(p, sample, (i - sample * blocks) * kRows, kRows), i + blocks_x());
-  }
+    i += blocks_x();
+  } while (kResident && i < p.row_blocks_of_launch);
   if constexpr (kStatistics) MixedSums::store(p);
 }
 

@@ -339,8 +339,9 @@ class OwnRows {
           from + smaller(first_row + row, tensor.rows - 1) * (row_stride<kStride>(tensor) * int(sizeof(Element)));
       rows_[tile][lower] = reinterpret_cast<const Element*>(own) - lane() % 4 * 2;
       if constexpr (kForDirect) {
+        // Kept where products take them: else each of these would move them there again.
         read_columns(own - lane() % 4 * 4, true,
-                     [&](int step, int right, uint32_t both) { held_[tile][step][2 * right + lower] = both; });
+                     [&](int step, int right, uint32_t both) { held_[tile][step][2 * right + lower] = kept(both); });
       } else if constexpr (!kFloat) {
 #pragma unroll
         for (int step = 0; step < kDims / 16; step++)

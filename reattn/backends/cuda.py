@@ -297,8 +297,9 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
     plan = _plan("forward", size, *_describe(device))
     params.row_blocks_of_launch = batch * -(-seqlen // plan.rows)
     chunks = -(-problem.head_dim // cuda_plan.OUT_DIMS)
-    at_once = -(-cuda_plan.blocks_at_once(plan, *_describe(device)) // chunks)
-    params.blocks = min(params.row_blocks_of_launch, at_once)
+    params.blocks = params.row_blocks_of_launch
+    if plan.resident:
+        params.blocks = min(params.blocks, -(-cuda_plan.blocks_at_once(plan, *_describe(device)) // chunks))
     # Every block of finish adds up what the sweep's blocks left: many are added up once before.
     adds_up = problem.synchronised or params.blocks > _MANY_BLOCKS
     names = ["forward"]

@@ -156,8 +156,10 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     tall = kernel == "forward" and small and batch * -(-seqlen // 32) >= multiprocessors
     heights = (32, 16) if tall else (16,)
     if tall and not size.masked:
-        # Halves of a tile too, where keys are resident; of as many blocks, those with the fewest rows.
-        heights = tuple(sorted((40, 32, 24, 16), key=lambda rows: (-(-seqlen // rows), rows)))
+        # Halves of a tile too, where keys are resident; 40 rows have much to compute for what they save at head_dim 64.
+        # Of as many blocks, those with the fewest rows.
+        some = (40, 32, 24, 16) if head_dim <= 32 else (32, 24, 16)
+        heights = tuple(sorted(some, key=lambda rows: (-(-seqlen // rows), rows)))
 
     def fit(rows: int, keys: int, warps: int) -> Plan | None:
         taken = _shared_bytes(kernel, size, rows, keys, warps)
