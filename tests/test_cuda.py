@@ -155,7 +155,7 @@ def test_plans(cut, mode, dtype, seqlen_k, dropout_p, use_cut):
 
 
 def half_tile_cases():
-    """Both with every mode and 16-bit dtype, and column counts that are stored in ways of their own; the rest in turn."""
+    """Both with every mode and 16-bit dtype; columns that are stored in ways of their own, and the rest, in turn."""
     for index, (cut, mode, dtype) in enumerate(itertools.product(HALF_TILES, MODES, ("bfloat16", "float16"))):
         options = {"heads": (12, 5)[index % 2], "head_dim": (64, 32, 33, 48, 16)[index % 5], "batch": 1 + index % 2}
         options |= {"seqlen": (43, 80, 7)[index % 3], "seqlen_k": LENGTHS[index // 2 % 2]}

@@ -666,7 +666,7 @@ class HeadGradients {
   // From the workspace, of the rows that exist.
   REATTN_DEVICE void load_gradients(const Element* grad_scores, int first_key, int keys) const {
     const Shared<char> grads = at(kGrads + head_ * kHeadStride);
-    sync_warp();  // what lies there is done with, and what is read is there
+    sync_warp();                                           // what lies there is done with, and what is read is there
     constexpr int kAtOnce = 4, kPieces = kTilePieces / 2;  // on their way: so many times 16 keys, of which a lane has
     for (int first = 0; first < keys; first += 16 * kAtOnce) {
       uint4 pieces[kAtOnce * kPieces];

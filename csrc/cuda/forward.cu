@@ -684,8 +684,7 @@ REATTN_DEVICE void see(const Params& p, Shared<char> stages, Shared<char> maps, 
     seen = Output();
     if (in_all > 0) seen.add<Weights::kOnes>(p, stages, maps, block, head, 0, in_all, first_dim);
 #pragma unroll
-    for (int i = 0; i < kOutDims / 2; i++)
-      seen.sums[Output::kFullTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
+    for (int i = 0; i < kOutDims / 2; i++) seen.sums[Output::kFullTiles - 1][i / 4][i % 4] = seen.sums[0][i / 4][i % 4];
 #pragma unroll 1
     for (int first_key = in_all; kMasked && first_key < end; first_key += kKeys) {
       const int keys = smaller(kKeys, end - first_key);
@@ -730,8 +729,8 @@ REATTN_DEVICE void prefetch_rows(const Params& p, int next, int warp) {
                smaller(block * kRows + row, p.query.rows - 1) * row_stride<kQueryStride>(p.query));
 }
 
-// Some query rows of a sample, all heads. With the keys' maps resident, one sweep over keys and one over values; else the
-// LSE comes first, and the maps again some keys at a time. All threads have to come here.
+// Some query rows of a sample, all heads. With the keys' maps resident, one sweep over keys and one over values; else
+// the LSE comes first, and the maps again some keys at a time. All threads have to come here.
 REATTN_DEVICE void run(const Params& p, const Block& block, int next) {
   const int warp = reattn::warp();
   const int sample = block.sample, first_row = block.first_row, first_dim = block_y() * kOutDims;
@@ -849,8 +848,8 @@ REATTN_DEVICE void run(const Params& p, const Block& block, int next) {
 }
 
 // With the keys' maps resident, as many blocks as run at a time, and each takes rows until there are none left: of its
-// warps some multiply values while others are at the next rows' scores. Registers are for one block: its maps fill shared
-// memory.
+// warps some multiply values while others are at the next rows' scores. Registers are for one block: its maps fill
+// shared memory.
 __global__ void __launch_bounds__(32 * kWarps, 1) forward(const __grid_constant__ Params p) {
   if (warp() == 0) Folded(kFolded).prepare<!kFloat>(p);
   if constexpr (kPaddedHeads > kHeads)
