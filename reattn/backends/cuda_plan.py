@@ -154,12 +154,12 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     # Keys and values are read once for every block: taller ones read less, as long as they still occupy the card.
     small = element_bytes == 2 and heads <= 16 and head_dim <= 64
     tall = kernel == "forward" and small and batch * -(-seqlen // 32) >= multiprocessors
-    heights = (32, 16) if tall else (16,)
+    heights = of_tiles = [32, 16] if tall else [16]
     if tall and not size.masked:
         # Halves of a tile too, where keys are resident; 40 rows have much to compute for what they save at head_dim 64.
         # Of as many blocks, those with the fewest rows.
         some = (40, 32, 24, 16) if head_dim <= 32 else (32, 24, 16)
-        heights = tuple(sorted(some, key=lambda rows: (-(-seqlen // rows), rows)))
+        heights = sorted(some, key=lambda rows: (-(-seqlen // rows), rows))
 
     def fit(rows: int, keys: int, warps: int) -> Plan | None:
         taken = _shared_bytes(kernel, size, rows, keys, warps)
@@ -177,7 +177,7 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     # Fewer warps leave more room for maps.
     for warps in sorted({-(-few_warps // turns) for turns in range(1, few_warps + 1)}, reverse=True):
         least = min(64 if warps == few_warps else 16, whole)
-        for rows in (32, 16) if tall else (16,):
+        for rows in of_tiles:
             for keys in range(min(MOST_KEYS, whole), least - 1, -16):
                 if plan := fit(rows, keys, warps):
                     return plan
