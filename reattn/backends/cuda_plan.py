@@ -160,7 +160,7 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     # Of as many blocks, those with the fewest rows.
     by_blocks = sorted((-(-seqlen // rows), rows) for rows in some)
     heights = [rows for blocks, rows in by_blocks if rows == 16 or batch * blocks >= multiprocessors]
-    of_tiles = [rows for rows in (32, 16) if rows in heights]
+    of_tiles = [rows for rows in heights if rows in (16, 32)]
     if size.masked:
         heights = of_tiles
 
