@@ -196,13 +196,21 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none") ->
     that take one."""
     import emulator.cuda
     from reattn.backends import cuda as backend
-    from reattn.backends import cuda_driver, cuda_plan
+    from reattn.backends import cuda_driver
 
     before = cuda_driver.use(emulator.cuda.Driver(ARCH))
+    launch = cuda_driver.launch
+
+    def launch_all(loaded: Any, grid: tuple[int, int], *how: Any) -> None:
+        *_, params, _ = how
+        if loaded.kernel.function == "forward":
+            grid = params.row_blocks_of_launch, grid[1]
+        launch(loaded, grid, *how)
+
     try:
         with (
             mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)),
-            mock.patch.object(cuda_plan, "blocks_at_once", lambda *_: 1 << 30),
+            mock.patch.object(cuda_driver, "launch", launch_all),
         ):
             train_step(backend, shape, norm, mask)
     finally:

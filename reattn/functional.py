@@ -107,7 +107,7 @@ def re_attention(
         RuntimeError: an explicit ``backend`` cannot run these inputs; the message gives every reason. Also from
             differentiating twice, or forward, through a fused backend: ``backend="reference"`` does both.
     """
-    device = getattr(query, "device", _CPU)
+    device = query.device if isinstance(query, Tensor) else _CPU  # the checks report what is none
     autocast = ops.autocast_enabled(device)
     if autocast:
         query, key, value = _autocast(device, query, key, value)

@@ -298,7 +298,8 @@ def _forward_work(problem: Problem, shape: torch.Size, key_shape: torch.Size, st
     params.row_blocks_of_launch = batch * -(-seqlen // plan.rows)
     chunks = -(-problem.head_dim // cuda_plan.OUT_DIMS)
     params.blocks = params.row_blocks_of_launch
-    if plan.resident:
+    # Of causal attention, whose groups of rows differ, whichever block is free takes the next.
+    if plan.resident and not problem.is_causal:
         params.blocks = min(params.blocks, -(-cuda_plan.blocks_at_once(plan, *_describe(device)) // chunks))
     # Every block of finish adds up what the sweep's blocks left: many are added up once before.
     adds_up = problem.synchronised or params.blocks > _MANY_BLOCKS
