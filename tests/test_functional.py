@@ -90,7 +90,7 @@ VALID = {
 NESTED = torch.nested.nested_tensor([torch.zeros(5, 3, 3, 4)] * 2, layout=torch.jagged)
 INVALID = [
     ({"query": [1.0]}, TypeError, "query must be a Tensor, got list"),
-    ({"query": np.zeros((2, 3, 5, 4), "float32")}, TypeError, "query must be a Tensor, got ndarray"),
+    ({"query": np.zeros((2, 3, 5, 4), "float32")}, TypeError, "query must be a Tensor, got numpy.ndarray"),
     (
         {"query": NESTED, "key": None, "value": None},
         ValueError,
