@@ -282,12 +282,19 @@ def machine_code(image: bytes) -> Iterator[tuple[str, bytes]]:
             yield text.removeprefix(".text."), image[place : place + length]
 
 
-def local_memory(listing: str) -> tuple[int, int, int]:
+def local_memory(listing: str, innermost: bool = False) -> tuple[int, int, int]:
     """Local-memory instructions, in all and inside loops: a register put away before a loop and fetched after it is
-    cheap; and all instructions inside loops."""
+    cheap; and all instructions inside loops. ``innermost``: of loops that hold no other; what is around them, as one
+    over groups of rows is, runs seldom."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", listing)]
     jumps = [(at, re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", text)) for at, text in instructions]
     loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
+    if innermost:
+        loops = [
+            (start, end)
+            for start, end in loops
+            if not any(start <= first and last <= end for first, last in loops if (first, last) != (start, end))
+        ]
     local = {at for at, text in instructions if re.search(r"\b(?:LDL|STL)\b", text)}
     inside = {at for at, _ in instructions if any(start <= at <= end for start, end in loops)}
     return len(local), len(local & inside), len(inside)
@@ -448,7 +455,7 @@ def read_cuda_cubin(
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
     # From 9.0 on it counts the KB that the driver takes for itself, which is in none of the limits.
     static = max(0, numbers["SHARED"] - 1024 * (arch >= 90))
-    memory = local_memory(listing)[:2]
+    memory = local_memory(listing, innermost=True)[:2]
     return numbers["REG"], numbers["STACK"], *memory, static, dynamic_shared, hmma_of(listing)
 
 

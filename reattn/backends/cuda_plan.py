@@ -153,10 +153,11 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     whole = round_up(max(seqlen_k, 1), 16)
     # Keys and values are read once for every block: taller ones read less, as long as they still occupy the card.
     small = element_bytes == 2 and heads <= 16 and head_dim <= 64
-    # Halves of a tile too, where keys are resident; 40 rows have much to compute for what they save at head_dim 64.
+    # Halves of a tile too, where keys are resident; 40 rows have much to compute for what they save at head_dim 64, and
+    # more than there are registers for with dropout.
     some: tuple[int, ...] = (16,)
     if kernel == "forward" and small:
-        some = (40, 32, 24, 16) if head_dim <= 32 else (32, 24, 16)
+        some = (40, 32, 24, 16) if head_dim <= 32 and not size.dropout else (32, 24, 16)
     # Of as many blocks, those with the fewest rows.
     by_blocks = sorted((-(-seqlen // rows), rows) for rows in some)
     heights = [rows for blocks, rows in by_blocks if rows == 16 or batch * blocks >= multiprocessors]
