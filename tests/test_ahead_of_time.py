@@ -101,6 +101,14 @@ def test_quarter_of_the_cuda_kernels() -> None:
         assert len(pairs) == math.prod(len({value[kind] for value in values}) for kind in kinds)
 
 
+def test_local_memory_counts_in_loops() -> None:
+    """In those that hold no other alone, where it is asked for."""
+    lines = ["MOV R0, R1", "STL [R1], R2", "LDL R3, [R1]", "@P0 BRA 0x20", "LDL R2, [R1]", "BRA 0x10", "STL [R1], R4"]
+    listing = "\n".join(f"/*{16 * at:04x}*/ {text} ;" for at, text in enumerate(lines))
+    assert compile_report.local_memory(listing) == (4, 3, 5)
+    assert compile_report.local_memory(listing, innermost=True) == (4, 1, 2)
+
+
 KERNEL = compile_report.Kernel("forward", "reattn::forward", (("REATTN_ELEMENT", "Half"), ("REATTN_HEADS", 12)))
 COST = compile_report.CudaCost(90, KERNEL, 128, 0, 0, 0, 0, 4096, 64)
 IN_FLOAT = KERNEL._replace(constants=(("REATTN_ELEMENT", "float"), ("REATTN_HEADS", 12)))

@@ -195,6 +195,14 @@ __device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
 
 // The other way: matrices as load_matrices and load_matrices_transposed give them. Before compute capability 9.0 a lane
 // stores its own two elements, of which row says whose row it is: every lane passes what it would pass to stmatrix.
+template <class T, int kCount>
+__device__ __forceinline__ void store_by_lanes(Shared<T> row, const uint32_t (&matrices)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
+    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, matrices[i]);
+  }
+}
 template <class T>
 __device__ __forceinline__ void store_matrices(Shared<T> row, const uint32_t (&matrices)[4]) {
 #if __CUDA_ARCH__ >= 900
@@ -202,11 +210,7 @@ __device__ __forceinline__ void store_matrices(Shared<T> row, const uint32_t (&m
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
                : "memory");
 #else
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
-    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, matrices[i]);
-  }
+  store_by_lanes(row, matrices);
 #endif
 }
 template <class T>
@@ -216,11 +220,7 @@ __device__ __forceinline__ void store_two_matrices(Shared<T> row, const uint32_t
                "r"(matrices[1])
                : "memory");
 #else
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const uint32_t address = __shfl_sync(~0u, row.address, 8 * i + threadIdx.x % kWarp / 4);
-    store(Shared<uint32_t>{address + threadIdx.x % 4 * 4}, matrices[i]);
-  }
+  store_by_lanes(row, matrices);
 #endif
 }
 template <class T>

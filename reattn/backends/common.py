@@ -129,7 +129,7 @@ def as_inputs(gradients: Gradients, inputs: Inputs) -> Gradients:
     key and value are."""
     pairs = zip(gradients[3:], (*inputs[3:7], *inputs[-2:]), strict=True)
     of_others = [
-        gradient if given is None or given.dtype is torch.float32 or not gradient.numel() else gradient.to(given.dtype)
+        gradient if given is None or given.dtype is gradient.dtype or not gradient.numel() else gradient.to(given.dtype)
         for gradient, given in pairs
     ]
     return Gradients(*gradients[:3], *of_others)

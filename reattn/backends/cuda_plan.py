@@ -101,7 +101,8 @@ class Plan(NamedTuple):
 
 
 def blocks_at_once(plan: Plan, shared_bytes: int, multiprocessors: int) -> int:
-    """That run on a card at the same time, as far as threads and shared memory say, of which each takes 1 KB more."""
+    """That run on a card at the same time, as far as shared memory says, of which each takes 1 KB more, and a
+    multiprocessor's 64 warps and 32 blocks: where registers allow fewer, the others wait."""
     return multiprocessors * min((shared_bytes + 1024) // (plan.shared_bytes + 1024), 64 // plan.warps, 32)
 
 
@@ -155,11 +156,11 @@ def make_plan(kernel: str, size: Size, shared_bytes: int, multiprocessors: int) 
     small = element_bytes == 2 and heads <= 16 and head_dim <= 64
     # Halves of a tile too, where keys are resident; 40 rows have much to compute for what they save at head_dim 64, and
     # more than there are registers for with dropout.
-    some: tuple[int, ...] = (16,)
+    candidates: tuple[int, ...] = (16,)
     if kernel == "forward" and small:
-        some = (40, 32, 24, 16) if head_dim <= 32 and not size.dropout else (32, 24, 16)
+        candidates = (40, 32, 24, 16) if head_dim <= 32 and not size.dropout else (32, 24, 16)
     # Of as many blocks, those with the fewest rows.
-    by_blocks = sorted((-(-seqlen // rows), rows) for rows in some)
+    by_blocks = sorted((-(-seqlen // rows), rows) for rows in candidates)
     heights = [rows for blocks, rows in by_blocks if rows == 16 or batch * blocks >= multiprocessors]
     of_tiles = [rows for rows in heights if rows in (16, 32)]
     if size.masked:
