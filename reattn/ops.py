@@ -26,6 +26,8 @@ from reattn.problem import Problem
 
 _library = torch.library.Library("reattn", "DEF")
 _INPUTS = len(Inputs._fields)
+_COUNT = Inputs._fields.index("num_batches_tracked")
+_RUNNING = slice(Inputs._fields.index("running_mean"), _COUNT)
 # What is no subclass of torch's tensors, as DTensor is.
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
@@ -362,18 +364,18 @@ class ReAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         packed, *tensors, ctx.options, ctx.group = inputs
-        out, *others = output
-        ctx.mark_non_differentiable(*others)
+        outputs = Outputs(*output)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         # num_batches_tracked plays no part in the backward pass, and changes.
-        tensors[9] = None
+        tensors[_COUNT] = None
         if ctx.options.get("training"):
             # Nor do the running statistics.
-            tensors[7:9] = None, None
+            tensors[_RUNNING] = None, None
         else:
             # The output is needed for batch statistics alone.
-            out = others[1]
-        ctx.save_for_backward(packed, *tensors, out, *others)
+            outputs = outputs._replace(out=outputs.statistics)
+        ctx.save_for_backward(packed, *tensors, *outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
