@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from libraries import library
 
-for library in ("matplotlib", "PIL", "tqdm"):
-    pytest.importorskip(library)
+for name in ("matplotlib", "PIL", "tqdm"):
+    pytest.importorskip(name)
 
 from PIL import Image  # noqa: E402
 
@@ -140,8 +141,9 @@ def test_random_weights_of_a_plain_model(start, run):
     assert "plain attention" in output.out
 
 
+@pytest.mark.libraries
 def test_timm(start, tmp_path):
-    timm = pytest.importorskip("timm")
+    timm = library("timm")
     arguments = ["img_size=32", "patch_size=8", "embed_dim=12", "depth=3", "num_heads=3"]
     model = timm.create_model("vit_tiny_patch16_224", **{n: int(v) for n, v in (a.split("=") for a in arguments)})
     torch.save({**model.state_dict(), "head.weight": torch.ones(7, 12), "head.bias": torch.ones(7)}, tmp_path / "w.pth")
@@ -152,8 +154,9 @@ def test_timm(start, tmp_path):
     assert (record["images"]["preprocessing"]["height"], record["samples"]["query"]) == (32, 3)
 
 
+@pytest.mark.libraries
 def test_timm_model_with_unknown_attention(start, capsys):
-    pytest.importorskip("timm")
+    library("timm")
     for model, message in (
         ("timm:swin_tiny_patch4_window7_224", "--model: timm:swin_tiny_patch4_window7_224: model must hold modules"),
         ("timm:nothing", "--model: must be timm: and a name of timm.list_models(), got 'nothing'"),
@@ -305,9 +308,10 @@ def test_limit_is_spread(images):
     assert [path.name for path in find_images(images, 9)] == names
 
 
+@pytest.mark.libraries
 def test_preprocessing_is_timms(images):
-    pytest.importorskip("timm")
-    transforms = pytest.importorskip("timm.data.transforms_factory")
+    library("timm")
+    transforms = library("timm.data.transforms_factory")
     reference = transforms.transforms_imagenet_eval(
         img_size=20, crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
     )

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from libraries import library
 from talking_heads import Attend, CaitAttention, ClassAttn, SeparateAttention
 from torch import nn
-from with_timm import import_timm
 
 from reattn import ReAttention
 from reattn.convert import calibrate, to_re_attention
@@ -305,9 +305,10 @@ def test_layers_of_x_transformers_that_are_not_plain(monkeypatch):
         to_re_attention(model)
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
 def test_models_of_x_transformers(kind):
-    package = pytest.importorskip("x_transformers")
+    package = library("x_transformers")
     torch.manual_seed(0)
     layers_of = getattr(package, kind)(
         dim=32, depth=2, heads=4, attn_pre_talking_heads=True, attn_post_talking_heads=True, alibi_pos_bias=True
@@ -564,9 +565,9 @@ def test_projections_that_are_linear_but_for_the_name(wrap, norm):
     assert all(layer.theta.dtype == torch.float32 for layer in layers(model))
 
 
+@pytest.mark.libraries
 def test_adapters_of_peft():
-    import_timm()  # and torchvision, which peft imports
-    peft = pytest.importorskip("peft")
+    peft = library("peft")
     model = peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False)).eval()
     expected = model(tokens())
     to_re_attention(model, norm=None)
@@ -655,6 +656,7 @@ def test_argument_errors():
         to_re_attention(vit(), [0, 3])
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -669,7 +671,7 @@ def test_argument_errors():
     ids=["tiny", "deit", "qk_norm", "registers", "dynamic", "attention_pool"],
 )
 def test_models_of_timm(name, options, norm):
-    timm = import_timm()
+    timm = library("timm")
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=64, depth=3, num_classes=10, **options).eval()
     images = torch.randn(2, 3, 96 if "dynamic_img_size" in options else 64, 64)
@@ -688,10 +690,11 @@ def test_models_of_timm(name, options, norm):
     assert all(layer.theta.grad.abs().max() > 0 for layer in layers(model))
 
 
+@pytest.mark.libraries
 def test_cait_of_timm():
     """The same logits, and a step of training."""
     torch.manual_seed(0)
-    model = import_timm().create_model("cait_xxs24_224", img_size=64, depth=3, num_classes=10, init_values=0.5).eval()
+    model = library("timm").create_model("cait_xxs24_224", img_size=64, depth=3, num_classes=10, init_values=0.5).eval()
     for block in model.blocks:  # far from uniform, and from each other
         nn.init.normal_(block.attn.qkv.weight, std=0.2)
         for part in (block.attn.proj_l, block.attn.proj_w):
@@ -716,6 +719,7 @@ def test_cait_of_timm():
     assert all(layer.pre_theta.grad.abs().max() > 0 for layer in layers(model))
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -728,7 +732,7 @@ def test_cait_of_timm():
     ],
 )
 def test_other_models_of_timm_are_refused(name, message):
-    model = import_timm().create_model(name)
+    model = library("timm").create_model(name)
     before = list(model.modules())
     with pytest.raises(ValueError, match=message):
         to_re_attention(model)

@@ -1,7 +1,6 @@
 """What leaves eager Python: ONNX, torch.export, AOTInductor, TorchScript, torch.fx; and docs/deployment.md's code."""
 
 import copy
-import importlib
 import os
 import pathlib
 import pickle
@@ -14,8 +13,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from libraries import library
 from torch import nn
-from with_timm import import_timm
 
 import reattn
 from reattn import ReAttention, re_attention, use_backend
@@ -63,13 +62,6 @@ def plain(monkeypatch):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def needs(name):
-    """A package of the extra `test`; where nothing may be skipped, as in CI, it has to be there."""
-    if os.environ.get("REATTN_TEST_NO_SKIPS") == "1":
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
 
 
 def needs_compiler(monkeypatch):
@@ -128,7 +120,7 @@ def load_without_reattn(folder, model, inputs, *files):
 )
 def test_code_of_the_documents(section, tmp_path, monkeypatch):
     if section == "ONNX":
-        needs("onnxruntime"), needs("onnxscript")
+        library("onnxruntime"), library("onnxscript")
     if section in COMPILED:
         needs_compiler(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -204,9 +196,9 @@ def test_use_backend_and_the_compiler(backend):
 
 
 def exported(model, example, file, *, dynamo, **options):
-    needs("onnxscript")
+    library("onnxscript")
     torch.onnx.export(model, example, file, dynamo=dynamo, verbose=False, **options)
-    return needs("onnxruntime").InferenceSession(file)
+    return library("onnxruntime").InferenceSession(file)
 
 
 def assert_same(session, model, *inputs):
@@ -260,8 +252,9 @@ def test_onnx_of_an_exported_program(tmp_path):
     assert_same(exported(program, None, tmp_path / "model.onnx", dynamo=True), model, (images(),))
 
 
+@pytest.mark.libraries
 def test_onnx_of_a_converted_model(tmp_path):
-    timm = import_timm()
+    timm = library("timm")
     from reattn.convert import to_re_attention
 
     model = to_re_attention(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)).eval()
@@ -273,7 +266,7 @@ def test_onnx_of_a_converted_model(tmp_path):
 @exporters
 @pytest.mark.parametrize("named_by", ["module", "context", "environment"])
 def test_onnx_refuses_a_fused_backend(named_by, dynamo, tmp_path, monkeypatch):
-    needs("onnxscript")
+    library("onnxscript")
     if named_by == "environment":
         monkeypatch.setenv("REATTN_BACKEND", "cuda")
     model = attention(backend="cuda" if named_by == "module" else "auto")
@@ -294,13 +287,13 @@ def test_onnx_refuses_a_fused_backend(named_by, dynamo, tmp_path, monkeypatch):
     ],
 )
 def test_onnx_refuses_training(options, message, tmp_path):
-    needs("onnxscript")
+    library("onnxscript")
     with pytest.raises(Exception, match=rf"(?s)call eval\(\) .*{message}|{message}.*call eval\(\)"):
         torch.onnx.export(vit(**options).train(), (images(),), tmp_path / "model.onnx", verbose=False)
 
 
 def test_onnx_refuses_called_modules_in_training(tmp_path):
-    needs("onnxscript")
+    library("onnxscript")
     model = vit().train()
     model.blocks[1].attn.head_norm.register_forward_hook(lambda *_: None)
     model.blocks[0].attn.head_norm.eval()
@@ -442,9 +435,10 @@ def test_fx_leaves_recomputation_out(reference):
     torch.testing.assert_close(graph(images()), model(images()))
 
 
+@pytest.mark.libraries
 def test_feature_extraction(reference):
     """By torchvision and by timm."""
-    import_timm()
+    library("timm")
     from timm.layers import register_notrace_module
     from timm.models import create_feature_extractor
     from torchvision.models import feature_extraction

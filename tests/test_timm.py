@@ -10,12 +10,14 @@ import warnings
 
 import pytest
 import torch
+from libraries import library
 from torch import nn
-from with_timm import import_timm
 
 from reattn import ReAttention
 from reattn.convert import to_re_attention
 from reattn.models import DeepViT, SelfAttention, create_model, list_models
+
+pytestmark = pytest.mark.libraries
 
 TESTS = pathlib.Path(__file__).parent
 SMALL = {"img_size": 32, "depth": 3, "re_attention_blocks": 2, "num_classes": 10}
@@ -23,7 +25,7 @@ SMALL = {"img_size": 32, "depth": 3, "re_attention_blocks": 2, "num_classes": 10
 
 @pytest.fixture(scope="module")
 def timm():
-    timm = import_timm()
+    timm = library("timm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a name that timm has already
         importlib.import_module("reattn.timm")
@@ -193,7 +195,7 @@ def test_weights_are_not_distributed(timm):
 
 
 def test_running_a_script(timm, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("from with_timm import import_timm\nimport_timm()\n")
+    (tmp_path / "sitecustomize.py").write_text("from libraries import library\nlibrary('timm')\n")
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, timm\n"

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-for library in ("sklearn", "tqdm"):
-    pytest.importorskip(library)
+for name in ("sklearn", "tqdm"):
+    pytest.importorskip(name)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from libraries import library  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 
@@ -344,12 +345,10 @@ def test_plain_vit_without_average(launch, tmp_path):
     assert header.startswith("epoch,steps,learning_rate,train_loss") and len(rows) == 3
 
 
+@pytest.mark.libraries
 def test_folder_of_images(launch, tmp_path):
     """Crops follow from seed, epoch and image: neither processes that train nor processes that load change them."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:  # built for another torch, it fails in its own ways
-        pytest.skip(f"needs torchvision: {error}")
+    library("torchvision")
     from PIL import Image
 
     images = tmp_path / "images"
