@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,8 @@ from reattn.checks import NORMS, check_tokens, has_hooks
 from reattn.functional import name_of, re_attention
 from reattn.ops import recomputes
 from reattn.sharded import with_all_heads
+
+logger = logging.getLogger("reattn")
 
 
 class ReAttention(nn.Module):
@@ -222,6 +225,10 @@ class ReAttention(nn.Module):
             **masks,
         )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What :func:`torch.jit.script` compiles in the place of this module."""
+        return scriptable(self)
+
     def _merge(self, x: Tensor, out: Tensor) -> Tensor:
         """What follows the operator; ``x`` is its normalised input."""
         out = self.norm(out.transpose(1, 2).flatten(2))
@@ -346,6 +353,23 @@ def without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
             "SelfAttention as leaves to give masks"
         )
     return x
+
+
+def scriptable(module: nn.Module) -> nn.Module:
+    """The definition, as :mod:`torch.fx` traces it in the present mode, for :func:`torch.jit.script`, which puts it in
+    its place in the model that it compiles, too."""
+    logger.warning(
+        "torch.jit.script replaces %s, in the model that it is given too, by the operator's definition, without fused "
+        "kernels",
+        type(module).__name__,
+    )
+    traced = fx.symbolic_trace(module)
+    # TorchScript reads no annotations that are strings.
+    types = {"attn_mask": Tensor | None, "is_causal": bool}
+    for node in traced.graph.nodes:
+        node.type = types.get(node.target) if node.op == "placeholder" else None
+    traced.recompile()
+    return traced
 
 
 class CalledModule:

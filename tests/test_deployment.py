@@ -424,7 +424,7 @@ def test_fx_keeps_the_checks():
     graph = torch.fx.GraphModule(vit(), Tracer().trace(vit()))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    with pytest.raises(ValueError, match=r"images must have shape \(batch, 3, 16, 16\), got \(2, 3, 18, 18\)"):
+    with pytest.raises(ValueError, match=r"x must be images of shape \(batch, 3, 16, 16\), got \(2, 3, 18, 18\)"):
         graph(images(2, 18))
 
 
