@@ -305,7 +305,7 @@ def test_another_image_size():
         model(x)
     with pytest.raises(ValueError, match=r"divisible by patch_size=8, got \(2, 3, 48, 25\)"):
         dynamic(images(48, 25))
-    with pytest.raises(ValueError, match=r"x must be images of shape \(batch, 3, height, width\).*got \(2, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"x must be images of shape \(batch, 3, .*got \(2, 1, 32, 32\)"):
         dynamic(images()[:, :1])
     assert torch.equal(dynamic(images()), model(images()))
 

@@ -1,9 +1,12 @@
-"""The DeepViT models in timm's registry, and what timm's scripts ask of them."""
+"""The models in timm's registry, what timm's scripts ask of them, and timm's own tests of models."""
 
 import argparse
 import importlib
+import inspect
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -20,6 +23,9 @@ from reattn.models import DeepViT, SelfAttention, create_model, list_models
 pytestmark = pytest.mark.libraries
 
 TESTS = pathlib.Path(__file__).parent
+# timm's source distribution, which `make test-libraries` unpacks.
+TIMMS_TESTS = TESTS.parent / "out" / "libraries" / "timm" / "tests" / "test_models.py"
+CONVERTED = "vit_tiny_patch16_224_reattn"
 SMALL = {"img_size": 32, "depth": 3, "re_attention_blocks": 2, "num_classes": 10}
 
 
@@ -46,7 +52,167 @@ def batch(size=32):
 def test_models_are_listed(timm):
     assert timm.list_models("deepvit*") == list_models()
     assert timm.list_models("deepvit*", pretrained=True) == []
-    assert importlib.import_module("reattn.timm").__all__ == list_models()
+    names = importlib.import_module("reattn.timm").__all__
+    assert sorted(names) == sorted(list_models() + timm.list_models("*_reattn"))
+    for name in (CONVERTED, "deit3_small_patch16_224_reattn", "cait_xxs24_224_reattn"):
+        assert name in names
+    assert f"{CONVERTED}.augreg_in21k" in timm.list_models("vit_tiny*", pretrained=True)
+
+
+# What each of them is called with beside the name of a model.
+TIMMS_OWN = {
+    "test_model_forward": {"batch_size": 1},
+    "test_model_backward": {"batch_size": 2},
+    "test_model_default_cfgs_non_std": {"batch_size": 1, "cfg_device": "meta"},
+    "test_model_forward_torchscript": {"batch_size": 1},
+    "test_model_forward_features": {"batch_size": 1},
+    "test_model_forward_intermediates_features": {"batch_size": 1},
+    "test_model_forward_intermediates": {"batch_size": 1},
+    "test_model_forward_fx": {"batch_size": 1},
+    "test_model_backward_fx": {"batch_size": 2},
+    "test_model_forward_fx_torchscript": {"batch_size": 1},
+    "test_features_only_feature_cls_class": {},
+    "test_prune_intermediate_layers_params_used": {},
+    "test_prune_intermediate_layers_contract": {},
+    "test_relpos_non_square_checkpoint_reload": {"kwargs": {"depth": 2}},
+    "test_relpos_non_square_set_input_size": {"kwargs": {"depth": 2}},
+    "test_relpos_family_set_input_size": {"kwargs": {"depth": 2}, "img_size": 224, "new_size": 160},
+}
+
+
+@pytest.fixture(scope="module")
+def timms_tests(timm, request):
+    if not TIMMS_TESTS.is_file():
+        if os.environ.get("REATTN_TEST_NO_SKIPS") == "1":
+            pytest.fail(f"needs {TIMMS_TESTS}")
+        pytest.skip(f"needs {TIMMS_TESTS}, which `make test-libraries` unpacks")
+    for marker in set(re.findall(r"pytest\.mark\.(\w+)", TIMMS_TESTS.read_text())):
+        request.config.addinivalue_line("markers", f"{marker}: of timm's tests")
+    spec = importlib.util.spec_from_file_location("timms_tests", TIMMS_TESTS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("test", TIMMS_OWN)
+@pytest.mark.parametrize("name", ["deepvit_s", CONVERTED])
+def test_timms_own_tests(timms_tests, name, test):
+    """All that pass for vit_tiny_patch16_224, but that one of them wants AssertionError where ValueError is raised."""
+    if (name, test) == ("deepvit_s", "test_model_forward_fx"):
+        pytest.skip("compares to the bit; plain attention is traced as softmax and products")
+    function = getattr(timms_tests, test)
+    arguments = {"model_name": name, **TIMMS_OWN[test]}
+    assert inspect.signature(function).parameters.keys() == arguments.keys()
+    function(**arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_values": 0.3},
+        {"reg_tokens": 2, "global_pool": "avg", "fc_norm": True},
+        {"class_token": False, "global_pool": "avgmax", "fc_norm": True},
+        {"class_token": False, "reg_tokens": 1, "global_pool": "max", "pool_include_prefix": True, "fc_norm": True},
+        {"global_pool": "", "qk_norm": True, "act_layer": "silu", "norm_layer": "rmsnorm"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_keywords_mean_what_they_mean_in_timm(timm, options):
+    """The plain model takes timm's state dict as it is, and computes the same."""
+    shape = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", **shape, **options).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    ours = timm.create_model("deepvit_16b", attention="self", mlp_ratio=4, **shape, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images, _ = batch()
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    assert (ours.num_prefix_tokens, ours.head_hidden_size) == (theirs.num_prefix_tokens, theirs.head_hidden_size)
+    for format in ("NCHW", "NLC"):
+        found, expected = (
+            model.forward_intermediates(
+                images, [0, 1], output_fmt=format, return_prefix_tokens=True, norm=True, output_dict=True
+            )
+            for model in (ours, theirs)
+        )
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found, expected = (model.get_intermediate_layers(images, 1, reshape=True) for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_features_only(timm):
+    model = timm.create_model("deepvit_16b", features_only=True, out_indices=[0, 2], **SMALL)
+    images, _ = batch()
+    features = model(images)
+    assert [tuple(maps.shape) for maps in features] == [(4, 384, 2, 2)] * 2
+    assert model.feature_info.channels() == [384, 384] and model.feature_info.reduction() == [16, 16]
+    shallow = timm.create_model("deepvit_16b", features_only=True, out_indices=[0], **SMALL)
+    assert len(shallow.model.blocks) == 1 and isinstance(shallow.model.head, nn.Identity)
+
+
+@pytest.mark.parametrize("opt", ["muon", "adamuon"])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_muon_leaves_theta_alone(timm, opt, layer_decay):
+    for model in (
+        timm.create_model("deepvit_16b", pre_mix=True, **SMALL),
+        timm.create_model(CONVERTED, img_size=32, depth=2, num_classes=10),
+    ):
+        optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=1e-3, weight_decay=0.1, layer_decay=layer_decay)
+        images, labels = batch()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        orthogonal = {name for name, p in model.named_parameters() if optimizer.state[p]["use_muon"]}
+        assert "blocks.1.attn.qkv.weight" in orthogonal
+        assert not any("theta" in name for name in orthogonal)
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    assert not any(group.get("use_fallback") for group in timm.optim.create_optimizer_v2(plain, opt=opt).param_groups)
+
+
+def test_converted_by_name(timm, tmp_path):
+    """The same function as the ViT of that name and its weights; trained, saved, and built from what was saved."""
+    shape = {"img_size": 32, "depth": 3, "num_classes": 10}
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **shape).eval()
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    overlay = {"file": str(tmp_path / "vit.pth"), "num_classes": 10}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, **shape}
+    images, labels = batch()
+    model = timm.create_model(CONVERTED, re_attention_blocks=2, **options).eval()
+    torch.testing.assert_close(model(images), vit(images), rtol=1e-5, atol=1e-5)
+    assert [isinstance(block.attn, ReAttention) for block in model.blocks] == [False, True, True]
+    features = timm.create_model(CONVERTED, features_only=True, **options)
+    assert features(images)[-1].shape == (4, 192, 2, 2)
+
+    model = timm.create_model(CONVERTED, norm="batch", **options)
+    nn.functional.cross_entropy(model.train()(images), labels).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.blocks[0].attn.theta, torch.eye(3))
+    folder = tmp_path / "saved"
+    timm.models.save_for_hf(model.eval(), folder)
+    same = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(same(images), model(images))
+    with pytest.raises(ValueError, match=f"features_only must be False for saved weights of {CONVERTED}"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    with pytest.raises(ValueError, match="norm must be 'batch' or None, got 'layer'"):
+        timm.create_model(CONVERTED, norm="layer", **shape)
+
+
+def test_saved_for_the_hub(timm, tmp_path):
+    """After a change of the image size, and taken up again with other classes and another size."""
+    model = timm.create_model("deepvit_s", norm="layer", act_layer="silu", **SMALL).eval()
+    model.set_input_size(48)
+    timm.models.save_for_hf(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "deepvit_s" and config["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    same = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images, _ = batch(48)
+    assert torch.equal(same(images), model(images))
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, img_size=64)
+    assert other(batch(64)[0]).shape == (4, 3)
+    assert torch.equal(other.blocks[-1].attn.theta, model.blocks[-1].attn.theta)
 
 
 @pytest.mark.parametrize("name", list_models())
