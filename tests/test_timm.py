@@ -91,6 +91,8 @@ def timms_tests(timm, request):
     spec = importlib.util.spec_from_file_location("timms_tests", TIMMS_TESTS)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    create = module.create_model
+    module.create_model = lambda name, **options: create(name, **{"depth": 4, **options})
     return module
 
 
