@@ -59,13 +59,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     except Exception as error:  # whatever comes of bytes that mean nothing
         if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
-                f"{path} cannot be read with weights_only=True: it asks for {code[1]}, which may run code. If "
-                "you trust whoever wrote the file, give what you read yourself: torch.load(path, weights_only=False)"
+                f"{path} cannot be read with weights_only=True: it asks for {code[1]}, which is neither a tensor nor a "
+                "plain container. If you trust whoever wrote the file with running code, give what you read yourself: "
+                "torch.load(path, weights_only=False)"
             ) from error
         kind = "safetensors" if is_safetensors else _kind(start)
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
         raise ValueError(
-            f"{path}, {kind} of {os.path.getsize(path)} bytes, cannot be read, as if damaged or cut short: "
+            f"{path} cannot be read, as if damaged or cut short: {os.path.getsize(path)} bytes, {kind}; "
             + reason.splitlines()[0][:300]
         ) from error
     if not isinstance(checkpoint, Mapping):
@@ -99,7 +100,7 @@ def _kind(start: bytes) -> str:
         return "a zip archive (torch.save)"
     if start.startswith(b"\x80"):
         return "a pickle (torch.save's older form)"
-    return f"a file that begins with {start[:16]!r}"
+    return f"beginning with {start[:16]!r}"
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:
@@ -111,8 +112,9 @@ def _read_safetensors(path: str) -> dict[str, Tensor]:
 
 
 def _read_torch(path: str) -> Any:
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    # An open file: torch.load would go by the ending of a path.
+    with open(path, "rb") as file, torch.serialization.safe_globals([Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def select_state_dict(checkpoint: Mapping[str, Any], prefer_ema: bool = True) -> tuple[str, dict[str, Tensor]]:

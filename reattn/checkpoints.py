@@ -102,29 +102,40 @@ def _find_model(
     """The entry that holds the model, the prefix of its keys, its tensors without that, and the keys beside them.
 
     Every layout has a ``cls_token``: what stands before it is the prefix. ``own`` are the keys of the model to be
-    loaded, which may have parts that look like wrappers.
+    loaded, whose parts may have class tokens, and names of wrappers, of their own.
     """
-    if isinstance(checkpoint, Mapping):
-        source, state_dict = select_state_dict(checkpoint, prefer_ema)
-    else:
+    if not isinstance(checkpoint, str | os.PathLike | Mapping):
+        raise TypeError(f"checkpoint must be a path or a mapping, as state_dict() gives, got {class_name(checkpoint)}")
+    if not isinstance(checkpoint, Mapping):
+        contents = read_checkpoint(checkpoint)
         try:
-            source, state_dict = select_state_dict(contents := read_checkpoint(checkpoint), prefer_ema)
+            return _find_model(contents, own, prefer_ema)
         except ValueError as error:
-            named = str(error).startswith(path := os.fspath(checkpoint))
-            raise error if named else ValueError(f"{path}: {error}") from error
-        del contents
-    own = set(own)
-    prefixes = [key.removesuffix("cls_token") for key in state_dict if f".{key}".endswith(".cls_token")]
-    prefixes = [prefix for prefix in prefixes if not prefix or f"{prefix}cls_token" not in own]
+            raise ValueError(f"{os.fspath(checkpoint)}: {error}") from error
+    source, state_dict = select_state_dict(checkpoint, prefer_ema)
+    of_parts = [key for key in own if key.endswith(".cls_token")]
+
+    def is_part(key: str) -> bool:
+        cut = [key.removesuffix(part) for part in of_parts if f".{key}".endswith(f".{part}")]
+        return any(f"{prefix}cls_token" in state_dict for prefix in cut)
+
+    tokens = [key for key in state_dict if f".{key}".endswith(".cls_token") and not is_part(key)]
+    prefixes = [key.removesuffix("cls_token") for key in tokens]
     prefix = _choose(prefixes, prefer_ema)
     others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-    inside = [key for key in state_dict if key.startswith(prefix) and not key.startswith(others)]
     wrappers = {"module"}.difference(*(key.split(".") for key in own))
-    names = {key: without_parts(key.removeprefix(prefix), wrappers) for key in inside}
+    names = {
+        key: without_parts(key.removeprefix(prefix), wrappers)
+        for key in state_dict
+        if key.startswith(prefix) and not key.startswith(others)
+    }
     outside = [key for key in state_dict if key not in names]
     if outside:
         logger.info("left out, beside the keys with the prefix %r: %s", prefix, ", ".join(outside))
-    return source, prefix, renamed(state_dict, names), outside
+    found = renamed(state_dict, names)
+    if empty := [key for key, tensor in found.items() if tensor.is_meta]:
+        raise ValueError(f"checkpoint must hold data, got tensors on the meta device: {', '.join(empty)}")
+    return source, prefix, found, outside
 
 
 def _choose(prefixes: list[str], prefer_ema: bool) -> str:
@@ -212,6 +223,8 @@ def _to_ours(state_dict: Mapping[str, Tensor], model: DeepViT) -> tuple[str, dic
         name, tensor = _convert_attention(names[key], tensor)
         if layout == "vit_pytorch":
             tensor = _convert_patch_pixels(name, tensor, proj_weight_shape)
+        if name in ours:
+            raise ValueError(f"checkpoint holds {name} twice, as {origin[name]} and as {key}")
         ours[name] = tensor
         origin[name] = key
     return layout, ours, origin
@@ -272,7 +285,7 @@ def load_checkpoint(
             loads what fits and reports the rest.
 
     Raises:
-        TypeError: ``model`` is no DeepViT, as when something wraps it.
+        TypeError: ``model`` is no DeepViT, as when something wraps it; ``checkpoint`` is neither path nor mapping.
         RuntimeError: with ``strict``, naming every key that does not fit, with the shapes; or weights of vit_pytorch
             for a model that pools otherwise than by class token.
         ValueError, ImportError: the file cannot be read, see :func:`read_checkpoint` and :func:`select_state_dict`;
@@ -282,8 +295,6 @@ def load_checkpoint(
         raise TypeError(f"model must be a DeepViT, got {class_name(model)}: load before wrapping, or what is wrapped")
     expected = model.state_dict()
     source, prefix, foreign, outside = _find_model(checkpoint, expected, prefer_ema)
-    if empty := [key for key, tensor in foreign.items() if tensor.is_meta]:
-        raise ValueError(f"checkpoint must hold data, got tensors on the meta device: {', '.join(empty)}")
     layout, state_dict, origin = _to_ours(foreign, model)
     resampled = _fit_pos_embed(state_dict, model)
     head_kept = _drop_other_head(state_dict, model)
@@ -386,19 +397,17 @@ def from_vit_pytorch(
     if pool != "cls":
         raise ValueError(f'pool must be "cls", got {pool!r}: {_MEAN_POOLING}')
     *_, state_dict, _ = _find_model(checkpoint, (), prefer_ema)
-    shapes = {name: state_dict[key].shape for key, name in _second_form_names(state_dict).items()}
-    block = "blocks.0."
-    read = ["cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight", f"{block}mlp.fc1.weight"]
-    absent = [
-        name for name in [*read, f"{block}attn.reattn_weights", f"{block}attn.to_qkv.weight"] if name not in shapes
-    ]
-    if absent:
+    names = _second_form_names(state_dict)
+    shapes = {name: state_dict[key].shape for key, name in names.items() if name != key or key == "cls_token"}
+    read = ["cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"]
+    read += [f"blocks.0.{name}" for name in ("attn.theta", "attn.qkv.weight", "mlp.fc1.weight")]
+    if absent := [name for name in read if name not in shapes]:
         raise ValueError(
             "checkpoint must be that of a vit_pytorch.deepvit.DeepViT, got one without its equivalent of "
             f"{', '.join(absent)}; load_checkpoint takes other layouts"
         )
     dim, pixels = shapes["patch_embed.proj.weight"]
-    patch_size, grid = math.isqrt(pixels // in_chans), math.isqrt(shapes["pos_embed"][1] - 1)
+    patch_size, grid = math.isqrt(pixels // max(in_chans, 1)), math.isqrt(shapes["pos_embed"][1] - 1)
     if patch_size**2 * in_chans != pixels:
         raise ValueError(f"in_chans must be that of square patches of {pixels} numbers, got {in_chans}")
     heads = shapes["blocks.0.attn.theta"][0]
@@ -475,6 +484,9 @@ def to_vit_pytorch(weights: DeepViT | Mapping[str, Tensor]) -> dict[str, Tensor]
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
         if grid**2 != weights["pos_embed"].shape[1] - 1:
             misfits.append(f"pos_embed {tuple(weights['pos_embed'].shape)} is of images that are not square")
+        for key in weights:
+            if key.endswith(".theta") and len(set(shape := tuple(weights[key].shape))) > 1:
+                misfits.append(f"{key} {shape} makes another number of heads")
     if misfits:
         raise ValueError(
             'vit_pytorch\'s layout knows norm="layer", qkv_bias=False, patch_norm=True, re-attention in all blocks and '
