@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_EMA_ENTRIES = ("state_dict_ema", "model_ema")
+_EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 # Of timm and Lightning; DeiT and torchvision; torch's tutorials; DeepSpeed.
 _ENTRIES = ("state_dict", "model", "model_state_dict", "module")
 # What torch.compile, FSDP, activation checkpointing and opacus put into names, anywhere. No model has parts called so.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_module")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_module")
 # How a file begins that is none of ours: what is downloaded, or chosen, by mistake.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull` fetches that",
@@ -125,8 +125,8 @@ def select_state_dict(checkpoint: Mapping[str, Any], prefer_ema: bool = True) ->
     has it beside others that have not keeps it: that is a part of the model.
 
     Args:
-        checkpoint: a plain state dict, or a mapping with one under "state_dict_ema", "model_ema", "state_dict",
-            "model", "model_state_dict" or "module".
+        checkpoint: a plain state dict, or a mapping with one under "state_dict_ema", "model_ema", "ema_state_dict" or
+            "ema", or under "state_dict", "model", "model_state_dict" or "module".
         prefer_ema: take the exponential moving average first, where there is one; False takes it last.
 
     Returns:
@@ -143,7 +143,7 @@ def select_state_dict(checkpoint: Mapping[str, Any], prefer_ema: bool = True) ->
             f"checkpoint must be a state dict or hold one under {', '.join(entries)}, "
             f"got a mapping with the keys {list(checkpoint)[:10]}{_what_there_is(checkpoint, entries)}"
         )
-    names = {key: without_parts(key, _WRAPPERS) for key in state_dict}
+    names = {key: without_parts(key, WRAPPERS) for key in state_dict}
     while True:
         wrapped = {key: name for key, name in names.items() if name != "n_averaged"}
         if not wrapped or not all(name.startswith("module.") for name in wrapped.values()):

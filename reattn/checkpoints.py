@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reattn.checkpoint_files import read_checkpoint, renamed, select_state_dict, without_parts
+from reattn.checkpoint_files import WRAPPERS, read_checkpoint, renamed, select_state_dict, without_parts
 from reattn.checks import class_name
 from reattn.layouts import translate
 from reattn.models.deepvit import DeepViT, resample_pos_embed
@@ -293,7 +293,9 @@ def load_checkpoint(
     """
     if not isinstance(model, DeepViT):
         raise TypeError(f"model must be a DeepViT, got {class_name(model)}: load before wrapping, or what is wrapped")
-    expected = model.state_dict()
+    # Blocks that are compiled have names of their own.
+    own = {without_parts(key, WRAPPERS): key for key in model.state_dict()}
+    expected = dict(zip(own, model.state_dict().values(), strict=True))
     source, prefix, foreign, outside = _find_model(checkpoint, expected, prefer_ema)
     layout, state_dict, origin = _to_ours(foreign, model)
     resampled = _fit_pos_embed(state_dict, model)
@@ -310,7 +312,9 @@ def load_checkpoint(
         if key in state_dict and state_dict[key].shape != tensor.shape
     }
     fitting = {key: state_dict[key] for key in expected if key in state_dict and key not in mismatched}
-    parts = (*model.named_parameters(), *model.named_buffers())
+    parts = {
+        without_parts(key, WRAPPERS): tensor for key, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     report = LoadReport(
         source=source,
         layout=layout,
@@ -321,10 +325,10 @@ def load_checkpoint(
         head_kept=head_kept,
         prefix=prefix,
         outside=outside,
-        left_on_meta=[key for key, tensor in parts if tensor.is_meta and key not in fitting],
+        left_on_meta=[key for key, tensor in parts.items() if tensor.is_meta and key not in fitting],
     )
     if strict and (report.missing or report.unexpected or report.mismatched or report.left_on_meta):
-        raise RuntimeError(_describe_misfits(report, dict(parts), foreign, origin))
+        raise RuntimeError(_describe_misfits(report, parts, foreign, origin))
     if strict and layout == "vit_pytorch" and model.global_pool != "token" and not head_kept:
         raise RuntimeError(
             'a head of vit_pytorch fits global_pool="token" (its pool="cls") alone, got '
@@ -332,12 +336,15 @@ def load_checkpoint(
         )
     if report.left_on_meta:
         logger.warning("left on the meta device, without data: %s", ", ".join(report.left_on_meta))
-    on_meta = {key: tensor for key, tensor in fitting.items() if expected[key].is_meta}
-    for key, tensor in on_meta.items():
-        # Copies: training must not change the checkpoint.
-        on_meta[key] = tensor.to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
+    # Copies: training must not change the checkpoint.
+    on_meta = {
+        own[key]: tensor.to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in fitting.items()
+        if expected[key].is_meta
+    }
     model.load_state_dict(on_meta, strict=False, assign=True)
-    model.load_state_dict({key: fitting[key] for key in fitting if key not in on_meta}, strict=False)
+    with_data = {own[key]: tensor for key, tensor in fitting.items() if not expected[key].is_meta}
+    model.load_state_dict(with_data, strict=False)
     return report
 
 
@@ -352,7 +359,8 @@ def _describe_misfits(
         source_key = origin.get(key, key)
         renamed = "" if source_key == key else f" (from {source_key})"
         lines.append(f"  shape: {key}{renamed} must be {wanted}, got {got}")
-    lines += [f"  left on the meta device: {key} {tuple(expected[key].shape)}" for key in report.left_on_meta]
+    left = [key for key in report.left_on_meta if key not in (*report.missing, *report.mismatched)]
+    lines += [f"  left on the meta device: {key} {tuple(expected[key].shape)}" for key in left]
     if report.outside:
         lines.append(f"  left out, without the prefix: {', '.join(report.outside)}")
     common = os.path.commonprefix(report.unexpected).rpartition(".")

@@ -303,7 +303,10 @@ def test_training_checkpoint(tmp_path, official, prefix):
     assert (model.head.weight == 0).all() and (model.blocks[2].attn.head_norm.running_var == 0).all()
 
 
-@pytest.mark.parametrize("entry", ["state_dict_ema", "model_ema", "state_dict", "model"])
+@pytest.mark.parametrize(
+    "entry",
+    ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model", "model_state_dict", "module"],
+)
 @pytest.mark.parametrize("prefer_ema", [True, False])
 def test_the_only_entry_is_taken(official, entry, prefer_ema):
     source, state_dict = select_state_dict({"epoch": 1, entry: official.state_dict()}, prefer_ema)
@@ -636,6 +639,33 @@ def test_misfits_say_that_a_prefix_is_in_the_way(official):
         f"  missing: head.bias ({CLASSES},)",
         "  left out, without the prefix: head.weight, head.bias",
     ]
+
+
+class Compiled(nn.Module):
+    """What torch.compile makes of a block: its names, and nothing else."""
+
+    def __init__(self, block):
+        super().__init__()
+        self._orig_mod = block
+
+    def forward(self, *inputs):
+        return self._orig_mod(*inputs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("saved_compiled", [True, False])
+def test_compiled_blocks(official, saved_compiled, device):
+    model, source, expected = ours(device=device), ours(), ours()
+    load_checkpoint(expected, official.state_dict())
+    load_checkpoint(source, official.state_dict())
+    for compiled in (model, source) if saved_compiled else (model,):
+        compiled.blocks[1] = Compiled(compiled.blocks[1])
+    with pytest.raises(RuntimeError, match=r"\n  missing: blocks.1.norm1.weight \(24,\)$"):
+        load_checkpoint(
+            model, {k: t for k, t in source.state_dict().items() if k[:9] + k[-12:] != "blocks.1.norm1.weight"}
+        )
+    assert not load_checkpoint(model, source.state_dict()).left_on_meta
+    assert torch.equal(model.eval()(images(torch.float32)), expected.eval()(images(torch.float32)))
 
 
 def test_wrapped_models_are_refused(official):
