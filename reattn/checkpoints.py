@@ -123,9 +123,10 @@ def _find_model(
     prefixes = [key.removesuffix("cls_token") for key in tokens]
     prefix = _choose(prefixes, prefer_ema)
     others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-    wrappers = {"module"}.difference(*(key.split(".") for key in own))
+    # What DDP puts before the names of a part that it wraps.
+    wrapper = "" if any("module" in key.split(".") for key in own) else r"(?<=\.)module\."
     names = {
-        key: without_parts(key.removeprefix(prefix), wrappers)
+        key: re.sub(wrapper, "", key.removeprefix(prefix))
         for key in state_dict
         if key.startswith(prefix) and not key.startswith(others)
     }
@@ -515,7 +516,7 @@ def to_vit_pytorch(weights: DeepViT | Mapping[str, Tensor]) -> dict[str, Tensor]
 def _refuse_other_settings(model: DeepViT) -> None:
     """``ValueError`` naming what vit_pytorch computes otherwise, and no state dict shows."""
     settings: list[tuple[str, Any, Any]] = [("global_pool", model.global_pool, "token")]
-    settings.append(("layer_norm_eps", model.norm.eps, 1e-5))
+    settings.append(("layer_norm_eps", getattr(model.norm, "eps", None), 1e-5))
     for index, block in enumerate(model.blocks):
         settings.append((f"blocks.{index}.residual_scale", block.residual_scale, 1.0))
         settings.append((f"blocks.{index}.attn.output_scale", getattr(block.attn, "output_scale", 1.0), 1.0))
