@@ -1,42 +1,69 @@
 """Load whole DeepViT checkpoints, of whichever code base wrote them, into :class:`reattn.models.DeepViT`.
 
-Layouts understood: ours, the official DeepViT code's, and vit_pytorch's (all its published revisions).
+Layouts understood: ours, the official DeepViT code's, and vit_pytorch's (all its published revisions). A file that a
+training framework wrote is searched for the model in it, see :func:`load_checkpoint`.
 """
 
 import logging
+import math
 import os
-import pickle
 import re
-from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reattn.checkpoint_files import WRAPPERS, read_checkpoint, renamed, select_state_dict, without_parts
+from reattn.checks import class_name
 from reattn.layouts import translate
 from reattn.models.deepvit import DeepViT, resample_pos_embed
+
+__all__ = [
+    "LoadReport",
+    "from_vit_pytorch",
+    "load_checkpoint",
+    "read_checkpoint",
+    "select_state_dict",
+    "to_official",
+    "to_vit_pytorch",
+]
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
-
-_EMA_ENTRIES = ("state_dict_ema", "model_ema")
-_ENTRIES = ("state_dict", "model")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 _OFFICIAL_ATTENTION = {
     "theta": "reatten_matrix.weight",
     "theta_bias": "reatten_matrix.bias",
     "head_norm": "var_norm",
 }
-_SECOND_FORM_MODEL = {
-    "cls_token": "cls_token",
-    "pos_embedding": "pos_embed",
-    "mlp_head.0": "norm",
-    "mlp_head.1": "head",
-}
+_AFFINE = (".weight", ".bias")
+# Ours, vit_pytorch's since 1.0, and what both have of it.
+_TO_SECOND_FORM = (
+    ("cls_token", "cls_token", ("",)),
+    ("pos_embed", "pos_embedding", ("",)),
+    ("patch_embed.pre_norm", "to_patch_embedding.1", _AFFINE),
+    ("patch_embed.proj", "to_patch_embedding.2", _AFFINE),
+    ("patch_embed.norm", "to_patch_embedding.3", _AFFINE),
+    ("norm", "mlp_head.0", _AFFINE),
+    ("head", "mlp_head.1", _AFFINE),
+)
+_BLOCK_TO_SECOND_FORM = (
+    ("norm1", "0.norm", _AFFINE),
+    ("attn.qkv", "0.to_qkv", (".weight",)),
+    ("attn.theta", "0.reattn_weights", ("",)),
+    ("attn.head_norm", "0.reattn_norm.1", _AFFINE),
+    ("attn.proj", "0.to_out.0", _AFFINE),
+    ("norm2", "1.net.0", _AFFINE),
+    ("mlp.fc1", "1.net.1", _AFFINE),
+    ("mlp.fc2", "1.net.4", _AFFINE),
+)
+_MEAN_POOLING = (
+    'vit_pytorch\'s pool="mean" averages all tokens, the class token too, before the final norm, which no global_pool '
+    "of DeepViT does"
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +74,14 @@ class LoadReport:
         source: the entry of the file that was read, such as "state_dict_ema"; "" for a plain state dict.
         layout: "reattn", "official" or "vit_pytorch".
         missing: parameters and buffers of the model that the checkpoint does not hold.
-        unexpected: keys of the checkpoint, as they stand there, that the model has no place for.
+        unexpected: keys of the checkpoint that the model has no place for, as they stand there but for prefix and
+            wrappers.
         mismatched: key of the model -> (shape in the checkpoint, shape in the model).
         resampled_pos_embed: (grid in the checkpoint, grid of the model) where the positions were resampled, else None.
         head_kept: the checkpoint counts other classes, so that the model's head was left as it was.
+        prefix: what stands before the model's names in the checkpoint, such as "model.".
+        outside: keys beside those with the prefix, as of a loss, which were left out.
+        left_on_meta: parameters and buffers of a model on the meta device that still have no data.
     """
 
     source: str
@@ -60,74 +91,71 @@ class LoadReport:
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     resampled_pos_embed: tuple[tuple[int, int], tuple[int, int]] | None = None
     head_kept: bool = False
+    prefix: str = ""
+    outside: list[str] = field(default_factory=list)
+    left_on_meta: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The contents of a checkpoint file on the CPU: safetensors by its ending, anything else by ``torch.load``.
+def _find_model(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: Iterable[str], prefer_ema: bool
+) -> tuple[str, str, dict[str, Tensor], list[str]]:
+    """The entry that holds the model, the prefix of its keys, its tensors without that, and the keys beside them.
 
-    Nothing in the file is executed: ``torch.load`` runs with ``weights_only=True``, extended only by the plain
-    ``argparse.Namespace`` in which training scripts keep their options.
-
-    Raises:
-        ImportError: a ``.safetensors`` file, and the safetensors package is not installed.
-        ValueError: the file is damaged, asks for anything but tensors and plain containers, or holds no mapping.
+    Every layout has a ``cls_token``: what stands before it is the prefix. ``own`` are the keys of the model to be
+    loaded, whose parts may have class tokens, and names of wrappers, of their own.
     """
-    path = os.fspath(path)
-    if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-        return load_file(path, device="cpu")
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} cannot be read with weights_only=True: {error}") from error
+    if not isinstance(checkpoint, str | os.PathLike | Mapping):
+        raise TypeError(f"checkpoint must be a path or a mapping, as state_dict() gives, got {class_name(checkpoint)}")
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} must hold a mapping of names to tensors, got {type(checkpoint).__name__}")
-    return checkpoint
+        contents = read_checkpoint(checkpoint)
+        try:
+            return _find_model(contents, own, prefer_ema)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(checkpoint)}: {error}") from error
+    source, state_dict = select_state_dict(checkpoint, prefer_ema)
+    of_parts = [key for key in own if key.endswith(".cls_token")]
+
+    def is_part(key: str) -> bool:
+        cut = [key.removesuffix(part) for part in of_parts if f".{key}".endswith(f".{part}")]
+        return any(f"{prefix}cls_token" in state_dict for prefix in cut)
+
+    tokens = [key for key in state_dict if f".{key}".endswith(".cls_token") and not is_part(key)]
+    prefixes = [key.removesuffix("cls_token") for key in tokens]
+    prefix = _choose(prefixes, prefer_ema)
+    others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    # What DDP puts before the names of a part that it wraps.
+    wrapper = "" if any("module" in key.split(".") for key in own) else r"(?<=\.)module\."
+    names = {
+        key: re.sub(wrapper, "", key.removeprefix(prefix))
+        for key in state_dict
+        if key.startswith(prefix) and not key.startswith(others)
+    }
+    outside = [key for key in state_dict if key not in names]
+    if outside:
+        logger.info("left out, beside the keys with the prefix %r: %s", prefix, ", ".join(outside))
+    found = renamed(state_dict, names)
+    if empty := [key for key, tensor in found.items() if tensor.is_meta]:
+        raise ValueError(f"checkpoint must hold data, got tensors on the meta device: {', '.join(empty)}")
+    return source, prefix, found, outside
 
 
-def select_state_dict(checkpoint: Mapping[str, Any], prefer_ema: bool = True) -> tuple[str, dict[str, Tensor]]:
-    """The weights inside a checkpoint, freed of the prefixes that DDP and ``torch.compile`` put before their names.
-
-    Args:
-        checkpoint: a plain state dict, or a mapping with one under "state_dict_ema", "model_ema", "state_dict" or
-            "model".
-        prefer_ema: take the exponential moving average first, where there is one; False takes it last.
-
-    Returns:
-        The name of the entry, "" for a plain state dict, and the state dict.
-
-    Raises:
-        ValueError: no state dict is found, or two names become one when their prefixes go.
-    """
-    entries = (*_EMA_ENTRIES, *_ENTRIES) if prefer_ema else (*_ENTRIES, *_EMA_ENTRIES)
-    source = next((name for name in entries if _is_state_dict(checkpoint.get(name))), "")
-    state_dict = checkpoint[source] if source else checkpoint
-    if not _is_state_dict(state_dict):
-        raise ValueError(
-            f"checkpoint must be a state dict or hold one under {', '.join(entries)}, "
-            f"got a mapping with the keys {list(checkpoint)[:10]}"
-        )
-    stripped: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        name = _strip_prefixes(key)
-        if name in stripped:
-            raise ValueError(f"checkpoint holds {name!r} more than once, under different prefixes")
-        stripped[name] = tensor
-    return source, stripped
+def _choose(prefixes: list[str], prefer_ema: bool) -> str:
+    if len(prefixes) < 2:
+        return prefixes[0] if prefixes else ""
+    averages = [prefix for prefix in prefixes if "ema" in re.split(r"[._]", prefix)]
+    plain = [prefix for prefix in prefixes if prefix not in averages]
+    if len(averages) == len(plain) == 1:
+        return averages[0] if prefer_ema else plain[0]
+    raise ValueError(
+        f"checkpoint must hold one model, got several, under the prefixes {', '.join(map(repr, prefixes))}: give the "
+        f"one that is meant, {_without_prefix(prefixes[0])}"
+    )
 
 
-def _is_state_dict(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and len(entry) > 0 and all(isinstance(value, Tensor) for value in entry.values())
-
-
-def _strip_prefixes(key: str) -> str:
-    while key.startswith(_WRAPPER_PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
+def _without_prefix(prefix: str) -> str:
+    return (
+        f"{{key.removeprefix({prefix!r}): tensor for key, tensor in state_dict.items() if key.startswith({prefix!r})}}"
+    )
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str:
@@ -147,35 +175,23 @@ def _convert_attention(key: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def _second_form_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """vit_pytorch's keys -> ours, but for the attention's own. Its revisions differ in where the LayerNorms sit: in
-    wrappers around the attention and the feed forward (``fn.norm``), or inside both and around the patch embedding."""
+    """vit_pytorch's keys -> ours. Its revisions differ in where the LayerNorms sit: in wrappers around the attention
+    and the feed forward (``fn.norm``), or inside both and around the patch embedding."""
     norm_in_feed_forward = any(
         re.fullmatch(r"transformer\.layers\.\d+\.1\.(fn\.)*net\.0\.weight", key) and tensor.ndim == 1
         for key, tensor in state_dict.items()
     )
-    feed_forward = {"norm": "norm2", "net.0": "mlp.fc1", "net.3": "mlp.fc2"}
-    if norm_in_feed_forward:
-        feed_forward = {"net.0": "norm2", "net.1": "mlp.fc1", "net.4": "mlp.fc2"}
-    patch_embedding = {"to_patch_embedding.1": "patch_embed.proj"}
-    if "to_patch_embedding.2.weight" in state_dict:
-        patch_embedding = {
-            "to_patch_embedding.1": "patch_embed.pre_norm",
-            "to_patch_embedding.2": "patch_embed.proj",
-            "to_patch_embedding.3": "patch_embed.norm",
-        }
-
+    older = {} if norm_in_feed_forward else {"1.norm": "1.net.0", "1.net.0": "1.net.1", "1.net.3": "1.net.4"}
+    without_norms = {"to_patch_embedding.1": "to_patch_embedding.2"}
+    embedding = {} if "to_patch_embedding.2.weight" in state_dict else without_norms
+    outer, inner = ({theirs: ours for ours, theirs, _ in table} for table in (_TO_SECOND_FORM, _BLOCK_TO_SECOND_FORM))
     names: dict[str, str] = {}
     for key in state_dict:
-        match = re.fullmatch(r"transformer\.layers\.(\d+)\.([01])\.(?:fn\.)*(.+)", key)
+        match = re.fullmatch(r"transformer\.layers\.(\d+)\.([01]\.)(?:fn\.)*(.+)", key)
         if match is None:
-            names[key] = _rename(key, _SECOND_FORM_MODEL | patch_embedding)
+            names[key] = _rename(_rename(key, embedding), outer)
         else:
-            block, branch, rest = match.groups()
-            if branch == "1":
-                rest = _rename(rest, feed_forward)
-            else:
-                rest = _rename(rest, {"norm": "norm1"}) if rest.startswith("norm.") else f"attn.{rest}"
-            names[key] = f"blocks.{block}.{rest}"
+            names[key] = f"blocks.{match[1]}.{_rename(_rename(match[2] + match[3], older), inner)}"
     return names
 
 
@@ -208,6 +224,8 @@ def _to_ours(state_dict: Mapping[str, Tensor], model: DeepViT) -> tuple[str, dic
         name, tensor = _convert_attention(names[key], tensor)
         if layout == "vit_pytorch":
             tensor = _convert_patch_pixels(name, tensor, proj_weight_shape)
+        if name in ours:
+            raise ValueError(f"checkpoint holds {name} twice, as {origin[name]} and as {key}")
         ours[name] = tensor
         origin[name] = key
     return layout, ours, origin
@@ -253,66 +271,176 @@ def load_checkpoint(
     Positions learned for another image size are resampled (a checkpoint's grid is taken to be square); a head that
     counts other classes is left out, and the model's stays as it was. When an error is raised, the model is unchanged.
 
-    The model must be built to match. For a checkpoint of ``vit_pytorch.deepvit.DeepViT(image_size, patch_size,
-    num_classes, dim, depth, heads, mlp_dim, dim_head)`` with class token pooling, that is ``DeepViT(image_size,
-    patch_size, num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / dim,
-    attn_head_dim=dim_head, norm="layer", qkv_bias=False, layer_norm_eps=1e-5, patch_norm=...)``, where ``patch_norm``
-    is True if the checkpoint has a ``to_patch_embedding.2.weight``.
+    The model must be built to match; :func:`from_vit_pytorch` builds it for a checkpoint of vit_pytorch.
+
+    What wrappers add to names goes (:func:`select_state_dict`), and so does a prefix before all of the model's, such as
+    Lightning's ``model.``, with whatever stands beside it, as the weights of a loss: ``LoadReport.prefix`` and
+    ``outside``. Where there are two such models, and one has ``ema`` in its prefix, ``prefer_ema`` decides.
 
     Args:
-        model: where the weights go; they take its dtype and device.
+        model: where the weights go; they take its dtype and device. On the meta device it gets tensors of its dtype,
+            parameters and buffers alike, on the device of the checkpoint's, the CPU for a file.
         checkpoint: the path of a file (``torch.save`` or safetensors), or its contents.
         prefer_ema: prefer the moving average over the plain weights where a file holds both.
-        strict: raise when any key is missing, unexpected or of another shape; False loads what fits and reports the
-            rest.
+        strict: raise when any key is missing, unexpected or of another shape, or would stay on the meta device; False
+            loads what fits and reports the rest.
 
     Raises:
-        RuntimeError: with ``strict``, naming every key that does not fit, with the shapes.
-        ValueError, ImportError: the file cannot be read, see :func:`read_checkpoint` and :func:`select_state_dict`.
+        TypeError: ``model`` is no DeepViT, as when something wraps it; ``checkpoint`` is neither path nor mapping.
+        RuntimeError: with ``strict``, naming every key that does not fit, with the shapes; or weights of vit_pytorch
+            for a model that pools otherwise than by class token.
+        ValueError, ImportError: the file cannot be read, see :func:`read_checkpoint` and :func:`select_state_dict`;
+            it holds several models, or tensors without data.
     """
-    contents = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
-    source, foreign = select_state_dict(contents, prefer_ema)
+    if not isinstance(model, DeepViT):
+        raise TypeError(f"model must be a DeepViT, got {class_name(model)}: load before wrapping, or what is wrapped")
+    # Blocks that are compiled have names of their own.
+    own = {without_parts(key, WRAPPERS): key for key in model.state_dict()}
+    expected = dict(zip(own, model.state_dict().values(), strict=True))
+    source, prefix, foreign, outside = _find_model(checkpoint, expected, prefer_ema)
     layout, state_dict, origin = _to_ours(foreign, model)
     resampled = _fit_pos_embed(state_dict, model)
     head_kept = _drop_other_head(state_dict, model)
 
-    expected = model.state_dict()
     for key, tensor in expected.items():
         # Early BatchNorm versions did not count their batches; the count serves a cumulative average alone.
         if key.endswith("num_batches_tracked"):
-            state_dict.setdefault(key, tensor)
+            state_dict.setdefault(key, torch.zeros((), dtype=tensor.dtype) if tensor.is_meta else tensor)
     kept = {"head.weight", "head.bias"} if head_kept else set()
+    mismatched = {
+        key: (tuple(state_dict[key].shape), tuple(tensor.shape))
+        for key, tensor in expected.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
+    }
+    fitting = {key: state_dict[key] for key in expected if key in state_dict and key not in mismatched}
+    parts = {
+        without_parts(key, WRAPPERS): tensor for key, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     report = LoadReport(
         source=source,
         layout=layout,
         missing=[key for key in expected if key not in state_dict and key not in kept],
         unexpected=[origin[key] for key in state_dict if key not in expected],
-        mismatched={
-            key: (tuple(state_dict[key].shape), tuple(tensor.shape))
-            for key, tensor in expected.items()
-            if key in state_dict and state_dict[key].shape != tensor.shape
-        },
+        mismatched=mismatched,
         resampled_pos_embed=resampled,
         head_kept=head_kept,
+        prefix=prefix,
+        outside=outside,
+        left_on_meta=[key for key, tensor in parts.items() if tensor.is_meta and key not in fitting],
     )
-    if strict and (report.missing or report.unexpected or report.mismatched):
-        raise RuntimeError(_describe_misfits(report, expected, foreign, origin))
-    fitting = {key: state_dict[key] for key in expected if key in state_dict and key not in report.mismatched}
-    model.load_state_dict(fitting, strict=False)
+    if strict and (report.missing or report.unexpected or report.mismatched or report.left_on_meta):
+        raise RuntimeError(_describe_misfits(report, parts, foreign, origin))
+    if strict and layout == "vit_pytorch" and model.global_pool != "token" and not head_kept:
+        raise RuntimeError(
+            'a head of vit_pytorch fits global_pool="token" (its pool="cls") alone, got '
+            f"{model.global_pool!r}: {_MEAN_POOLING}"
+        )
+    if report.left_on_meta:
+        logger.warning("left on the meta device, without data: %s", ", ".join(report.left_on_meta))
+    # Copies: training must not change the checkpoint.
+    on_meta = {
+        own[key]: tensor.to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in fitting.items()
+        if expected[key].is_meta
+    }
+    model.load_state_dict(on_meta, strict=False, assign=True)
+    with_data = {own[key]: tensor for key, tensor in fitting.items() if not expected[key].is_meta}
+    model.load_state_dict(with_data, strict=False)
     return report
 
 
 def _describe_misfits(
     report: LoadReport, expected: Mapping[str, Tensor], foreign: Mapping[str, Tensor], origin: Mapping[str, str]
 ) -> str:
-    lines = [f"the checkpoint ({report.layout} layout) does not fit the model:"]
+    under = f", under the prefix {report.prefix!r}" if report.prefix else ""
+    lines = [f"the checkpoint ({report.layout} layout{under}) does not fit the model:"]
     lines += [f"  missing: {key} {tuple(expected[key].shape)}" for key in report.missing]
     lines += [f"  unexpected: {key} {tuple(foreign[key].shape)}" for key in report.unexpected]
     for key, (got, wanted) in report.mismatched.items():
         source_key = origin.get(key, key)
         renamed = "" if source_key == key else f" (from {source_key})"
         lines.append(f"  shape: {key}{renamed} must be {wanted}, got {got}")
+    left = [key for key in report.left_on_meta if key not in (*report.missing, *report.mismatched)]
+    lines += [f"  left on the meta device: {key} {tuple(expected[key].shape)}" for key in left]
+    if report.outside:
+        lines.append(f"  left out, without the prefix: {', '.join(report.outside)}")
+    common = os.path.commonprefix(report.unexpected).rpartition(".")
+    if len(report.unexpected) == len(foreign) and any(common):
+        prefix = common[0] + "."
+        lines.append(f"  if {prefix!r} is a prefix before the names of the model, give {_without_prefix(prefix)}")
     return "\n".join(lines)
+
+
+def from_vit_pytorch(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    pool: str = "cls",
+    in_chans: int = 3,
+    prefer_ema: bool = True,
+    **overrides: Any,
+) -> DeepViT:
+    """The :class:`DeepViT` that computes what a ``vit_pytorch.deepvit.DeepViT`` does, with its weights.
+
+    Everything but the arguments is read off the shapes: heads from ``reattn_weights``, patches from the embedding,
+    images, which vit_pytorch wants square, from the positions. Equivalent to ``DeepViT(image_size, patch_size,
+    num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / dim,
+    attn_head_dim=dim_head, norm="layer", qkv_bias=False, layer_norm_eps=1e-5, patch_norm=...)`` and
+    :func:`load_checkpoint`; ``patch_norm`` for version 1.0 of vit_pytorch and later.
+
+    Args:
+        checkpoint: the path of a file, or its contents, as for :func:`load_checkpoint`.
+        pool: as the model was built; no state dict says it.
+        in_chans: channels of the images, ``channels`` there.
+        prefer_ema: as for :func:`load_checkpoint`.
+        overrides: arguments of :class:`DeepViT` in the place of those, or besides: dropout, say, which is
+            ``attn_drop_rate=dropout, proj_drop_rate=dropout, pos_drop_rate=emb_dropout``, or another ``img_size``.
+            dtype and device are the checkpoint's otherwise.
+
+    Raises:
+        ValueError: ``pool="mean"``, which averages all tokens before the final norm, as DeepViT cannot; or the
+            checkpoint is no such model's, or not of ``in_chans`` channels.
+        RuntimeError, ImportError: as :func:`load_checkpoint`.
+
+    Source: ``vit_pytorch/deepvit.py`` (MIT), all its published revisions.
+    """
+    if pool != "cls":
+        raise ValueError(f'pool must be "cls", got {pool!r}: {_MEAN_POOLING}')
+    *_, state_dict, _ = _find_model(checkpoint, (), prefer_ema)
+    names = _second_form_names(state_dict)
+    shapes = {name: state_dict[key].shape for key, name in names.items() if name != key or key == "cls_token"}
+    read = ["cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"]
+    read += [f"blocks.0.{name}" for name in ("attn.theta", "attn.qkv.weight", "mlp.fc1.weight")]
+    if absent := [name for name in read if name not in shapes]:
+        raise ValueError(
+            "checkpoint must be that of a vit_pytorch.deepvit.DeepViT, got one without its equivalent of "
+            f"{', '.join(absent)}; load_checkpoint takes other layouts"
+        )
+    dim, pixels = shapes["patch_embed.proj.weight"]
+    patch_size, grid = math.isqrt(pixels // max(in_chans, 1)), math.isqrt(shapes["pos_embed"][1] - 1)
+    if patch_size**2 * in_chans != pixels:
+        raise ValueError(f"in_chans must be that of square patches of {pixels} numbers, got {in_chans}")
+    heads = shapes["blocks.0.attn.theta"][0]
+    config = {
+        "img_size": grid * patch_size,
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "num_classes": shapes["head.weight"][0],
+        "embed_dim": dim,
+        "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_heads": heads,
+        # Half a unit more, as the product with dim is cut down to an integer.
+        "mlp_ratio": (shapes["blocks.0.mlp.fc1.weight"][0] + 0.5) / dim,
+        "attn_head_dim": shapes["blocks.0.attn.qkv.weight"][0] // (3 * heads),
+        "norm": "layer",
+        "qkv_bias": False,
+        "layer_norm_eps": 1e-5,
+        "patch_norm": "patch_embed.norm.weight" in shapes,
+        "dtype": state_dict["cls_token"].dtype,
+        "device": state_dict["cls_token"].device,
+    }
+    model = DeepViT(**{**config, **overrides})
+    load_checkpoint(model, state_dict)
+    return model
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -336,3 +464,62 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.t().contiguous()[:, :, None, None]
         official[prefix + _rename(name, _OFFICIAL_ATTENTION)] = tensor
     return official
+
+
+def to_vit_pytorch(weights: DeepViT | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a ``vit_pytorch.deepvit.DeepViT`` (1.0 or later) with the weights of a model of ours.
+
+    The model must be one that :func:`from_vit_pytorch` builds: ``norm="layer", qkv_bias=False, patch_norm=True``, a
+    head, square images, and, what a state dict does not say and only a model given here is asked,
+    ``layer_norm_eps=1e-5, global_pool="token", output_scale=1, residual_scale=1``.
+
+    Raises:
+        ValueError: vit_pytorch's layout has no place for what is there, or one for what is not: each is named.
+    """
+    if isinstance(weights, DeepViT):
+        _refuse_other_settings(weights)
+        weights = weights.state_dict()
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    names = {f"{ours}{end}": f"{theirs}{end}" for ours, theirs, ends in _TO_SECOND_FORM for end in ends}
+    names |= {
+        f"blocks.{index}.{ours}{end}": f"transformer.layers.{index}.{theirs}{end}"
+        for index in range(depth)
+        for ours, theirs, ends in _BLOCK_TO_SECOND_FORM
+        for end in ends
+    }
+    misfits = [f"no place for {key}" for key in weights if key not in names]
+    misfits += [f"{key} is missing" for key in names if key not in weights]
+    if not misfits:
+        grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+        if grid**2 != weights["pos_embed"].shape[1] - 1:
+            misfits.append(f"pos_embed {tuple(weights['pos_embed'].shape)} is of images that are not square")
+        for key in weights:
+            if key.endswith(".theta") and len(set(shape := tuple(weights[key].shape))) > 1:
+                misfits.append(f"{key} {shape} makes another number of heads")
+    if misfits:
+        raise ValueError(
+            'vit_pytorch\'s layout knows norm="layer", qkv_bias=False, patch_norm=True, re-attention in all blocks and '
+            f"a head only: {'; '.join(misfits)}"
+        )
+    pixels = weights["patch_embed.proj.weight"].shape[1:]
+    theirs = {}
+    for ours, name in names.items():
+        tensor = weights[ours]
+        if ours == "patch_embed.proj.weight":
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+        if ours.startswith("patch_embed.pre_norm."):
+            tensor = tensor.unflatten(0, pixels).permute(1, 2, 0).flatten()
+        theirs[name] = tensor
+    return theirs
+
+
+def _refuse_other_settings(model: DeepViT) -> None:
+    """``ValueError`` naming what vit_pytorch computes otherwise, and no state dict shows."""
+    settings: list[tuple[str, Any, Any]] = [("global_pool", model.global_pool, "token")]
+    settings.append(("layer_norm_eps", getattr(model.norm, "eps", None), 1e-5))
+    for index, block in enumerate(model.blocks):
+        settings.append((f"blocks.{index}.residual_scale", block.residual_scale, 1.0))
+        settings.append((f"blocks.{index}.attn.output_scale", getattr(block.attn, "output_scale", 1.0), 1.0))
+    wrong = [f"{name} must be {wanted!r}, got {got!r}" for name, got, wanted in settings if got != wanted]
+    if wrong:
+        raise ValueError(f"vit_pytorch's model has no setting for it: {'; '.join(wrong)}")

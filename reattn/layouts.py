@@ -57,7 +57,7 @@ def translate(state_dict: dict[str, Any], prefix: str, second_form: bool) -> Non
             if name == foreign or (foreign.endswith(".") and name.startswith(foreign)):
                 tensor = state_dict.pop(key)
                 if foreign in _TRANSPOSED:
-                    tensor = tensor.flatten(1).t()
+                    tensor = tensor.flatten(1).t().contiguous()
                 if foreign == _RESIDUAL:
                     tensor = tensor + torch.eye(len(tensor), device=tensor.device, dtype=tensor.dtype)
                 state_dict[prefix + ours + name[len(foreign) :]] = tensor

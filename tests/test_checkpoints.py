@@ -1,16 +1,31 @@
 """Whole checkpoints of the official code and of vit_pytorch, from independent re-implementations of both."""
 
 import argparse
+import contextlib
+import gzip
+import io
 import logging
 import os
+import random
+import re
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import einsum, nn
 
-from reattn.checkpoints import load_checkpoint, read_checkpoint, select_state_dict, to_official
+from reattn import ReAttention
+from reattn.checkpoints import (
+    from_vit_pytorch,
+    load_checkpoint,
+    read_checkpoint,
+    select_state_dict,
+    to_official,
+    to_vit_pytorch,
+)
 from reattn.models import DeepViT
 
 DIM, HEADS, DEPTH, CLASSES, PATCH, SIZE = 24, 3, 3, 5, 8, 32
@@ -288,7 +303,10 @@ def test_training_checkpoint(tmp_path, official, prefix):
     assert (model.head.weight == 0).all() and (model.blocks[2].attn.head_norm.running_var == 0).all()
 
 
-@pytest.mark.parametrize("entry", ["state_dict_ema", "model_ema", "state_dict", "model"])
+@pytest.mark.parametrize(
+    "entry",
+    ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model", "model_state_dict", "module"],
+)
 @pytest.mark.parametrize("prefer_ema", [True, False])
 def test_the_only_entry_is_taken(official, entry, prefer_ema):
     source, state_dict = select_state_dict({"epoch": 1, entry: official.state_dict()}, prefer_ema)
@@ -390,6 +408,478 @@ def test_half_precision_checkpoint(official):
     assert torch.equal(model.norm.weight, official.norm.weight.double())
 
 
+# Files
+
+
+def saved(contents, name, **options):
+    """The bytes of a file."""
+    buffer = io.BytesIO()
+    if name.endswith(".safetensors"):
+        buffer.write(save(contents))
+    else:
+        torch.save(contents, buffer, **options)
+    return buffer.getvalue()
+
+
+def scripted():
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(1, 1), torch.zeros(1)), buffer)
+    return buffer.getvalue()
+
+
+WEIGHTS = {"state_dict": {"head.weight": torch.arange(3000.0), "head.bias": torch.zeros(5)}, "epoch": 3}
+WHOLE = {
+    "zip.pth": saved(WEIGHTS, "zip.pth"),
+    "old.pth": saved(WEIGHTS, "old.pth", _use_new_zipfile_serialization=False),
+    "flat.safetensors": saved(WEIGHTS["state_dict"], "flat.safetensors"),
+}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 109263\n"
+OTHER = {
+    "empty.pth": (b"", "an empty file"),
+    "empty.safetensors": (b"", "an empty file"),
+    "page.pth": (b"\r\n<!DOCTYPE html><html>Virus scan warning</html>", "a web page"),
+    "page.safetensors": (b"<html>404</html>", "a web page"),
+    "pointer.pth": (POINTER, "a Git LFS pointer"),
+    "pointer.safetensors": (POINTER, "a Git LFS pointer"),
+    "index.safetensors": (b'{"weight_map": {"head.bias": "model-00001-of-00002.safetensors"}}', "JSON text"),
+    "packed.pth": (gzip.compress(b"weights"), "a gzip archive"),
+    "text.pth": (b"Access denied: quota exceeded\n", "cannot be read.* 30 bytes, beginning with b'Access denied: q'"),
+    "zeros.safetensors": (bytes(5000), "cannot be read.*: 5000 bytes, beginning with b'"),
+    "array.pth": (b"\x93NUMPY\x01\x00v\x00", "a NumPy array"),
+    "nothing.pth": (saved({}, ".pth"), "no tensors in a mapping with the keys \\[\\]"),
+    "options.pth": (saved({"epoch": 3, "args": {"lr": 1.0}}, ".pth"), "no tensors .*'epoch', 'args'"),
+    "nothing.safetensors": (saved({}, ".safetensors"), "no tensors"),
+    "list.pth": (saved([torch.zeros(1)], ".pth"), "must hold a mapping of names to tensors, got list"),
+    "module.pth": (saved(nn.Linear(1, 1), ".pth"), "asks for torch.nn.modules.linear.Linear, .*weights_only=False"),
+    "script.pth": (scripted(), "cannot be read.* zip archive .*TorchScript"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
+@pytest.mark.parametrize("name", OTHER)
+def test_files_of_other_kinds_are_named(tmp_path, name):
+    content, found = OTHER[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s){re.escape(str(tmp_path / name))}.*{found}"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_directories_are_named(tmp_path):
+    (tmp_path / "model.pth").touch()
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path} must be a checkpoint file, got a directory that holds model.pth"
+    ):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_cut_is_noticed(tmp_path, name):
+    """Files of which the end is missing, whose bytes are garbled here and there, and which end in something else."""
+    path, whole = tmp_path / name, WHOLE[name]
+    generator = random.Random(0)
+    cuts = [whole[:size] for size in (1, 7, 8, 9, 100, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1)]
+    for content in cuts:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_checkpoint(path)
+    for _ in range(100):
+        garbled = bytearray(whole)
+        for place in generator.sample(range(min(len(whole), 600)), 8):
+            garbled[place] = generator.randrange(256)
+        path.write_bytes(garbled)
+        # What is left may be a file of other numbers: no format here has checksums of them.
+        with contextlib.suppress(ValueError):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".pth.tar", ".bin", ""])
+def test_endings_say_nothing(tmp_path, name, ending):
+    path = tmp_path / f"model{ending}"
+    path.write_bytes(WHOLE[name])
+    _, state_dict = select_state_dict(read_checkpoint(path))
+    assert torch.equal(state_dict["head.weight"], torch.arange(3000.0))
+
+
+def test_missing_files_are_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(ours(), tmp_path / "none.pth")
+
+
+# Prefixes
+
+
+def under(prefix, state_dict):
+    return {prefix + key: tensor for key, tensor in state_dict.items()}
+
+
+def inner(part, state_dict):
+    return {
+        re.sub(r"^(blocks\.\d+|blocks\.0\.attn|patch_embed)\.", rf"\1.{part}.", key): t for key, t in state_dict.items()
+    }
+
+
+WRAPPED = {
+    "module.": "",
+    "_orig_mod.module.": "",
+    "_module.": "",
+    "_fsdp_wrapped_module._fpw_module.": "",
+    "model.": "model.",
+    "net.": "net.",
+    "backbone.": "backbone.",
+    "module.model._orig_mod.": "model.",
+    "model.module.": "model.module.",
+    "trainer.modules.student.": "trainer.modules.student.",
+}
+PARTS = [
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "module",
+    "_checkpoint_wrapped_module._orig_mod",
+]
+
+
+@pytest.mark.parametrize("layout", ["official", "second form"])
+@pytest.mark.parametrize("wrapper", [*WRAPPED, *PARTS, "averaged", "averaged in model."])
+def test_wrappers_and_prefixes_go(wrapper, layout):
+    second = {"norm": "layer", "qkv_bias": False, "mlp_ratio": 40 / DIM, "attn_head_dim": 8, "patch_norm": True}
+    source, options = (OfficialDeepViT(), {}) if layout == "official" else (SecondFormDeepViT(), second)
+    plain = randomized(source).state_dict()
+    prefix = WRAPPED.get(wrapper, "")
+    if "averaged" in wrapper:
+        prefix = "model.module." if "model." in wrapper else ""
+        averaged = torch.optim.swa_utils.AveragedModel(source).state_dict()
+        state_dict = under("model." if prefix else "", averaged)
+        assert any("n_averaged" in key for key in state_dict)
+    else:
+        state_dict = under(wrapper, plain) if wrapper in WRAPPED else inner(wrapper, plain)
+        assert state_dict.keys() != plain.keys() or layout == "second form"
+    model, expected = ours(**options), ours(**options)
+    load_checkpoint(expected, plain)
+    report = load_checkpoint(model, state_dict)
+    assert report.prefix == prefix and report.outside == (
+        ["model.n_averaged"] if prefix == "model.module." and "av" in wrapper else []
+    )
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("average", ["ema.", "ema_model.", "model.ema.", "net_ema.module."])
+def test_what_stands_beside_the_model(official, average, caplog):
+    """In a file of Lightning's: a loss, metrics, and a moving average, which is preferred as it is elsewhere."""
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in official.state_dict().items()}
+    ones = {key: torch.ones_like(tensor) for key, tensor in zeros.items()}
+    beside = {"loss.weight": torch.ones(5), "metric.module.total": torch.ones(1)}
+    model = ours()
+    with caplog.at_level(logging.INFO, logger="reattn"):
+        report = load_checkpoint(model, {"epoch": 1, "state_dict": {**under("model.", zeros), **beside}})
+    assert (report.source, report.prefix, report.outside) == ("state_dict", "model.", list(beside))
+    assert "'model.': loss.weight, metric.module.total" in caplog.text
+    everything = {"state_dict": {**under("model.", zeros), **under(average, ones), **beside}}
+    for prefer_ema in (True, False):
+        report = load_checkpoint(model, everything, prefer_ema=prefer_ema)
+        assert report.prefix == (average if prefer_ema else "model.")
+        assert model.head.weight.unique() == prefer_ema and model.blocks[2].attn.theta.unique() == prefer_ema
+        assert len(report.outside) == len(ones) + 2
+
+
+def test_several_models_are_not_chosen_from(official):
+    state_dict = {**under("student.", official.state_dict()), **under("teacher.", official.state_dict())}
+    with pytest.raises(ValueError, match=r"prefixes 'student.', 'teacher.': .*removeprefix\('student.'\)") as raised:
+        load_checkpoint(ours(), state_dict)
+    # What the message says works.
+    load_checkpoint(ours(), eval(re.search(r"\{.*\}", str(raised.value))[0], {"state_dict": state_dict}))
+
+
+class WithParts(DeepViT):
+    """A model with parts that are called as wrappers are, one of which has a class token."""
+
+    def __init__(self):
+        super().__init__(SIZE, PATCH, embed_dim=DIM, depth=1, num_heads=HEADS)
+        self.module, self.model, self.ema = nn.Linear(2, 2), nn.ModuleDict({"module": nn.Linear(2, 2)}), nn.Module()
+        self.ema.cls_token = nn.Parameter(torch.randn(2))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.ema."])
+def test_parts_of_the_model_are_no_prefixes(prefix):
+    source, model = WithParts(), WithParts()
+    report = load_checkpoint(model, under(prefix, source.state_dict()))
+    assert not report.outside
+    for key, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+def test_a_part_called_module_is_unexpected_where_there_is_none(official):
+    """It is not taken for DDP's prefix and loaded into the head."""
+    state_dict = {**official.state_dict(), "module.bias": torch.zeros(CLASSES), "model.cls": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"unexpected: module.bias \(5,\)\n  unexpected: model.cls"):
+        load_checkpoint(ours(), state_dict)
+    _, selected = select_state_dict(state_dict)
+    assert selected.keys() == state_dict.keys()
+
+
+def test_misfits_say_that_a_prefix_is_in_the_way(official):
+    state_dict = under("encoder.vit.", official.state_dict())
+    del state_dict["encoder.vit.cls_token"]
+    with pytest.raises(
+        RuntimeError, match="if 'encoder.vit.' is a prefix before the names of the model, give {key.rem"
+    ):
+        load_checkpoint(ours(), state_dict)
+    head = {"head.weight": torch.zeros(CLASSES, DIM), "head.bias": torch.zeros(CLASSES)}
+    state_dict = {key: t for key, t in under("backbone.", official.state_dict()).items() if ".head." not in key} | head
+    with pytest.raises(RuntimeError) as raised:
+        load_checkpoint(ours(), state_dict)
+    assert str(raised.value).splitlines() == [
+        "the checkpoint (official layout, under the prefix 'backbone.') does not fit the model:",
+        f"  missing: head.weight ({CLASSES}, {DIM})",
+        f"  missing: head.bias ({CLASSES},)",
+        "  left out, without the prefix: head.weight, head.bias",
+    ]
+
+
+class Compiled(nn.Module):
+    """What torch.compile makes of a block: its names, and nothing else."""
+
+    def __init__(self, block):
+        super().__init__()
+        self._orig_mod = block
+
+    def forward(self, *inputs):
+        return self._orig_mod(*inputs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("saved_compiled", [True, False])
+def test_compiled_blocks(official, saved_compiled, device):
+    model, source, expected = ours(device=device), ours(), ours()
+    load_checkpoint(expected, official.state_dict())
+    load_checkpoint(source, official.state_dict())
+    for compiled in (model, source) if saved_compiled else (model,):
+        compiled.blocks[1] = Compiled(compiled.blocks[1])
+    with pytest.raises(RuntimeError, match=r"\n  missing: blocks.1.norm1.weight \(24,\)$"):
+        load_checkpoint(
+            model, {k: t for k, t in source.state_dict().items() if k[:9] + k[-12:] != "blocks.1.norm1.weight"}
+        )
+    assert not load_checkpoint(model, source.state_dict()).left_on_meta
+    assert torch.equal(model.eval()(images(torch.float32)), expected.eval()(images(torch.float32)))
+
+
+def test_wrapped_models_are_refused(official):
+    for model in (nn.DataParallel(ours()), torch.optim.swa_utils.AveragedModel(ours())):
+        with pytest.raises(TypeError, match="model must be a DeepViT, got torch.*: load before wrapping"):
+            load_checkpoint(model, official.state_dict())
+    with pytest.raises(TypeError, match="checkpoint must be a path or a mapping, .* got .*OfficialDeepViT"):
+        load_checkpoint(ours(), official)
+
+
+# The meta device, and assign=True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["official", "second form"])
+def test_model_on_the_meta_device(layout, dtype, tmp_path):
+    """It computes what a model does that was built with data, and neither shares memory with the checkpoint."""
+    second = {"norm": "layer", "qkv_bias": False, "mlp_ratio": 40 / DIM, "attn_head_dim": 8, "patch_norm": True}
+    source, options = (OfficialDeepViT(), {}) if layout == "official" else (SecondFormDeepViT(), second)
+    state_dict = randomized(source).state_dict()
+    before = {key: tensor.clone() for key, tensor in state_dict.items() if "num_batches" not in key}
+    state_dict = {key: tensor for key, tensor in state_dict.items() if "num_batches" not in key}
+    model, expected = (ours(**options, dtype=dtype, device=device) for device in ("meta", "cpu"))
+    model.cls_token.requires_grad_(False)
+    parameters = [name for name, _ in model.named_parameters()]
+    report = load_checkpoint(model, state_dict)
+    load_checkpoint(expected, state_dict)
+    assert report.left_on_meta == [] and not model.cls_token.requires_grad and model.pos_embed.requires_grad
+    assert [name for name, _ in model.named_parameters()] == parameters
+    for key, tensor in expected.state_dict().items():
+        found = model.state_dict()[key]
+        assert torch.equal(found, tensor) and found.dtype == tensor.dtype and found.is_contiguous(), key
+    write(tmp_path / "model.safetensors", model.state_dict())
+    x = images(dtype)
+    loss = model.train()(x).square().sum()
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert all(torch.equal(state_dict[key], tensor) for key, tensor in before.items())
+
+
+def test_nothing_stays_on_the_meta_device_silently(official, caplog):
+    with torch.device("meta"):
+        model = ours(num_classes=7)
+    with pytest.raises(RuntimeError) as raised:
+        load_checkpoint(model, official.state_dict())
+    assert str(raised.value).splitlines()[1:] == [
+        f"  left on the meta device: head.weight (7, {DIM})",
+        "  left on the meta device: head.bias (7,)",
+    ]
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    state_dict = official.state_dict()
+    del state_dict["cls_token"]
+    state_dict["norm.bias"] = torch.zeros(1)
+    report = load_checkpoint(model, state_dict, strict=False)
+    assert report.left_on_meta == ["cls_token", "norm.bias", "head.weight", "head.bias"]
+    assert {key for key, tensor in model.state_dict().items() if tensor.is_meta} == set(report.left_on_meta)
+    assert "left on the meta device, without data: cls_token, norm.bias, head.weight, head.bias" in caplog.text
+    with pytest.raises(ValueError, match="must hold data, got tensors on the meta device: cls_token, pos_embed"):
+        load_checkpoint(ours(), ours(device="meta").state_dict())
+
+
+def test_a_head_with_data_beside_a_model_without(official):
+    with torch.device("meta"):
+        model = ours()
+    model.reset_classifier(7)
+    model.head = nn.Linear(DIM, 7)
+    head = model.head.weight
+    assert load_checkpoint(model, official.state_dict()).head_kept
+    assert model.head.weight is head and model(images(torch.float32)).shape == (2, 7)
+
+
+# Options of ReAttention, and the shapes of what a layout has for it.
+HEAD_SHAPE, CONV, BIAS, SQUARE, TRIPLE = (HEADS, HEADS), (HEADS, HEADS, 1, 1), (HEADS,), (DIM, DIM), (3 * DIM, DIM)
+TALKING = {"pre_mix": True, "norm": None, "proj_bias": False}
+ATTENTION_LAYOUTS = {
+    "official": (
+        {"norm": None, "proj_bias": False},
+        {"reatten_matrix.weight": CONV, "reatten_matrix.bias": BIAS, "qkv.weight": TRIPLE, "proj.weight": SQUARE},
+    ),
+    "second form": (
+        {"norm": "layer"},
+        {"reattn_weights": HEAD_SHAPE, "to_qkv.weight": TRIPLE, "to_out.0.weight": SQUARE, "to_out.0.bias": (DIM,)}
+        | {"reattn_norm.1.weight": BIAS, "reattn_norm.1.bias": BIAS},
+    ),
+    "CaiT": (
+        TALKING,
+        {"proj_l.weight": HEAD_SHAPE, "proj_l.bias": BIAS, "proj_w.weight": HEAD_SHAPE, "proj_w.bias": BIAS}
+        | {"qkv.weight": TRIPLE, "proj.weight": SQUARE},
+    ),
+    "x-transformers": (
+        {**TALKING, "pre_bias": False, "theta_bias": False},
+        {f"attend.{place}_softmax_talking_heads.weight": CONV for place in ("pre", "post")}
+        | {f"to_{name}.weight": SQUARE for name in ("q", "k", "v", "out")},
+    ),
+}
+
+
+@pytest.mark.parametrize("keep_vars", [False, True], ids=["tensors", "parameters"])
+@pytest.mark.parametrize("layout", ATTENTION_LAYOUTS)
+def test_assigned_layouts_are_contiguous_parameters(layout, keep_vars, tmp_path):
+    options, shapes = ATTENTION_LAYOUTS[layout]
+    state_dict = {key: torch.randn(shape) for key, shape in shapes.items()}
+    if keep_vars:
+        state_dict = {key: nn.Parameter(tensor) for key, tensor in state_dict.items()}
+    copied, assigned = ReAttention(DIM, HEADS, **options), ReAttention(DIM, HEADS, **options, device="meta")
+    copied.load_state_dict(state_dict)
+    assigned.load_state_dict(state_dict, assign=True)
+    for name, parameter in assigned.named_parameters():
+        assert isinstance(parameter, nn.Parameter) and parameter.is_leaf and parameter.requires_grad, name
+        assert parameter.is_contiguous() and torch.equal(parameter, copied.get_parameter(name)), name
+    write(tmp_path / "attention.safetensors", assigned.state_dict())
+    assigned(torch.randn(1, 4, DIM)).sum().backward()
+    assert assigned.theta.grad is not None
+
+
+# vit_pytorch
+
+
+def from_second_form(source, **options):
+    model = from_vit_pytorch(source.state_dict(), **options)
+    return model.train(source.training)
+
+
+@pytest.mark.parametrize("revision", ["inner norms", "wrapped once", "wrapped twice"])
+@pytest.mark.parametrize("dim_head, hidden", [(8, 40), (5, 53)])
+def test_vit_pytorch_in_one_call(revision, dim_head, hidden):
+    """53 / 24 * 24 is less than 53 in floating point."""
+    source = randomized(SecondFormDeepViT(dim_head, hidden, revision)).double().eval()
+    model = from_second_form(source)
+    assert (model.img_size, model.patch_size, len(model.blocks), model.num_classes) == (
+        (SIZE, SIZE),
+        PATCH,
+        DEPTH,
+        CLASSES,
+    )
+    torch.testing.assert_close(model(images()), source(images()), rtol=1e-11, atol=1e-11)
+    if revision != "inner norms":
+        with pytest.raises(ValueError, match="patch_norm=True.*: patch_embed.pre_norm.weight is missing"):
+            to_vit_pytorch(model)
+        return
+    for weights in (model, model.state_dict()):
+        back = to_vit_pytorch(weights)
+        assert back.keys() == source.state_dict().keys()
+        assert all(
+            torch.equal(back[key], tensor) and back[key].is_contiguous() for key, tensor in source.state_dict().items()
+        )
+
+
+def test_vit_pytorch_files_and_overrides(tmp_path):
+    source = randomized(SecondFormDeepViT()).half()
+    torch.save({"state_dict": under("net.", source.state_dict())}, tmp_path / "lightning.ckpt")
+    model = from_vit_pytorch(
+        tmp_path / "lightning.ckpt", attn_drop_rate=0.25, num_classes=7, img_size=64, backend="reference"
+    )
+    assert model.cls_token.dtype == torch.float16 and model.training and model.blocks[0].attn.attn_drop.p == 0.25
+    assert model.img_size == (64, 64) and model.head.weight.shape == (7, DIM)
+    assert torch.equal(model.norm.weight, source.mlp_head[0].weight)
+
+
+def test_vit_pytorch_that_has_no_equivalent():
+    state_dict = SecondFormDeepViT().state_dict()
+    with pytest.raises(
+        ValueError, match="pool must be \"cls\", got 'mean': .*averages all tokens, the class token too"
+    ):
+        from_vit_pytorch(state_dict, pool="mean")
+    with pytest.raises(ValueError, match="in_chans must be that of square patches of 192 numbers, got 1"):
+        from_vit_pytorch(state_dict, in_chans=1)
+    with pytest.raises(ValueError, match="in_chans must be .*, got 0"):
+        from_vit_pytorch(state_dict, in_chans=0)
+    for other in (ours(), OfficialDeepViT()):
+        with pytest.raises(
+            ValueError, match="of a vit_pytorch.deepvit.DeepViT, got one without .*pos_embed.*load_checkpoint"
+        ):
+            from_vit_pytorch(other.state_dict())
+    plain = {key: tensor for key, tensor in state_dict.items() if "reattn" not in key}  # a ViT of vit_pytorch
+    with pytest.raises(ValueError, match="without its equivalent of blocks.0.attn.theta"):
+        from_vit_pytorch(plain)
+
+    second = {"norm": "layer", "qkv_bias": False, "mlp_ratio": 40 / DIM, "attn_head_dim": 8, "patch_norm": True}
+    averaging = ours(**second, layer_norm_eps=1e-5, global_pool="avg")
+    with pytest.raises(RuntimeError, match="fits global_pool=\"token\" .* alone, got 'avg': .*averages all tokens"):
+        load_checkpoint(averaging, state_dict)
+    assert load_checkpoint(ours(**second, global_pool="avg", num_classes=0), state_dict).head_kept
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    {
+        "norm": (
+            {"norm": "batch"},
+            "no place for blocks.0.attn.theta_bias; .*no place for blocks.0.attn.head_norm.running",
+        ),
+        "bias": ({"qkv_bias": True}, "no place for blocks.0.attn.qkv.bias"),
+        "plain": ({"re_attention_blocks": 1}, "blocks.0.attn.theta is missing"),
+        "stem": ({"patch_norm": False, "conv_stem": True}, "no place for patch_embed.conv1.weight"),
+        "pre": ({"pre_mix": True}, "no place for blocks.0.attn.pre_theta"),
+        "classes": ({"num_classes": 0}, "head.weight is missing"),
+        "heads": ({"num_heads_out": 2}, r"theta \(3, 2\) makes another number of heads"),
+        "image": ({"img_size": (32, 16)}, r"pos_embed \(1, 9, 24\) is of images that are not square"),
+        "pool": ({"global_pool": "avg"}, "global_pool must be 'token', got 'avg'"),
+        "eps": ({"layer_norm_eps": 1e-6}, "layer_norm_eps must be 1e-05, got 1e-06"),
+        "scales": (
+            {"output_scale": 0.5, "residual_scale": 0.5},
+            "residual_scale must be .*output_scale must be 1.0, got 0.5",
+        ),
+    }.values(),
+)
+def test_what_vit_pytorch_has_no_place_for(options, named):
+    second = {"norm": "layer", "qkv_bias": False, "patch_norm": True, "layer_norm_eps": 1e-5}
+    to_vit_pytorch(ours(**second))
+    with pytest.raises(ValueError, match=named):
+        to_vit_pytorch(ours(**{**second, **options}))
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -410,6 +900,7 @@ def test_malicious_pickle_is_refused(tmp_path, official, zipped):
 
 
 def test_safetensors_missing(tmp_path, monkeypatch):
+    write(tmp_path / "model.safetensors", {"head.bias": torch.zeros(5)})
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"model\.safetensors needs the safetensors package: pip install safetensors"):
         read_checkpoint(tmp_path / "model.safetensors")
@@ -422,4 +913,17 @@ def test_contents_without_a_state_dict(tmp_path):
     with pytest.raises(ValueError, match="list.pth must hold a mapping of names to tensors, got list"):
         load_checkpoint(ours(), tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds 'head.bias' more than once"):
-        select_state_dict({"head.bias": torch.zeros(1), "module.head.bias": torch.zeros(1)})
+        select_state_dict({"head.bias": torch.zeros(1), "head._orig_mod.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"there are tensors under 'student', 'teacher': .*checkpoint\['stu"):
+        select_state_dict({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="state_dict holds a tuple under 'packed'"):
+        select_state_dict({"state_dict": {"a": torch.zeros(1), "packed": (1, 2)}})
+    torch.save({"weights": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"other\.pth: checkpoint must be a state dict.*under 'weights'.*checkpoint\['wei"
+    ):
+        load_checkpoint(ours(), tmp_path / "other.pth")
+    both = ours().state_dict()
+    both["blocks.0.attn.reatten_matrix.weight"] = torch.zeros(HEADS, HEADS, 1, 1)
+    with pytest.raises(ValueError, match="holds blocks.0.attn.theta twice, as .*theta and as .*reatten_matrix.weight"):
+        load_checkpoint(ours(), both)
