@@ -12,7 +12,7 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benc
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulator older-triton demo test test-all sanitize lint format bench bench-quick aot gpu clean
+.PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -32,19 +32,40 @@ out/triton-%/.installed: | $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
 	@touch $@
 
+# timm needs torchvision, and that a torch of its own build: an environment beside the other one. timm's own tests come
+# with its source distribution alone.
+LIBRARIES := out/libraries
+LIBRARIES_PY := $(LIBRARIES)/venv/bin/python
+LIBRARIES_PIP := $(LIBRARIES_PY) -m pip --quiet --disable-pip-version-check
+libraries: $(LIBRARIES)/.installed ## install timm, torchvision, transformers and others into out/, 6 GB, for the tests that need them
+$(LIBRARIES)/.installed: constraints-libraries.txt pyproject.toml | $(STAMP)
+	rm -rf $(LIBRARIES)
+	$(PY) -m venv $(LIBRARIES)/venv
+	$(LIBRARIES_PIP) install -c constraints-libraries.txt ninja pybind11 setuptools
+	REATTN_BUILD_CPU=0 $(LIBRARIES_PIP) install -c constraints-libraries.txt --no-build-isolation -e '.[analysis,demo,libraries,test]'
+	$(LIBRARIES_PIP) download --no-deps --no-binary timm --dest $(LIBRARIES) $$(grep ^timm== constraints-libraries.txt)
+	mkdir $(LIBRARIES)/timm && tar -xzf $(LIBRARIES)/timm-*.tar.gz -C $(LIBRARIES)/timm --strip-components 1
+	@touch $@
+
 demo: extension ## train a small DeepViT and a plain ViT on handwritten digits; the figure goes to out/
 	$(PY) examples/digits.py
 
 # The emulator is single-threaded: processes help, torch's own threads would only get in their way.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
+PYTEST_FLAGS = -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests $(PYTEST_FLAGS)
 test: extension emulator ## run all but the slow tests in WORKERS processes (default 2), nine minutes on two cores
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not libraries"
 
-test-all: extension emulator older-triton ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
+test-all: extension emulator older-triton libraries ## run the slow tests too: kernels compiled for every GPU, long rows, whole builds
 	@echo "Importing torch and collecting tests in $(WORKERS) processes; in half a minute the first have run."
-	$(PYTEST)
+	$(PYTEST) -m "not libraries"
 	PYTHONPATH=out/triton-$(OLDER_TRITON) TRITON_CACHE_DIR=out/triton-$(OLDER_TRITON)/cache $(PYTEST) -q -k "test_compiled and triton and not sm_80 and (not test_every_kernel or pairs)"
+
+	$(MAKE) test-libraries
+
+test-libraries: extension libraries ## run the tests that need timm, torchvision, transformers and others
+	OMP_NUM_THREADS=1 $(LIBRARIES_PY) -m pytest tests $(PYTEST_FLAGS) -q -m libraries
 
 # The library lies beside the one that everything else uses. What malloc hands out is filled with NaN. Reports go past
 # pytest, which captures no more than Python's own output.

@@ -293,7 +293,7 @@ def test_resample_pos_embed():
     constant = resample_pos_embed(torch.full((1, 1 + 12, 6), 0.7, dtype=torch.float16), (2, 5), old_grid=(3, 4))
     assert constant.shape == (1, 1 + 10, 6) and constant.dtype == torch.float16
     torch.testing.assert_close(constant, torch.full_like(constant, 0.7))
-    with pytest.raises(ValueError, match=r"\(1, 13, 6\) holds 12 patch positions.* 3 x 3"):
+    with pytest.raises(ValueError, match="pos_embed holds 12 patch positions.* 3 x 3"):
         resample_pos_embed(torch.zeros(1, 13, 6), (2, 2))
 
 
@@ -472,6 +472,84 @@ def test_forward_intermediates():
         model.forward_intermediates(x, output_fmt="NHWC")
 
 
+def test_pooling():
+    """Class token and two registers, then sixteen patches."""
+    model = tiny(reg_tokens=2, num_classes=0).eval()
+    tokens = model.forward_features(images())
+    assert model.num_prefix_tokens == 3 and tokens.shape == (2, 19, 24)
+    patches = tokens[:, 3:]
+    pooled = {
+        "token": tokens[:, 0],
+        "avg": patches.mean(1),
+        "max": patches.max(1)[0],
+        "avgmax": (patches.mean(1) + patches.max(1)[0]) / 2,
+        "": tokens,
+    }
+    for global_pool, expected in pooled.items():
+        model.reset_classifier(0, global_pool)
+        torch.testing.assert_close(model(images()), expected)
+    after = tiny(reg_tokens=2, num_classes=0, fc_norm=True, pool_include_prefix=True, global_pool="avg").eval()
+    after.load_state_dict({key.replace("norm.", "fc_norm.") if key[:5] == "norm." else key: tensor
+                           for key, tensor in model.state_dict().items()})  # fmt: skip
+    before_norm = model.forward_intermediates(images(), 1, norm=False, output_fmt="NLC", return_prefix_tokens=True)[1][
+        0
+    ]
+    torch.testing.assert_close(after(images()), model.norm(torch.cat(before_norm[::-1], 1).mean(1)))
+
+
+def test_patches_are_dropped_in_training():
+    model = tiny(reg_tokens=1, patch_drop_rate=0.5, global_pool="avg")
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    model.patch_drop.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    model(images())
+    every, kept = seen
+    assert kept.shape == (2, 2 + 8, 24) and torch.equal(kept[:, :2], every[:, :2])
+    for sample, whole in zip(kept[:, 2:], every[:, 2:], strict=True):
+        places = [(whole == token).all(-1).nonzero().item() for token in sample]
+        assert places == sorted(set(places))
+    assert (
+        len({tuple(place.tolist()) for place in (kept[:, 2:, None] == every[:, None, 2:]).all(-1).int().argmax(-1)})
+        == 2
+    )
+    with pytest.raises(ValueError, match="attn_mask must be None while patch_drop_rate=0.5 drops patches in training"):
+        model(images(), torch.ones(18, dtype=torch.bool))
+    with pytest.raises(ValueError, match='output_fmt must be "NLC" while patch_drop_rate=0.5 drops patches'):
+        model.forward_intermediates(images())
+    model.eval()
+    assert torch.equal(model(images(), torch.ones(18, dtype=torch.bool)), model(images()))
+
+
+def test_pruned():
+    model = tiny(depth=4).eval()
+    every = model.forward_intermediates(images(), intermediates_only=True)
+    assert model.prune_intermediate_layers([2, 0], prune_norm=True) == [0, 2]
+    assert len(model.blocks) == len(model.feature_info) == 3 and not model.training
+    for found, expected in zip(model.forward_intermediates(images(), [0, 2])[1], every[::2], strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(model(images())[:, 1:].mT.unflatten(2, (4, 4)), every[2])
+    with pytest.raises(ValueError, match=r"indices must name a block at least, got \[\]"):
+        model.prune_intermediate_layers([])
+
+
+def test_other_layers():
+    model = tiny(norm_layer=torch.nn.RMSNorm, act_layer=torch.nn.SiLU, init_values=0.25, qk_norm=True)
+    norms = {type(module) for name, module in model.named_modules() if re.search(r"norm\d?$", name)}
+    assert norms == {
+        torch.nn.RMSNorm,
+        torch.nn.Identity,
+        torch.nn.BatchNorm2d,
+    }  # fc_norm and the attention's; head_norm
+    block = model.blocks[0].eval()
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        block.ls1.gamma.normal_()
+        between = x + block.ls1.gamma * block.attn(block.norm1(x))
+        hidden = torch.nn.functional.silu(block.mlp.fc1(block.norm2(between)))
+        expected = between + 0.25 * block.mlp.fc2(hidden)
+    torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize("conv_stem", [False, True], ids=["patch", "stem"])
 def test_metadata_names_what_is_there(conv_stem):
     model = tiny(conv_stem=conv_stem)
@@ -503,7 +581,11 @@ def test_registry():
     "overrides, message",
     [
         ({"attention": "linear"}, 'attention must be "re" or "self", got \'linear\''),
-        ({"global_pool": "max"}, 'global_pool must be "token" or "avg", got \'max\''),
+        ({"global_pool": "map"}, r"global_pool must be one of \('token', 'avg', 'max', 'avgmax', ''\), got 'map'"),
+        ({"class_token": False}, 'global_pool must not be "token" with class_token=False'),
+        ({"reg_tokens": -1}, "reg_tokens must be 0 or more, got -1"),
+        ({"patch_drop_rate": 1.0}, r"patch_drop_rate must lie in \[0, 1\), got 1.0"),
+        ({"norm_layer": torch.nn.RMSNorm, "layer_norm_eps": 1e-5}, "layer_norm_eps must be left out with norm_layer"),
         ({"norm": "group"}, "norm must be one of"),
         ({"img_size": 33}, r"img_size must be divisible by patch_size=8, got \(33, 33\)"),
         ({"img_size": (32, 32, 3)}, r"img_size must be a positive int or a pair"),

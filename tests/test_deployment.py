@@ -364,9 +364,52 @@ def test_trace_refuses_a_fused_backend():
         torch.jit.trace(attention(backend="cpu"), tokens())
 
 
-def test_script_is_refused():
-    with pytest.raises((torch.jit.frontend.NotSupportedError, RuntimeError)):
-        torch.jit.script(vit())
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:The TorchScript type system:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "layer", "pre_mix": True, "dynamic_img_size": True},
+        {"conv_stem": True, "re_attention_blocks": 1, "output_scale": 0.3, "residual_scale": 0.5, "reg_tokens": 2},
+        {"patch_drop_rate": 0.5, "drop_path_rate": 0.3, "attn_drop_rate": 0.2, "global_pool": "avgmax"},
+    ],
+    ids=str,
+)
+def test_scripted(options, tmp_path, reference):
+    """The definition, with gradients, written and loaded; the model stays as it is."""
+    model = vit(**options)
+    modules = list(model.modules())
+    torch.jit.script(model).save(tmp_path / "model.ts")
+    assert list(model.modules()) == modules
+    loaded = torch.jit.load(tmp_path / "model.ts")
+    for example in (images(), images(3, 24, 12)) if model.dynamic_img_size else (images(), images(3)):
+        torch.testing.assert_close(loaded(example), model(example), rtol=1e-4, atol=1e-5)
+    loaded(images()).square().sum().backward()
+    model(images()).square().sum().backward()
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(torch.jit.Error, match="x must be images"):
+        loaded(images(2, 18))
+    assert torch.jit.script(model.train())(images()).shape == (2, model.num_classes)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_scripted_attention_of_another_model(reference, caplog):
+    """torch.jit.script puts what it compiles into the model that it is given."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = attention(norm="batch").eval()
+
+        def forward(self, x):
+            return x + self.attn(x)
+
+    model = Residual().eval()
+    expected = model(tokens())
+    torch.testing.assert_close(torch.jit.script(model)(tokens()), expected)
+    assert "torch.jit.script replaces ReAttention" in caplog.text
+    torch.testing.assert_close(model(tokens()), expected)
 
 
 # torch.fx
@@ -436,10 +479,10 @@ def test_fx_leaves_recomputation_out(reference):
 
 
 @pytest.mark.libraries
-def test_feature_extraction(reference):
+def test_feature_extraction(reference, request):
     """By torchvision and by timm."""
     library("timm")
-    from timm.layers import register_notrace_module
+    from timm.layers import _fx, register_notrace_module
     from timm.models import create_feature_extractor
     from torchvision.models import feature_extraction
 
@@ -455,6 +498,7 @@ def test_feature_extraction(reference):
     _, names = feature_extraction.get_graph_node_names(model, tracer_kwargs=leaves, suppress_diff_warning=True)
     assert "blocks.1.attn" in names
     register_notrace_module(ReAttention)
+    request.addfinalizer(lambda: _fx._leaf_modules.discard(ReAttention))
     for extractor in (
         feature_extraction.create_feature_extractor(model, list(features), tracer_kwargs=leaves),
         create_feature_extractor(model, list(features)),

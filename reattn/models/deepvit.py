@@ -82,17 +82,18 @@ def resample_pos_embed(
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     num_patches = patches.shape[1]
     if old_grid is None:
-        side = round(num_patches**0.5)
-        old_grid = (side, side)
-    if old_grid[0] * old_grid[1] != num_patches:
+        height = width = int(round(num_patches**0.5))
+    else:
+        height, width = old_grid[0], old_grid[1]
+    if height * width != num_patches:
         raise ValueError(
-            f"pos_embed of shape {tuple(pos_embed.shape)} holds {num_patches} patch positions, "
-            f"which do not fill a grid of {old_grid[0]} x {old_grid[1]}"
+            f"pos_embed holds {num_patches} patch positions, which do not fill a grid of {height} x {width}"
         )
-    if not _may_vary(new_grid) and old_grid == tuple(new_grid):
-        return pos_embed
-    grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102 (or TorchScript compiles the test)
+        if not _may_vary(new_grid) and (height, width) == tuple(new_grid):
+            return pos_embed
+    grid = patches.reshape(1, height, width, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=[new_grid[0], new_grid[1]], mode="bicubic", antialias=True)
     patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([prefix, patches], dim=1)
 
@@ -827,7 +828,7 @@ class DeepViT(nn.Module):
 
     def _run_block(self, block: nn.Module, tokens: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         masks = () if attn_mask is None and not is_causal else (attn_mask, is_causal)
-        if attn_mask is not None and self.patch_drop.drops:
+        if isinstance(attn_mask, Tensor) and self.patch_drop.drops:
             raise ValueError(
                 f"attn_mask must be None while patch_drop_rate={self.patch_drop.drop_prob:g} drops patches in training"
             )
