@@ -2,7 +2,7 @@
 
 Source: the official code of DeepViT (``loss/cross_entropy.py`` of dvit_repo), which trains its model of 32 blocks with
 0.1 times this for the first 12 pairs of blocks; with ``dim=2`` the similarity of the paper (arXiv 2103.11886, section
-3), which measures it and names no loss of this form.
+3) measures.
 """
 
 from __future__ import annotations
