@@ -146,7 +146,6 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     for name, low, high in (
         *((name, 0.0, math.inf) for name in ("weight_decay", "clip", "workers", "mixup", "cutmix", "similarity")),
         *((name, 0.0, 1.0) for name in ("warmup", "cooldown", "label_smoothing", "reprob", "drop_path", "ema_decay")),
-        ("min_lr", 0.0, args.lr),
     ):
         # Written so that nan is refused, too.
         if not low <= getattr(args, name) < high:
@@ -154,6 +153,8 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     for name in ("lr", "adam_eps"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if not 0 <= args.min_lr <= args.lr:
+        parser.error(f"--min-lr must lie in [0, {args.lr:g}], the range of --lr, got {args.min_lr}")
     if args.warmup + args.cooldown >= 1:
         parser.error(f"--warmup and --cooldown must leave steps between them, got {args.warmup} and {args.cooldown}")
     if args.similarity_pairs is not None and not args.similarity:

@@ -449,7 +449,7 @@ def script():
         ("--image-size 32", "--image-size is for folders"),
         ("--data /no/such/folder", "no train/"),
         ("--fsdp", "--fsdp shards over processes: start it by torchrun"),
-        ("--min-lr 1", "--min-lr must lie in [0, 0.0015), got 1.0"),
+        ("--min-lr 1", "--min-lr must lie in [0, 0.0015], the range of --lr, got 1.0"),
         ("--warmup 0.5 --cooldown 0.5", "--warmup and --cooldown must leave steps between them, got 0.5 and 0.5"),
         ("--similarity 0.1 --similarity-pairs 8", "pairs must lie in [1, 7] for 8 attentions, got 8"),
         ("--similarity-pairs 2", "--similarity-pairs is for --similarity, which is 0, got 2"),
