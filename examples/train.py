@@ -375,8 +375,8 @@ def build_model(args: argparse.Namespace, classes: int) -> DeepViT:
 
 
 class CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for the convolutional stem on a CPU, where its own forward refuses to run. The norms in
-    ReAttention never call theirs: re-attention synchronises its statistics itself, on any device."""
+    """SyncBatchNorm for the convolutional stem on a CPU, where its own forward refuses to run. Those in ReAttention
+    stay as they are: re-attention synchronises its statistics itself, on any device."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if not self.training:
@@ -397,8 +397,9 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
     """Batch statistics over all processes from now on; parameters and buffers stay the same tensors."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if device.type == "cpu":
+        fused = {module.head_norm for module in model.modules() if isinstance(module, ReAttention)}
         for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
+            if isinstance(module, nn.SyncBatchNorm) and module not in fused:
                 module.__class__ = CpuSyncBatchNorm
 
 
