@@ -466,6 +466,14 @@ def test_bad_arguments(arguments, message, script, monkeypatch, capsys, tmp_path
     assert message in capsys.readouterr().err
 
 
+def test_norms_on_several_cpus_stay_fused(script):
+    """Those of the stem are called, those of re-attention are read by its kernels."""
+    model = script.DeepViT(img_size=8, patch_size=2, depth=1, embed_dim=16, num_heads=2, conv_stem=True)
+    script.synchronise_norms(model, torch.device("cpu"))
+    assert type(model.blocks[0].attn.head_norm) is torch.nn.SyncBatchNorm
+    assert type(model.patch_embed.bn1) is script.CpuSyncBatchNorm
+
+
 def test_learning_rate(script):
     """10 steps up, a cosine from the highest to the least, and 20 steps at that."""
     options = (
