@@ -38,10 +38,10 @@ def map_similarity(model: nn.Module, pairs: int | None = None, dim: int = 1) -> 
         torch.stack([F.cosine_similarity(maps[p], maps[p + 1], dim=dim) for p in range(pairs)]).mean()
 
     The maps of two blocks exist at a time, in either pass, whatever the depth: they are computed in plain PyTorch from
-    what the attentions were called with, once for the value and once more for the gradient. They are without dropout of
-    the maps, and leave running statistics as they are; batch norm in training takes the statistics of the batch,
-    SyncBatchNorm those of all ranks. Cosines are computed in float32 or better. Positions that a mask hides count as 0,
-    and so does a batch of no images.
+    what the attentions were called with, once for the value and once more for the gradient; hooks on what makes the
+    maps, as ``qkv``, fire each time. They are without dropout of the maps, and leave running statistics as they are;
+    batch norm in training takes the statistics of the batch, SyncBatchNorm those of all ranks. Cosines are computed in
+    float32 or better. Positions that a mask hides count as 0, and so does a batch of no images.
 
     Args:
         model: holds at least two attentions that :func:`reattn.analysis.find_attentions` knows: those of this package
@@ -62,15 +62,14 @@ def map_similarity(model: nn.Module, pairs: int | None = None, dim: int = 1) -> 
         TypeError, ValueError: an argument is not as described; ``model`` is compiled, sharded by FSDP or a
             DataParallel; from ``similarity()``: two blocks' maps differ in shape.
         RuntimeError: from ``similarity()``: it is not called once after each forward pass; gradients were disabled in
-            the pass and are not now, as by activation checkpointing with ``use_reentrant=True``; an attention's inputs
-            were changed in place since.
+            the pass and are not now, as by activation checkpointing with ``use_reentrant=True``; inputs, parameters or
+            mode of an attention have changed since, as by ``optimizer.step()`` or ``torch.func.functional_call``.
     """
     attentions = _checked_attentions(model)
-    if pairs is None:
-        pairs = len(attentions) - 1
-    if isinstance(pairs, bool) or not isinstance(pairs, int):
+    if isinstance(pairs, bool) or not isinstance(pairs, int | None):
         raise TypeError(f"pairs must be None or an int, got {class_name(pairs)}")
-    if not 1 <= pairs < len(attentions):
+    wanted = len(attentions) if pairs is None else pairs + 1
+    if not 2 <= wanted <= len(attentions):
         raise ValueError(f"pairs must lie in [1, {len(attentions) - 1}] for {len(attentions)} attentions, got {pairs}")
     if dim not in (1, 2):
         raise ValueError(f"dim must be 1, over the heads, or 2, over the queries, got {dim!r}")
@@ -84,7 +83,8 @@ def map_similarity(model: nn.Module, pairs: int | None = None, dim: int = 1) -> 
         def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 raise RuntimeError("map_similarity must not be used in what torch.compile compiles")
-            if len(visits) <= pairs and not recomputes():
+            # An attention that runs twice counts twice.
+            if (pairs is None or len(visits) < wanted) and not recomputes():
                 visits.append(_Visit(path, module, function, args, kwargs))
 
         return visit
@@ -92,13 +92,14 @@ def map_similarity(model: nn.Module, pairs: int | None = None, dim: int = 1) -> 
     def similarity() -> Tensor:
         found = visits.copy()
         visits.clear()
-        if len(found) <= pairs:
+        if len(found) < wanted:
             raise RuntimeError(
-                f"similarity() must be called once after a forward pass of model in which {pairs + 1} attentions ran, "
+                f"similarity() must be called once after a forward pass of model in which {wanted} attentions ran, "
                 f"got {len(found)}: it runs in the context, and nothing that was compiled runs it"
             )
         for visited in found:
             visited.check()
+            visited.check_gradients()
         tensors = [tensor for visited in found for tensor in visited.tensors]
         parameters = {id(parameter): parameter for visited in found for parameter in visited.parameters}
         return _MeanSimilarity.apply(found, dim, len(tensors), *tensors, *parameters.values())
@@ -145,8 +146,8 @@ class _Visit:
         self.path, self.module, self.function = path, module, function
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.versions = self._versions()
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.state = self._state()
         self.has_graph = torch.is_grad_enabled()
         self.autocast: Any = nullcontext()
         kind = self.tensors[0].device.type
@@ -155,18 +156,28 @@ class _Visit:
             # Its cache would keep weights that were cast without a graph, for others to use.
             self.autocast = torch.autocast(kind, dtype, enabled, cache_enabled=False)
 
-    def _versions(self) -> list[int]:
-        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+    def _state(self) -> list[Any]:
+        """What the maps depend on, buffers aside, in a form that shows whether it has changed."""
+        tensors = [*self.tensors, *self.module.parameters()]
+        versions = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        return [versions, [module.training for module in self.module.modules()]]
 
     def check(self) -> None:
+        """``RuntimeError`` where the maps would no longer be those of the forward pass."""
+        if self._state() != self.state:
+            raise RuntimeError(
+                f"inputs, parameters and mode of {self.path} must stay as they are from the forward pass of model to "
+                "the backward pass of similarity(), got others: call optimizer.step(), eval() and the like later, and "
+                "functional_call not at all"
+            )
+
+    def check_gradients(self) -> None:
         wanted = self.parameters or any(tensor.requires_grad for tensor in self.tensors)
         if torch.is_grad_enabled() and not self.has_graph and wanted:
             raise RuntimeError(
                 f"similarity() must be called under torch.no_grad(), as {self.path} ran without gradients; activation "
                 "checkpointing needs use_reentrant=False"
             )
-        if self._versions() != self.versions:
-            raise RuntimeError(f"inputs of {self.path} must not be changed in place before similarity(), got that")
 
     def maps(self, tensors: Sequence[Tensor]) -> Tensor:
         """The maps for ``tensors`` in the place of the recorded ones, in float32 or better."""
@@ -218,6 +229,7 @@ class _MeanSimilarity(torch.autograd.Function):
         before: Any = None
         first = 0
         for visit in ctx.visits:
+            visit.check()
             places = range(first, first := first + len(visit.tensors))
             with torch.enable_grad():
                 inputs = [tensors[place].detach().requires_grad_(ctx.needs_input_grad[3 + place]) for place in places]

@@ -315,6 +315,13 @@ def test_a_batch_of_no_images():
     assert similarity == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_an_attention_that_runs_twice():
+    """It has the gradients of both."""
+    model = make_model()
+    model.blocks[2].attn = model.blocks[0].attn
+    assert_same(step(watched, copy.deepcopy(model), images()), step(naive, model, images(), 3, 1))
+
+
 def test_micro_batches_in_one_context():
     model = make_model(norm="layer")
     with map_similarity(model) as similarity:
@@ -383,7 +390,26 @@ def test_misuse_is_refused():
         model(images())
         with torch.no_grad():
             kept[0].add_(1)
-        with pytest.raises(RuntimeError, match="inputs of blocks.1.attn must not be changed in place"):
+        with pytest.raises(RuntimeError, match="inputs, parameters and mode of blocks.1.attn must stay"):
+            similarity()
+    changed = [
+        lambda model: model.blocks[0].attn.theta.add_(1),
+        lambda model: model.blocks[3].eval(),
+        lambda model: setattr(model.blocks[2].attn, "theta", nn.Parameter(torch.eye(3).double())),
+    ]
+    for change in changed:
+        model = make_model()
+        _, value = watched(model, images())
+        with map_similarity(model) as similarity:
+            model(images())
+        with torch.no_grad():
+            change(model)
+        for call in (similarity, value.backward):
+            with pytest.raises(RuntimeError, match="parameters and mode of blocks\\.[023]\\.attn must stay"):
+                call()
+    with map_similarity(model) as similarity:
+        torch.func.functional_call(model, {"blocks.1.attn.theta": torch.eye(3).double()}, images())
+        with pytest.raises(RuntimeError, match="blocks.1.attn must stay"):
             similarity()
     other = make_model()
     other.blocks[2].attn = ReAttention(24, 2).double()
@@ -420,8 +446,8 @@ def test_the_loop_in_the_documents():
     code = re.search(r"```python\n([^`]*map_similarity.*?)```", text, re.DOTALL)
     assert code is not None
     batch = [(images(torch.float32), torch.arange(4))] * 2
-    model = make_model(depth=14, dtype=torch.float32)
+    model = make_model(depth=3, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     names = {"batches": batch, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    exec(code[1], names)
-    assert not torch.equal(model.blocks[3].attn.theta, before["blocks.3.attn.theta"])
+    exec(code[1].replace("pairs=12", "pairs=2"), names)
+    assert not torch.equal(model.blocks[0].attn.theta, before["blocks.0.attn.theta"])
