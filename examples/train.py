@@ -27,11 +27,13 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,6 +49,7 @@ from tqdm import tqdm
 import reattn
 from reattn import ReAttention, reference
 from reattn.backends import choose
+from reattn.losses import map_similarity
 from reattn.models import DeepViT, create_model, list_models
 from reattn.problem import Problem
 
@@ -106,7 +109,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--adam-eps", type=float, default=1e-8, help="eps of AdamW")
     add("--weight-decay", type=float, default=0.05, help="of matrices; biases, norms and positions have none")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the rate rises, before its cosine decay")
+    add("--min-lr", type=float, default=0.0, help="learning rate at the end of the cosine decay")
+    add("--cooldown", type=float, default=0.0, help="share of all steps, at the end, with --min-lr")
     add("--label-smoothing", type=float, default=0.05, help="of the training loss")
+    add("--aa", help="AutoAugment policy of timm for a folder's images, such as rand-m9-mstd0.5-inc1; needs timm")
+    add("--reprob", type=float, default=0.0, help="share of a folder's images with a random part erased; needs timm")
+    add("--mixup", type=float, default=0.0, help="alpha of MixUp, 0 for none; beside --cutmix each step draws one")
+    add("--cutmix", type=float, default=0.0, help="alpha of CutMix, 0 for none; both need torchvision")
+    add("--similarity", type=float, default=0.0, help="weight of the cosine of adjacent blocks' maps in the loss")
+    add("--similarity-pairs", type=int, help="pairs of blocks that --similarity compares, from the first on; else all")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0 leaves it")
     add("--ema-decay", type=float, default=0.99, help="of the averaged model, less in the first steps; 0 for none")
@@ -133,8 +144,8 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name, low, high in (
-        *((name, 0.0, math.inf) for name in ("weight_decay", "clip", "workers")),
-        *((name, 0.0, 1.0) for name in ("warmup", "label_smoothing", "drop_path", "ema_decay")),
+        *((name, 0.0, math.inf) for name in ("weight_decay", "clip", "workers", "mixup", "cutmix", "similarity")),
+        *((name, 0.0, 1.0) for name in ("warmup", "cooldown", "label_smoothing", "reprob", "drop_path", "ema_decay")),
     ):
         # Written so that nan is refused, too.
         if not low <= getattr(args, name) < high:
@@ -142,6 +153,14 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     for name in ("lr", "adam_eps"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if not 0 <= args.min_lr <= args.lr:
+        parser.error(f"--min-lr must lie in [0, {args.lr:g}], the range of --lr, got {args.min_lr}")
+    if args.warmup + args.cooldown >= 1:
+        parser.error(f"--warmup and --cooldown must leave steps between them, got {args.warmup} and {args.cooldown}")
+    if args.similarity_pairs is not None and not args.similarity:
+        parser.error(f"--similarity-pairs is for --similarity, which is 0, got {args.similarity_pairs}")
+    if args.similarity and (args.compile or args.fsdp):
+        parser.error("--similarity computes maps beside the forward pass: not with --compile or --fsdp")
     if args.model != "small" and args.model not in list_models():
         parser.error(f"--model must be small or one of {', '.join(list_models())}, got {args.model!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -151,6 +170,8 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     if args.data == "digits":
         if args.image_size is not None:
             parser.error(f"--image-size is for folders: digits have {DIGIT_SIZE} pixels a side, got {args.image_size}")
+        if args.aa is not None or args.reprob:
+            parser.error("--aa and --reprob are for folders of images, got --data digits")
         if importlib.util.find_spec("sklearn") is None:
             parser.error("--data digits needs scikit-learn, which is not installed")
     else:
@@ -159,12 +180,20 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
                 parser.error(f"--data must be digits or a folder with train/ and val/, got {args.data}: no {part}/")
         if importlib.util.find_spec("torchvision") is None:
             parser.error("--data with a folder of images needs torchvision, which is not installed")
+        if (args.aa is not None or args.reprob) and importlib.util.find_spec("timm") is None:
+            parser.error("--aa and --reprob need timm, which is not installed")
+    if (args.mixup or args.cutmix) and importlib.util.find_spec("torchvision") is None:
+        parser.error("--mixup and --cutmix need torchvision, which is not installed")
     if not args.resume and checkpoint_path(args).exists():
         parser.error(f"--out holds {checkpoint_path(args)}: --resume goes on from it; else choose another folder")
     try:
         # On the meta device: what the model says of its arguments, without its weights.
         with torch.device("meta"):
-            chosen_backend(build_model(args, classes=2), args)
+            model = build_model(args, classes=2)
+            chosen_backend(model, args)
+            if args.similarity:
+                with map_similarity(model, args.similarity_pairs):
+                    pass
     except (ValueError, RuntimeError) as error:
         parser.error(f"no such model can be trained: {error}")
 
@@ -211,6 +240,22 @@ def derived_seed(*parts: int) -> int:
     return random.Random(repr(parts)).getrandbits(63)
 
 
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Every generator that augmentation draws from, the GPUs' excepted; afterwards they are as they were."""
+    seed, state, numpy_state = derived_seed(*parts), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            # Not torch.manual_seed, which would seed the GPUs as well.
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
 class SeededDataset(Dataset):
     """Images under keys ``(index, epoch)``, from which the randomness of ``transform`` follows."""
 
@@ -223,9 +268,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, epoch = key
         image, label = self.source[index]
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the GPUs as well.
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(image), label
 
 
@@ -257,12 +300,27 @@ def load_folder_data(args: argparse.Namespace) -> tuple[SeededDataset, SeededDat
     size, bicubic = config["input_size"][1], transforms.InterpolationMode.BICUBIC
     to_tensor = [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
     crop = [transforms.RandomResizedCrop(size, interpolation=bicubic), transforms.RandomHorizontalFlip()]
+    augment = transforms.Compose(crop + to_tensor)
+    if args.aa is not None or args.reprob:
+        from timm.data import create_transform
+
+        augment = create_transform(
+            size,
+            is_training=True,
+            auto_augment=args.aa,
+            color_jitter=None,
+            re_prob=args.reprob,
+            re_mode="pixel",
+            interpolation="random",
+            mean=config["mean"],
+            std=config["std"],
+        )
     centre = [transforms.Resize(int(size / config["crop_pct"]), interpolation=bicubic), transforms.CenterCrop(size)]
     train, test = (datasets.ImageFolder(str(Path(args.data, part))) for part in ("train", "val"))
     if train.classes != test.classes:
         raise SystemExit(f"--data: train/ and val/ must hold the same classes, got {args.data}")
     return (
-        SeededDataset(train, transforms.Compose(crop + to_tensor), args.seed),
+        SeededDataset(train, augment, args.seed),
         SeededDataset(test, transforms.Compose(centre + to_tensor), args.seed),
         len(train.classes),
     )
@@ -317,8 +375,8 @@ def build_model(args: argparse.Namespace, classes: int) -> DeepViT:
 
 
 class CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for the convolutional stem on a CPU, where its own forward refuses to run. The norms in
-    ReAttention never call theirs: re-attention synchronises its statistics itself, on any device."""
+    """SyncBatchNorm for the convolutional stem on a CPU, where its own forward refuses to run. Those in ReAttention
+    stay as they are: re-attention synchronises its statistics itself, on any device."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if not self.training:
@@ -339,8 +397,9 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
     """Batch statistics over all processes from now on; parameters and buffers stay the same tensors."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if device.type == "cpu":
+        fused = {module.head_norm for module in model.modules() if isinstance(module, ReAttention)}
         for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
+            if isinstance(module, nn.SyncBatchNorm) and module not in fused:
                 module.__class__ = CpuSyncBatchNorm
 
 
@@ -386,12 +445,13 @@ def build_run(args: argparse.Namespace, classes: int, steps_of_epoch: int, place
     groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_eps)
     steps = args.epochs * steps_of_epoch
-    warmup = max(1, round(args.warmup * steps))
+    warmup, end, least = max(1, round(args.warmup * steps)), steps - round(args.cooldown * steps), args.min_lr / args.lr
 
     def learning_rate(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+        cosine = math.cos(math.pi * (min(step, end) - warmup) / max(1, end - warmup))
+        return least + (1 - least) * (0.5 + 0.5 * cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
     scaler = torch.amp.GradScaler(place.device.type, enabled=args.amp == "fp16")
@@ -406,11 +466,32 @@ def autocast(args: argparse.Namespace, place: Place) -> torch.autocast:
     return torch.autocast(place.device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off")
 
 
+def mix(run: Run, images: Tensor, labels: Tensor, args: argparse.Namespace, place: Place) -> tuple[Tensor, Tensor]:
+    """MixUp or CutMix of this process's images with one another; labels become shares of classes."""
+    from torchvision.transforms import v2
+
+    both = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+    classes = run.model.num_classes
+    ways = [way(alpha=alpha, num_classes=classes) for way, alpha in both if alpha]
+    with seeded(args.seed, run.epoch, run.step, place.rank):
+        return v2.RandomChoice(ways)(images, labels) if len(images) else (images, F.one_hot(labels, classes).float())
+
+
+def forward(run: Run, images: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor | float]:
+    """Logits, and what is added to the loss of each image."""
+    if not args.similarity:
+        return run.engine(images), 0.0
+    with map_similarity(run.model, args.similarity_pairs) as similarity:
+        logits = run.engine(images)
+    return logits, args.similarity * similarity()
+
+
 def train_step(run: Run, images: Tensor, labels: Tensor, size: int, args: argparse.Namespace, place: Place) -> None:
     """One step on this process's share of a batch of ``size`` images."""
     with autocast(args, place):
-        logits = run.engine(images)
+        logits, added = forward(run, images, args)
     losses = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing, reduction="sum")
+    losses = losses + len(images) * added
     run.loss += losses.detach()
     run.optimizer.zero_grad()
     # Gradients are averaged over the processes: this makes them those of the mean over all images of the batch.
@@ -463,6 +544,8 @@ def train_epoch(run: Run, dataset: SeededDataset, args: argparse.Namespace, plac
         for images, labels in make_loader(dataset, batches[run.step :], run, args):
             size = min(args.batch_size, len(dataset) - run.step * args.batch_size)
             images, labels = (tensor.to(place.device, non_blocking=True) for tensor in (images, labels))
+            if args.mixup or args.cutmix:
+                images, labels = mix(run, images, labels, args, place)
             train_step(run, images, labels, size, args, place)
             run.step += 1
             progress.update()

@@ -489,12 +489,13 @@ def test_pooling():
         model.reset_classifier(0, global_pool)
         torch.testing.assert_close(model(images()), expected)
     after = tiny(reg_tokens=2, num_classes=0, fc_norm=True, pool_include_prefix=True, global_pool="avg").eval()
-    after.load_state_dict({key.replace("norm.", "fc_norm.") if key[:5] == "norm." else key: tensor
-                           for key, tensor in model.state_dict().items()})  # fmt: skip
-    before_norm = model.forward_intermediates(images(), 1, norm=False, output_fmt="NLC", return_prefix_tokens=True)[1][
-        0
-    ]
-    torch.testing.assert_close(after(images()), model.norm(torch.cat(before_norm[::-1], 1).mean(1)))
+    renamed = {f"fc_{key}" if key.startswith("norm.") else key: value for key, value in model.state_dict().items()}
+    after.load_state_dict(renamed)
+    ((patches, prefix),) = model.forward_intermediates(
+        images(), 1, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )
+    expected = model.norm(torch.cat([prefix, patches], 1).mean(1))
+    torch.testing.assert_close(after(images()), expected)
 
 
 def test_patches_are_dropped_in_training():
@@ -505,6 +506,7 @@ def test_patches_are_dropped_in_training():
     model(images())
     every, kept = seen
     assert kept.shape == (2, 2 + 8, 24) and torch.equal(kept[:, :2], every[:, :2])
+    chosen = []
     for sample, whole in zip(kept[:, 2:], every[:, 2:], strict=True):
         places = [(whole == token).all(-1).nonzero().item() for token in sample]
         assert places == sorted(set(places))

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention, re_attention
 from reattn.backends import BACKENDS as BACKENDS_BY_NAME
+from reattn.losses import map_similarity
 from reattn.models import DeepViT
 from reattn.models.deepvit import Block
 
@@ -76,6 +77,19 @@ def step(module, x):
         "evaluated": evaluated,
         "gradients": gradients,
         "buffers": dict(module.named_buffers()),
+    }
+
+
+def similarity_step(model, x):
+    """Gradients of a loss summed over images, with the similarity of the maps of two blocks in it."""
+    with map_similarity(model) as similarity:
+        output = model(x)
+    value = similarity()
+    (output.square().sum() + 30 * len(x) * value).backward()
+    return {
+        "similarity": value.detach(),
+        "gradients": {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()},
+        "buffers": {name.removeprefix("module."): buffer for name, buffer in model.named_buffers()},
     }
 
 
@@ -207,7 +221,14 @@ def work(rank, names, folder):
         if backend != "reference":
             dropped = make_batch(device, dropout_p=0.3)
             results["dropout", backend] = compute_part(replace(dropped, seed=rank), backend, (2, 2), rank)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make_model("cpu", "reference").double())
+    x = images("cpu").double()[part_of((3, 1), rank)]
+    results["similarity"] = similarity_step(DistributedDataParallel(model), x)
     for kind in SHARDED:
+        try:
+            similarity_step(sharded(kind), images("cpu"))
+        except ValueError as error:
+            results["similarity", kind] = str(error)
         output = sharded(kind)(images("cpu")[part_of((2, 2), rank)]).float()
         output.square().sum().backward()
         results[kind] = output.detach()
@@ -233,6 +254,27 @@ def test_sharded(kind, ranks):
     for rank, results in enumerate(ranks):
         expected = make_model("cpu", "reference")(images("cpu")[part_of((2, 2), rank)])
         torch.testing.assert_close(results[kind], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_similarity_of_maps(ranks):
+    """Under DistributedDataParallel: gradients that one process has, which go through the hooks' own pass."""
+    whole = similarity_step(make_model("cpu", "reference").double(), images("cpu").double())
+    parts = [results["similarity"] for results in ranks]
+    mean = (3 * parts[0]["similarity"] + parts[1]["similarity"]) / 4
+    torch.testing.assert_close(mean, whole["similarity"], rtol=1e-9, atol=0)
+    for name, expected in whole["gradients"].items():
+        # DistributedDataParallel has averaged them over two ranks.
+        joined = 2 * parts[0]["gradients"][name]
+        size = whole["gradients"][name.replace("theta_bias", "theta")].abs().max().item()
+        torch.testing.assert_close(joined, expected, rtol=0, atol=1e-9 * size, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(parts[0]["gradients"][name], parts[1]["gradients"][name])
+    for name, expected in whole["buffers"].items():
+        torch.testing.assert_close(parts[1]["buffers"][name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_similarity_of_what_is_sharded_is_refused(kind, ranks):
+    assert ranks[0]["similarity", kind].startswith("model must not be sharded or replicated, got ")
 
 
 @backends

@@ -345,9 +345,23 @@ def test_plain_vit_without_average(launch, tmp_path):
     assert header.startswith("epoch,steps,learning_rate,train_loss") and len(rows) == 3
 
 
-@pytest.mark.libraries
-def test_folder_of_images(launch, tmp_path):
-    """Crops follow from seed, epoch and image: neither processes that train nor processes that load change them."""
+@two_processes
+def test_similarity_of_maps(launch, tmp_path):
+    """In the loss: on one process as on two, which have unequal shares and recompute blocks.
+
+    With layer norm, for batch norm leaves pairs of heads near 0, whose cosine multiplies rounding.
+    """
+    options = (*EXACT, "--epochs", 1, "--norm", "layer", "--heads", 4, "--depth", 3, "--similarity", 20)
+    launch(*options, "--similarity-pairs", 1, out=tmp_path / "one", double=True)
+    launch(*options, "--similarity-pairs", 1, "--grad-checkpointing", out=tmp_path / "two", world=2, double=True)
+    assert_close_run(tmp_path / "one", tmp_path / "two", CLOSE)
+    # Ten classes alike are log(10) = 2.3, which three steps change little; the rest is the cosine.
+    assert results(tmp_path / "one")["train_loss"] < 2.1
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images; and torchvision, which reads it."""
     library("torchvision")
     from PIL import Image
 
@@ -359,8 +373,16 @@ def test_folder_of_images(launch, tmp_path):
             for number in range(count):
                 pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(images / part / name / f"{number}.png")
-    options = ("--data", images, "--image-size", 32, "--patch-size", 8, "--epochs", 2, "--batch-size", 7)
-    options += ("--adam-eps", 1e-3)
+    return images
+
+
+FOLDER = ("--image-size", 32, "--patch-size", 8, "--epochs", 2, "--batch-size", 7, "--adam-eps", 1e-3)
+
+
+@pytest.mark.libraries
+def test_folder_of_images(images, launch, tmp_path):
+    """Crops follow from seed, epoch and image: neither processes that train nor processes that load change them."""
+    options = ("--data", images, *FOLDER)
     launch(*options, out=tmp_path / "plain")
     assert results(tmp_path / "plain")["images"] == {"train": 10, "test": 4}
     launch(*options, "--workers", 2, out=tmp_path / "loaders")
@@ -368,6 +390,25 @@ def test_folder_of_images(launch, tmp_path):
     if dist.is_gloo_available():
         launch(*options, out=tmp_path / "two", world=2)
         assert_close_run(tmp_path / "plain", tmp_path / "two", ROUNDED)
+
+
+@pytest.mark.libraries
+def test_the_official_recipe(images, launch, tmp_path):
+    """The command of examples/README.md, in small: augmentation and mixing are those of an uninterrupted run."""
+    library("timm")
+    text = (SCRIPT.parent / "README.md").read_text()
+    section = text[text.index("The official recipe") :]
+    command = section[section.index("--data IMAGENET") : section.index("--workers")].replace("\\\n", " ").split()
+    command[1] = images
+    small = ("--depth", 14, *FOLDER, "--checkpoint-every", 1)
+    launch(*command, "--workers", 2, *small, out=tmp_path / "whole")
+    launch(*command, *small, out=tmp_path / "parts", kill=("step", 4))
+    launch(*command, *small, "--resume", out=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    record = results(tmp_path / "whole")
+    assert record["arguments"]["similarity_pairs"] == 12 and record["arguments"]["mixup"] == 0.1
+    launch(*command, *small, "--cutmix", 1, out=tmp_path / "cut")
+    assert results(tmp_path / "cut")["train_loss"] != record["train_loss"]
 
 
 def test_resumed_with_other_arguments(alone, launch):
@@ -408,6 +449,12 @@ def script():
         ("--image-size 32", "--image-size is for folders"),
         ("--data /no/such/folder", "no train/"),
         ("--fsdp", "--fsdp shards over processes: start it by torchrun"),
+        ("--min-lr 1", "--min-lr must lie in [0, 0.0015], the range of --lr, got 1.0"),
+        ("--warmup 0.5 --cooldown 0.5", "--warmup and --cooldown must leave steps between them, got 0.5 and 0.5"),
+        ("--similarity 0.1 --similarity-pairs 8", "pairs must lie in [1, 7] for 8 attentions, got 8"),
+        ("--similarity-pairs 2", "--similarity-pairs is for --similarity, which is 0, got 2"),
+        ("--similarity 0.1 --compile", "not with --compile or --fsdp"),
+        ("--aa rand-m9", "--aa and --reprob are for folders of images, got --data digits"),
     ],
 )
 def test_bad_arguments(arguments, message, script, monkeypatch, capsys, tmp_path):
@@ -417,6 +464,30 @@ def test_bad_arguments(arguments, message, script, monkeypatch, capsys, tmp_path
         script.parse_arguments([*arguments.split(), "--out", str(tmp_path)])
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_norms_on_several_cpus_stay_fused(script):
+    """Those of the stem are called, those of re-attention are read by its kernels."""
+    model = script.DeepViT(img_size=8, patch_size=2, depth=1, embed_dim=16, num_heads=2, conv_stem=True)
+    script.synchronise_norms(model, torch.device("cpu"))
+    assert type(model.blocks[0].attn.head_norm) is torch.nn.SyncBatchNorm
+    assert type(model.patch_embed.bn1) is script.CpuSyncBatchNorm
+
+
+def test_learning_rate(script):
+    """10 steps up, a cosine from the highest to the least, and 20 steps at that."""
+    options = (
+        "--lr 1e-3 --min-lr 1e-4 --warmup 0.1 --cooldown 0.2 --epochs 10 --dim 16 --depth 1 --heads 2 --device cpu"
+    )
+    args = script.parse_arguments([*options.split(), "--out", "/no/such/folder"])
+    run = script.build_run(args, 10, 10, script.Place(0, 1, torch.device("cpu")))
+    rates = []
+    for _ in range(100):
+        rates.append(run.schedule.get_last_lr()[0])
+        run.optimizer.step()
+        run.schedule.step()
+    assert rates[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
+    assert (rates[10], rates[45]) == pytest.approx((1e-3, 5.5e-4)) and rates[80:] == pytest.approx([1e-4] * 20)
 
 
 def test_shares_of_a_batch(script):

@@ -89,9 +89,12 @@ def resample_pos_embed(
         raise ValueError(
             f"pos_embed holds {num_patches} patch positions, which do not fill a grid of {height} x {width}"
         )
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102 (or TorchScript compiles the test)
-        if not _may_vary(new_grid) and (height, width) == tuple(new_grid):
-            return pos_embed
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        same = False
+    else:
+        same = not _may_vary(new_grid) and (height, width) == tuple(new_grid)
+    if same:
+        return pos_embed
     grid = patches.reshape(1, height, width, -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=[new_grid[0], new_grid[1]], mode="bicubic", antialias=True)
     patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
