@@ -222,9 +222,10 @@ class _MeanSimilarity(torch.autograd.Function):
         def send_back(sources: list[tuple[int, Tensor]], maps: Tensor, leaf: Tensor) -> None:
             found = torch.autograd.grad(maps, [tensor for _, tensor in sources], leaf.grad, allow_unused=True)
             for (place, _), gradient in zip(sources, found, strict=True):
-                known = gradients[place]
-                # A module that runs twice has two.
-                gradients[place] = gradient if known is None or gradient is None else known + gradient
+                if gradient is not None:
+                    known = gradients[place]
+                    # A module that runs twice has two.
+                    gradients[place] = gradient if known is None else known + gradient
 
         before: Any = None
         first = 0
