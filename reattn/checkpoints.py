@@ -587,5 +587,5 @@ def _other_settings(model: DeepViT) -> list[str]:
 
 def _is_gelu(act: nn.Module) -> bool:
     """By what it computes: timm has a class of its own for it."""
-    probe = torch.linspace(-3, 3, 14)
-    return not any(True for _ in act.parameters()) and torch.equal(act(probe.clone()), nn.functional.gelu(probe))
+    probe = torch.linspace(-3, 3, 14, device="cpu")
+    return next(act.parameters(), None) is None and torch.equal(act(probe.clone()), nn.functional.gelu(probe))

@@ -597,17 +597,18 @@ def test_several_models_are_not_chosen_from(official):
 
 
 class WithParts(DeepViT):
-    """A model with parts that are called as wrappers are, one of which has a class token."""
+    """A model with parts that are called as wrappers are, one of which has a class token and positions."""
 
-    def __init__(self):
-        super().__init__(SIZE, PATCH, embed_dim=DIM, depth=1, num_heads=HEADS)
+    def __init__(self, **options):
+        super().__init__(SIZE, PATCH, embed_dim=DIM, depth=1, num_heads=HEADS, **options)
         self.module, self.model, self.ema = nn.Linear(2, 2), nn.ModuleDict({"module": nn.Linear(2, 2)}), nn.Module()
-        self.ema.cls_token = nn.Parameter(torch.randn(2))
+        self.ema.cls_token, self.ema.pos_embed = (nn.Parameter(torch.randn(2)) for _ in range(2))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.ema."])
-def test_parts_of_the_model_are_no_prefixes(prefix):
-    source, model = WithParts(), WithParts()
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["token", "no token"])
+def test_parts_of_the_model_are_no_prefixes(options, prefix):
+    source, model = WithParts(**options), WithParts(**options)
     report = load_checkpoint(model, under(prefix, source.state_dict()))
     assert not report.outside
     for key, tensor in source.state_dict().items():
@@ -935,6 +936,8 @@ def test_any_number_of_tokens_before_the_patches(options, prefix, img_size):
     source = randomized(ours(**options)).eval()
     model = ours(**options, img_size=img_size).eval()
     beside = {"loss.weight": torch.ones(5)} if prefix == "model." else {}
+    if not model.has_class_token and beside:
+        beside["teacher.cls_token"] = torch.ones(1, 1, DIM)
     report = load_checkpoint(model, under(prefix, source.state_dict()) | beside)
     assert report.outside == list(beside)
     assert report.resampled_pos_embed == (None if img_size == SIZE else ((4, 4), (6, 6)))
