@@ -8,17 +8,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reattn.checkpoint_files import WRAPPERS, read_checkpoint, renamed, select_state_dict, without_parts
 from reattn.checks import class_name
 from reattn.layouts import translate
-from reattn.models.deepvit import DeepViT, resample_pos_embed
+from reattn.models.deepvit import DeepViT, checkpoint_filter_fn
 
 __all__ = [
     "LoadReport",
@@ -40,14 +40,19 @@ _OFFICIAL_ATTENTION = {
     "head_norm": "var_norm",
 }
 _AFFINE = (".weight", ".bias")
-# Ours, vit_pytorch's since 1.0, and what both have of it.
+_OFFICIAL_KEYS = re.compile(
+    r"cls_token|pos_embed|(norm|head|patch_embed\.proj)\.(weight|bias)|patch_embed\.conv[12]\.weight"
+    r"|(patch_embed\.bn[12]|blocks\.\d+\.attn\.var_norm)"
+    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+    r"|blocks\.\d+\.(norm[12]|mlp\.fc[12]|attn\.(qkv|proj|reatten_matrix))\.(weight|bias)"
+)
+# Ours, vit_pytorch's since 1.0, and what both have of it; and the final norm, which has two names here.
 _TO_SECOND_FORM = (
     ("cls_token", "cls_token", ("",)),
     ("pos_embed", "pos_embedding", ("",)),
     ("patch_embed.pre_norm", "to_patch_embedding.1", _AFFINE),
     ("patch_embed.proj", "to_patch_embedding.2", _AFFINE),
     ("patch_embed.norm", "to_patch_embedding.3", _AFFINE),
-    ("norm", "mlp_head.0", _AFFINE),
     ("head", "mlp_head.1", _AFFINE),
 )
 _BLOCK_TO_SECOND_FORM = (
@@ -60,9 +65,11 @@ _BLOCK_TO_SECOND_FORM = (
     ("mlp.fc1", "1.net.1", _AFFINE),
     ("mlp.fc2", "1.net.4", _AFFINE),
 )
-_MEAN_POOLING = (
-    'vit_pytorch\'s pool="mean" averages all tokens, the class token too, before the final norm, which no global_pool '
-    "of DeepViT does"
+# All tokens, the class token too, are averaged before the final norm.
+_MEAN_POOLING = {"global_pool": "avg", "fc_norm": True, "pool_include_prefix": True}
+_POOLINGS = (
+    "global_pool='token' (its pool=\"cls\") or global_pool='avg', fc_norm=True, pool_include_prefix=True (its "
+    'pool="mean")'
 )
 
 
@@ -97,12 +104,13 @@ class LoadReport:
 
 
 def _find_model(
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: Iterable[str], prefer_ema: bool
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: Collection[str], prefer_ema: bool
 ) -> tuple[str, str, dict[str, Tensor], list[str]]:
     """The entry that holds the model, the prefix of its keys, its tensors without that, and the keys beside them.
 
-    Every layout has a ``cls_token``: what stands before it is the prefix. ``own`` are the keys of the model to be
-    loaded, whose parts may have class tokens, and names of wrappers, of their own.
+    What stands before ``cls_token`` is the prefix, or before the positions, where the model or the checkpoint has no
+    class token. ``own`` are the keys of the model to be loaded, whose parts may have class tokens, positions and names
+    of wrappers of their own.
     """
     if not isinstance(checkpoint, str | os.PathLike | Mapping):
         raise TypeError(f"checkpoint must be a path or a mapping, as state_dict() gives, got {class_name(checkpoint)}")
@@ -113,14 +121,9 @@ def _find_model(
         except ValueError as error:
             raise ValueError(f"{os.fspath(checkpoint)}: {error}") from error
     source, state_dict = select_state_dict(checkpoint, prefer_ema)
-    of_parts = [key for key in own if key.endswith(".cls_token")]
-
-    def is_part(key: str) -> bool:
-        cut = [key.removesuffix(part) for part in of_parts if f".{key}".endswith(f".{part}")]
-        return any(f"{prefix}cls_token" in state_dict for prefix in cut)
-
-    tokens = [key for key in state_dict if f".{key}".endswith(".cls_token") and not is_part(key)]
-    prefixes = [key.removesuffix("cls_token") for key in tokens]
+    anchors = ["cls_token"] if not own or "cls_token" in own else []
+    found_by = (_prefixes(state_dict, own, anchor) for anchor in (*anchors, "pos_embed", "pos_embedding"))
+    prefixes = next(filter(None, found_by), [])
     prefix = _choose(prefixes, prefer_ema)
     others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     # What DDP puts before the names of a part that it wraps.
@@ -137,6 +140,18 @@ def _find_model(
     if empty := [key for key, tensor in found.items() if tensor.is_meta]:
         raise ValueError(f"checkpoint must hold data, got tensors on the meta device: {', '.join(empty)}")
     return source, prefix, found, outside
+
+
+def _prefixes(state_dict: Mapping[str, Tensor], own: Collection[str], anchor: str) -> list[str]:
+    """What stands before the name ``anchor`` in ``state_dict``, but where a part of the model has it."""
+    of_parts = [key for key in own if key.endswith(f".{anchor}")]
+
+    def is_part(key: str) -> bool:
+        cut = [key.removesuffix(part) for part in of_parts if f".{key}".endswith(f".{part}")]
+        return any(f"{prefix}{anchor}" in state_dict for prefix in cut)
+
+    tokens = [key for key in state_dict if f".{key}".endswith(f".{anchor}") and not is_part(key)]
+    return [key.removesuffix(anchor) for key in tokens]
 
 
 def _choose(prefixes: list[str], prefer_ema: bool) -> str:
@@ -174,9 +189,10 @@ def _convert_attention(key: str, tensor: Tensor) -> tuple[str, Tensor]:
     return entry.popitem()
 
 
-def _second_form_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """vit_pytorch's keys -> ours. Its revisions differ in where the LayerNorms sit: in wrappers around the attention
-    and the feed forward (``fn.norm``), or inside both and around the patch embedding."""
+def _second_form_names(state_dict: Mapping[str, Tensor], final_norm: str = "norm") -> dict[str, str]:
+    """vit_pytorch's keys -> ours, the final norm under the name given. Its revisions differ in where the LayerNorms
+    sit: in wrappers around the attention and the feed forward (``fn.norm``), or inside both and around the patch
+    embedding."""
     norm_in_feed_forward = any(
         re.fullmatch(r"transformer\.layers\.\d+\.1\.(fn\.)*net\.0\.weight", key) and tensor.ndim == 1
         for key, tensor in state_dict.items()
@@ -185,6 +201,7 @@ def _second_form_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     without_norms = {"to_patch_embedding.1": "to_patch_embedding.2"}
     embedding = {} if "to_patch_embedding.2.weight" in state_dict else without_norms
     outer, inner = ({theirs: ours for ours, theirs, _ in table} for table in (_TO_SECOND_FORM, _BLOCK_TO_SECOND_FORM))
+    outer["mlp_head.0"] = final_norm
     names: dict[str, str] = {}
     for key in state_dict:
         match = re.fullmatch(r"transformer\.layers\.(\d+)\.([01]\.)(?:fn\.)*(.+)", key)
@@ -211,7 +228,7 @@ def _to_ours(state_dict: Mapping[str, Tensor], model: DeepViT) -> tuple[str, dic
     names = {key: key for key in state_dict}
     if "pos_embedding" in state_dict:
         layout = "vit_pytorch"
-        names = _second_form_names(state_dict)
+        names = _second_form_names(state_dict, "norm" if isinstance(model.fc_norm, nn.Identity) else "fc_norm")
     elif any(".attn.reatten_matrix." in key for key in state_dict):
         layout = "official"
     else:
@@ -231,16 +248,25 @@ def _to_ours(state_dict: Mapping[str, Tensor], model: DeepViT) -> tuple[str, dic
     return layout, ours, origin
 
 
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
 def _fit_pos_embed(state_dict: dict[str, Tensor], model: DeepViT) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Resample the positions in ``state_dict`` if it is only their number that differs from the model's."""
+    """Resample the positions in ``state_dict`` if it is only their number that differs from the model's. Where timm's
+    ``no_embed_class`` left them out of the tokens before the patches, zeros are added."""
     pos_embed = state_dict.get("pos_embed")
     if pos_embed is None or pos_embed.ndim != 3 or pos_embed.shape[1] == model.pos_embed.shape[1]:
         return None
-    num_patches = pos_embed.shape[1] - model.num_prefix_tokens
-    side = round(max(num_patches, 0) ** 0.5)
-    if side == 0 or side * side != num_patches or pos_embed.shape[2] != model.embed_dim:
+    count, prefix = pos_embed.shape[1], model.num_prefix_tokens
+    missing = [added for added in {0, prefix} if _is_square(count - prefix + added)]
+    if len(missing) != 1 or pos_embed.shape[::2] != (1, model.embed_dim):
         return None
-    state_dict["pos_embed"] = resample_pos_embed(pos_embed, model.grid_size)
+    state_dict["pos_embed"] = torch.cat([pos_embed.new_zeros(1, missing[0], model.embed_dim), pos_embed], dim=1)
+    if state_dict["pos_embed"].shape == model.pos_embed.shape:
+        return None
+    side = math.isqrt(state_dict["pos_embed"].shape[1] - prefix)
+    state_dict |= checkpoint_filter_fn(state_dict, model)
     return (side, side), model.grid_size
 
 
@@ -268,10 +294,13 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a whole checkpoint into ``model``, translating its layout.
 
-    Positions learned for another image size are resampled (a checkpoint's grid is taken to be square); a head that
-    counts other classes is left out, and the model's stays as it was. When an error is raised, the model is unchanged.
+    Positions learned for another image size are resampled (a checkpoint's grid is taken to be square), and are 0 for
+    class token and registers where timm's ``no_embed_class=True`` had none for them; a head that counts other classes
+    is left out, and the model's stays as it was. When an error is raised, the model is unchanged.
 
     The model must be built to match; :func:`from_vit_pytorch` builds it for a checkpoint of vit_pytorch.
+
+    Our layout has the names of timm's ViT: such a checkpoint fits a model of the same parts with ``attention="self"``.
 
     What wrappers add to names goes (:func:`select_state_dict`), and so does a prefix before all of the model's, such as
     Lightning's ``model.``, with whatever stands beside it, as the weights of a loss: ``LoadReport.prefix`` and
@@ -288,7 +317,7 @@ def load_checkpoint(
     Raises:
         TypeError: ``model`` is no DeepViT, as when something wraps it; ``checkpoint`` is neither path nor mapping.
         RuntimeError: with ``strict``, naming every key that does not fit, with the shapes; or weights of vit_pytorch
-            for a model that pools otherwise than by class token.
+            for a model that pools otherwise than its ``pool="cls"`` or ``pool="mean"``.
         ValueError, ImportError: the file cannot be read, see :func:`read_checkpoint` and :func:`select_state_dict`;
             it holds several models, or tensors without data.
     """
@@ -330,11 +359,8 @@ def load_checkpoint(
     )
     if strict and (report.missing or report.unexpected or report.mismatched or report.left_on_meta):
         raise RuntimeError(_describe_misfits(report, parts, foreign, origin))
-    if strict and layout == "vit_pytorch" and model.global_pool != "token" and not head_kept:
-        raise RuntimeError(
-            'a head of vit_pytorch fits global_pool="token" (its pool="cls") alone, got '
-            f"{model.global_pool!r}: {_MEAN_POOLING}"
-        )
+    if strict and layout == "vit_pytorch" and not head_kept and (misfit := _misfit_of_pooling(model)):
+        raise RuntimeError(f"a head of vit_pytorch fits {misfit}")
     if report.left_on_meta:
         logger.warning("left on the meta device, without data: %s", ", ".join(report.left_on_meta))
     # Copies: training must not change the checkpoint.
@@ -347,6 +373,15 @@ def load_checkpoint(
     with_data = {own[key]: tensor for key, tensor in fitting.items() if not expected[key].is_meta}
     model.load_state_dict(with_data, strict=False)
     return report
+
+
+def _misfit_of_pooling(model: DeepViT) -> str | None:
+    """How the model pools otherwise than vit_pytorch, if so. A norm after the class token is taken is that before."""
+    fc_norm = not isinstance(model.fc_norm, nn.Identity)
+    found = {"global_pool": model.global_pool, "fc_norm": fc_norm, "pool_include_prefix": model.pool_include_prefix}
+    if model.global_pool == "token" or found == _MEAN_POOLING:
+        return None
+    return f"{_POOLINGS}, got {', '.join(f'{name}={value!r}' for name, value in found.items())}"
 
 
 def _describe_misfits(
@@ -385,11 +420,12 @@ def from_vit_pytorch(
     images, which vit_pytorch wants square, from the positions. Equivalent to ``DeepViT(image_size, patch_size,
     num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / dim,
     attn_head_dim=dim_head, norm="layer", qkv_bias=False, layer_norm_eps=1e-5, patch_norm=...)`` and
-    :func:`load_checkpoint`; ``patch_norm`` for version 1.0 of vit_pytorch and later.
+    :func:`load_checkpoint`; ``patch_norm`` for version 1.0 of vit_pytorch and later; with ``pool="mean"`` also
+    ``global_pool="avg", fc_norm=True, pool_include_prefix=True``.
 
     Args:
         checkpoint: the path of a file, or its contents, as for :func:`load_checkpoint`.
-        pool: as the model was built; no state dict says it.
+        pool: "cls" or "mean", as the model was built; no state dict says it.
         in_chans: channels of the images, ``channels`` there.
         prefer_ema: as for :func:`load_checkpoint`.
         overrides: arguments of :class:`DeepViT` in the place of those, or besides: dropout, say, which is
@@ -397,14 +433,13 @@ def from_vit_pytorch(
             dtype and device are the checkpoint's otherwise.
 
     Raises:
-        ValueError: ``pool="mean"``, which averages all tokens before the final norm, as DeepViT cannot; or the
-            checkpoint is no such model's, or not of ``in_chans`` channels.
+        ValueError: another ``pool``; or the checkpoint is no such model's, or not of ``in_chans`` channels.
         RuntimeError, ImportError: as :func:`load_checkpoint`.
 
     Source: ``vit_pytorch/deepvit.py`` (MIT), all its published revisions.
     """
-    if pool != "cls":
-        raise ValueError(f'pool must be "cls", got {pool!r}: {_MEAN_POOLING}')
+    if pool not in ("cls", "mean"):
+        raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
     *_, state_dict, _ = _find_model(checkpoint, (), prefer_ema)
     names = _second_form_names(state_dict)
     shapes = {name: state_dict[key].shape for key, name in names.items() if name != key or key == "cls_token"}
@@ -438,31 +473,48 @@ def from_vit_pytorch(
         "dtype": state_dict["cls_token"].dtype,
         "device": state_dict["cls_token"].device,
     }
+    config |= _MEAN_POOLING if pool == "mean" else {}
     model = DeepViT(**{**config, **overrides})
     load_checkpoint(model, state_dict)
     return model
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a :class:`DeepViT` with batch norm under the keys of the official code.
+    """The state dict of a :class:`DeepViT` with batch norm under the keys of the official code, whose model pools by
+    class token and has GELU and LayerNorms of eps 1e-6: that a state dict does not say.
 
     Raises:
-        ValueError: the official layout has no place for a key, as it has none for a norm over the heads.
+        ValueError: the official layout has no place for a key, as it has none for a norm over the heads, registers or
+            LayerScale, or one for what is not there, as the class token: each is named.
     """
     official: dict[str, Tensor] = {}
+    misfits = []
+    needed = ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"]
     for key, tensor in state_dict.items():
         match = re.fullmatch(r"(blocks\.\d+\.attn\.)(.+)", key)
-        if match is None:
-            official[key] = tensor
-            continue
-        prefix, name = match.groups()
-        if name in ("pre_theta", "pre_bias"):
+        prefix, name = match.groups() if match else ("", key)
+        if match and name in ("pre_theta", "pre_bias"):
             raise ValueError(f"the official layout knows no mixing before the softmax, got {key}")
-        if name.startswith("head_norm.") and f"{prefix}head_norm.running_mean" not in state_dict:
+        if match and name.startswith("head_norm.") and f"{prefix}head_norm.running_mean" not in state_dict:
             raise ValueError(f'the official layout knows norm="batch" only, got {key} without running statistics')
-        if name == "theta":
+        if match and name in ("theta", "head_norm.weight"):
+            needed += [f"{prefix}{part}" for part in ("theta", "theta_bias", "head_norm.weight")]
+        if match and name == "theta":
+            if len(set(tensor.shape)) > 1:
+                misfits.append(f"{key} {tuple(tensor.shape)} makes another number of heads")
             tensor = tensor.t().contiguous()[:, :, None, None]
-        official[prefix + _rename(name, _OFFICIAL_ATTENTION)] = tensor
+        theirs = prefix + _rename(name, _OFFICIAL_ATTENTION) if match else key
+        if not _OFFICIAL_KEYS.fullmatch(theirs):
+            misfits.append(f"no place for {key}")
+        elif key.endswith(".weight") and not re.search(r"\.(qkv|conv[12])\.weight$", key):
+            needed.append(f"{key.removesuffix('weight')}bias")
+        official[theirs] = tensor
+    misfits += [f"{key} is missing" for key in dict.fromkeys(needed) if key not in state_dict]
+    if misfits:
+        raise ValueError(
+            'the official layout knows LayerNorm with bias, a class token, and mixing with norm="batch" only: '
+            + "; ".join(misfits)
+        )
     return official
 
 
@@ -470,36 +522,37 @@ def to_vit_pytorch(weights: DeepViT | Mapping[str, Tensor]) -> dict[str, Tensor]
     """The state dict of a ``vit_pytorch.deepvit.DeepViT`` (1.0 or later) with the weights of a model of ours.
 
     The model must be one that :func:`from_vit_pytorch` builds: ``norm="layer", qkv_bias=False, patch_norm=True``, a
-    head, square images, and, what a state dict does not say and only a model given here is asked,
-    ``layer_norm_eps=1e-5, global_pool="token", output_scale=1, residual_scale=1``.
+    class token, a head, square images, and, what a state dict does not say and only a model given here is asked,
+    ``layer_norm_eps=1e-5, output_scale=1, residual_scale=1``, GELU, and a pooling of vit_pytorch's: ``pool="cls"`` or
+    ``pool="mean"`` of the model there must be the same.
 
     Raises:
         ValueError: vit_pytorch's layout has no place for what is there, or one for what is not: each is named.
     """
+    misfits = []
     if isinstance(weights, DeepViT):
-        _refuse_other_settings(weights)
+        misfits = _other_settings(weights)
         weights = weights.state_dict()
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    names = {f"{ours}{end}": f"{theirs}{end}" for ours, theirs, ends in _TO_SECOND_FORM for end in ends}
+    final_norm = ("fc_norm" if "fc_norm.weight" in weights else "norm", "mlp_head.0", _AFFINE)
+    names = {f"{ours}{end}": f"{theirs}{end}" for ours, theirs, ends in (*_TO_SECOND_FORM, final_norm) for end in ends}
     names |= {
         f"blocks.{index}.{ours}{end}": f"transformer.layers.{index}.{theirs}{end}"
         for index in range(depth)
         for ours, theirs, ends in _BLOCK_TO_SECOND_FORM
         for end in ends
     }
-    misfits = [f"no place for {key}" for key in weights if key not in names]
+    misfits += [f"no place for {key}" for key in weights if key not in names]
     misfits += [f"{key} is missing" for key in names if key not in weights]
-    if not misfits:
-        grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
-        if grid**2 != weights["pos_embed"].shape[1] - 1:
-            misfits.append(f"pos_embed {tuple(weights['pos_embed'].shape)} is of images that are not square")
-        for key in weights:
-            if key.endswith(".theta") and len(set(shape := tuple(weights[key].shape))) > 1:
-                misfits.append(f"{key} {shape} makes another number of heads")
+    if "pos_embed" in weights and not _is_square(weights["pos_embed"].shape[1] - 1):
+        misfits.append(f"pos_embed {tuple(weights['pos_embed'].shape)} is of images that are not square")
+    for key in weights:
+        if key.endswith(".theta") and len(set(shape := tuple(weights[key].shape))) > 1:
+            misfits.append(f"{key} {shape} makes another number of heads")
     if misfits:
         raise ValueError(
-            'vit_pytorch\'s layout knows norm="layer", qkv_bias=False, patch_norm=True, re-attention in all blocks and '
-            f"a head only: {'; '.join(misfits)}"
+            'vit_pytorch\'s layout knows norm="layer", qkv_bias=False, patch_norm=True, a class token, re-attention in '
+            f"all blocks and a head only: {'; '.join(misfits)}"
         )
     pixels = weights["patch_embed.proj.weight"].shape[1:]
     theirs = {}
@@ -513,13 +566,26 @@ def to_vit_pytorch(weights: DeepViT | Mapping[str, Tensor]) -> dict[str, Tensor]
     return theirs
 
 
-def _refuse_other_settings(model: DeepViT) -> None:
-    """``ValueError`` naming what vit_pytorch computes otherwise, and no state dict shows."""
-    settings: list[tuple[str, Any, Any]] = [("global_pool", model.global_pool, "token")]
-    settings.append(("layer_norm_eps", getattr(model.norm, "eps", None), 1e-5))
-    for index, block in enumerate(model.blocks):
+def _other_settings(model: DeepViT) -> list[str]:
+    """What vit_pytorch computes otherwise, and no state dict shows."""
+    blocks: list[Any] = list(model.blocks)
+    norms = [model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm]
+    norms += [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    settings: list[tuple[str, Any, Any]] = []
+    settings += [("norm_layer", class_name(norm), "LayerNorm") for norm in norms if not isinstance(norm, nn.LayerNorm)]
+    settings += [("layer_norm_eps", norm.eps, 1e-5) for norm in model.modules() if isinstance(norm, nn.LayerNorm)]
+    settings += [("act_layer", class_name(block.mlp.act), "GELU") for block in blocks if not _is_gelu(block.mlp.act)]
+    for index, block in enumerate(blocks):
+        usual = getattr(block.attn, "head_dim", 1) ** -0.5
         settings.append((f"blocks.{index}.residual_scale", block.residual_scale, 1.0))
         settings.append((f"blocks.{index}.attn.output_scale", getattr(block.attn, "output_scale", 1.0), 1.0))
-    wrong = [f"{name} must be {wanted!r}, got {got!r}" for name, got, wanted in settings if got != wanted]
-    if wrong:
-        raise ValueError(f"vit_pytorch's model has no setting for it: {'; '.join(wrong)}")
+        settings.append((f"blocks.{index}.attn.scale", getattr(block.attn, "scale", usual), usual))
+    wrong = {f"{name} must be {wanted!r}, got {got!r}": None for name, got, wanted in settings if got != wanted}
+    pooling = _misfit_of_pooling(model)
+    return [*wrong, *([f"the pooling must be {pooling}"] if pooling else [])]
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """By what it computes: timm has a class of its own for it."""
+    probe = torch.linspace(-3, 3, 14, device="cpu")
+    return next(act.parameters(), None) is None and torch.equal(act(probe.clone()), nn.functional.gelu(probe))

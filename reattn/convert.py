@@ -86,8 +86,9 @@ def to_re_attention(
 
     Returns:
         ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer;
-        those of talking heads, and all in a layer of x-transformers, become ReAttention's, and a state dict that was
-        saved before is still loaded.
+        those of talking heads, and all in a layer of x-transformers, become ReAttention's. A state dict that was saved
+        before is still loaded, but for what was added: with ``strict=True`` where ``norm=None`` and every layer has
+        talking heads after the softmax.
         An optimizer made before knows nothing of the new parameters: make it afterwards.
 
     Raises:
@@ -293,7 +294,8 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
     before, after = (getattr(layer, name, None) for name in _TALKING_HEADS)
     converted.theta = nn.Parameter(torch.eye(heads, **factory)) if after is None else _transposed(after.weight)
     converted.theta_bias = getattr(after, "bias", None)
-    if converted.theta_bias is None:
+    # A state dict that was saved before has none either.
+    if converted.theta_bias is None and (after is None or norm is not None):
         converted.theta_bias = nn.Parameter(torch.zeros(heads, **factory))
     if before is not None:
         converted.pre_theta, converted.pre_bias = _transposed(before.weight), before.bias

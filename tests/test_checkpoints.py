@@ -126,8 +126,9 @@ class Wrapper(nn.Module):
 
 
 class SecondFormDeepViT(nn.Module):
-    def __init__(self, dim_head: int = 8, hidden: int = 40, revision: str = "inner norms"):
+    def __init__(self, dim_head: int = 8, hidden: int = 40, revision: str = "inner norms", pool: str = "cls"):
         super().__init__()
+        self.pool = pool
         inner, pixels = revision == "inner norms", 3 * PATCH**2
         linear, norms = nn.Linear(pixels, DIM), (nn.LayerNorm(pixels), nn.LayerNorm(DIM))
         embedding = (norms[0], linear, norms[1]) if inner else (linear,)
@@ -155,7 +156,7 @@ class SecondFormDeepViT(nn.Module):
         for attention, feed_forward in self.transformer.layers:
             x = x + attention(x)
             x = x + feed_forward(x)
-        return self.mlp_head(x[:, 0])
+        return self.mlp_head(x[:, 0] if self.pool == "cls" else x.mean(1))
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -596,17 +597,18 @@ def test_several_models_are_not_chosen_from(official):
 
 
 class WithParts(DeepViT):
-    """A model with parts that are called as wrappers are, one of which has a class token."""
+    """A model with parts that are called as wrappers are, one of which has a class token and positions."""
 
-    def __init__(self):
-        super().__init__(SIZE, PATCH, embed_dim=DIM, depth=1, num_heads=HEADS)
+    def __init__(self, **options):
+        super().__init__(SIZE, PATCH, embed_dim=DIM, depth=1, num_heads=HEADS, **options)
         self.module, self.model, self.ema = nn.Linear(2, 2), nn.ModuleDict({"module": nn.Linear(2, 2)}), nn.Module()
-        self.ema.cls_token = nn.Parameter(torch.randn(2))
+        self.ema.cls_token, self.ema.pos_embed = (nn.Parameter(torch.randn(2)) for _ in range(2))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.ema."])
-def test_parts_of_the_model_are_no_prefixes(prefix):
-    source, model = WithParts(), WithParts()
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["token", "no token"])
+def test_parts_of_the_model_are_no_prefixes(options, prefix):
+    source, model = WithParts(**options), WithParts(**options)
     report = load_checkpoint(model, under(prefix, source.state_dict()))
     assert not report.outside
     for key, tensor in source.state_dict().items():
@@ -624,7 +626,7 @@ def test_a_part_called_module_is_unexpected_where_there_is_none(official):
 
 def test_misfits_say_that_a_prefix_is_in_the_way(official):
     state_dict = under("encoder.vit.", official.state_dict())
-    del state_dict["encoder.vit.cls_token"]
+    del state_dict["encoder.vit.cls_token"], state_dict["encoder.vit.pos_embed"]
     with pytest.raises(
         RuntimeError, match="if 'encoder.vit.' is a prefix before the names of the model, give {key.rem"
     ):
@@ -790,11 +792,11 @@ def from_second_form(source, **options):
 
 
 @pytest.mark.parametrize("revision", ["inner norms", "wrapped once", "wrapped twice"])
-@pytest.mark.parametrize("dim_head, hidden", [(8, 40), (5, 53)])
-def test_vit_pytorch_in_one_call(revision, dim_head, hidden):
+@pytest.mark.parametrize("dim_head, hidden, pool", [(8, 40, "cls"), (5, 53, "mean")])
+def test_vit_pytorch_in_one_call(revision, dim_head, hidden, pool):
     """53 / 24 * 24 is less than 53 in floating point."""
-    source = randomized(SecondFormDeepViT(dim_head, hidden, revision)).double().eval()
-    model = from_second_form(source)
+    source = randomized(SecondFormDeepViT(dim_head, hidden, revision, pool)).double().eval()
+    model = from_second_form(source, pool=pool)
     assert (model.img_size, model.patch_size, len(model.blocks), model.num_classes) == (
         (SIZE, SIZE),
         PATCH,
@@ -827,10 +829,8 @@ def test_vit_pytorch_files_and_overrides(tmp_path):
 
 def test_vit_pytorch_that_has_no_equivalent():
     state_dict = SecondFormDeepViT().state_dict()
-    with pytest.raises(
-        ValueError, match="pool must be \"cls\", got 'mean': .*averages all tokens, the class token too"
-    ):
-        from_vit_pytorch(state_dict, pool="mean")
+    with pytest.raises(ValueError, match='pool must be "cls" or "mean", got \'avg\''):
+        from_vit_pytorch(state_dict, pool="avg")
     with pytest.raises(ValueError, match="in_chans must be that of square patches of 192 numbers, got 1"):
         from_vit_pytorch(state_dict, in_chans=1)
     with pytest.raises(ValueError, match="in_chans must be .*, got 0"):
@@ -845,9 +845,23 @@ def test_vit_pytorch_that_has_no_equivalent():
         from_vit_pytorch(plain)
 
     second = {"norm": "layer", "qkv_bias": False, "mlp_ratio": 40 / DIM, "attn_head_dim": 8, "patch_norm": True}
-    averaging = ours(**second, layer_norm_eps=1e-5, global_pool="avg")
-    with pytest.raises(RuntimeError, match="fits global_pool=\"token\" .* alone, got 'avg': .*averages all tokens"):
-        load_checkpoint(averaging, state_dict)
+    both = "fits global_pool='token' .* or global_pool='avg', fc_norm=True, pool_include_prefix=True"
+    for pooling in (
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": True},
+        {"global_pool": "avg", "pool_include_prefix": True},
+        {"global_pool": "max", "fc_norm": True, "pool_include_prefix": True},
+        {"global_pool": ""},
+    ):
+        with pytest.raises(RuntimeError, match=f"{both} .*, got global_pool='{pooling['global_pool']}', fc_norm="):
+            load_checkpoint(ours(**second, layer_norm_eps=1e-5, **pooling), state_dict)
+        with pytest.raises(ValueError, match=f"the pooling must be .*, got global_pool='{pooling['global_pool']}'"):
+            to_vit_pytorch(ours(**second, layer_norm_eps=1e-5, **pooling))
+    # The norm of the class token is that of all tokens there.
+    source = randomized(SecondFormDeepViT())
+    after = ours(**second, layer_norm_eps=1e-5, fc_norm=True)
+    load_checkpoint(after, source.state_dict())
+    torch.testing.assert_close(after.eval()(images(torch.float32)), source(images(torch.float32)), rtol=1e-4, atol=1e-4)
     assert load_checkpoint(ours(**second, global_pool="avg", num_classes=0), state_dict).head_kept
 
 
@@ -865,7 +879,12 @@ def test_vit_pytorch_that_has_no_equivalent():
         "classes": ({"num_classes": 0}, "head.weight is missing"),
         "heads": ({"num_heads_out": 2}, r"theta \(3, 2\) makes another number of heads"),
         "image": ({"img_size": (32, 16)}, r"pos_embed \(1, 9, 24\) is of images that are not square"),
-        "pool": ({"global_pool": "avg"}, "global_pool must be 'token', got 'avg'"),
+        "registers": ({"reg_tokens": 2}, "no place for reg_token"),
+        "no class token": ({"class_token": False, "global_pool": "avg"}, "pooling must be .*; cls_token is missing"),
+        "layer scale": ({"init_values": 0.1}, "no place for blocks.0.ls1.gamma; .*no place for blocks.2.ls2.gamma"),
+        "activation": ({"act_layer": nn.SiLU}, "act_layer must be 'GELU', got .*SiLU"),
+        "approximation": ({"act_layer": lambda: nn.GELU("tanh")}, "act_layer must be 'GELU', got .*GELU"),
+        "norms": ({"norm_layer": nn.RMSNorm}, "norm_layer must be 'LayerNorm', got .*RMSNorm.*; norm.bias is missing"),
         "eps": ({"layer_norm_eps": 1e-6}, "layer_norm_eps must be 1e-05, got 1e-06"),
         "scales": (
             {"output_scale": 0.5, "residual_scale": 0.5},
@@ -876,8 +895,98 @@ def test_vit_pytorch_that_has_no_equivalent():
 def test_what_vit_pytorch_has_no_place_for(options, named):
     second = {"norm": "layer", "qkv_bias": False, "patch_norm": True, "layer_norm_eps": 1e-5}
     to_vit_pytorch(ours(**second))
+    if "norm_layer" in options:
+        del second["layer_norm_eps"]
     with pytest.raises(ValueError, match=named):
         to_vit_pytorch(ours(**{**second, **options}))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    {
+        "registers": ({"reg_tokens": 2}, "no place for reg_token$"),
+        "no class token": ({"class_token": False, "global_pool": "avg"}, "only: cls_token is missing$"),
+        "layer scale": ({"init_values": 0.1}, "no place for blocks.0.ls1.gamma; .*no place for blocks.2.ls2.gamma$"),
+        "norm after pooling": ({"fc_norm": True}, "no place for fc_norm.weight; .*norm.weight is missing"),
+        "norms": ({"norm_layer": nn.RMSNorm}, "blocks.0.norm1.bias is missing; .*norm.bias is missing$"),
+        "queries": ({"qk_norm": True}, "no place for blocks.0.attn.q_norm.weight"),
+        "patches": ({"patch_norm": True}, "no place for patch_embed.pre_norm.weight"),
+        "no norm": ({"norm": None}, "blocks.0.attn.head_norm.weight is missing"),
+        "no mixing": ({"post_mix": False}, "blocks.0.attn.theta is missing; blocks.0.attn.theta_bias is missing"),
+        "heads": ({"num_heads_out": 2}, r"blocks.0.attn.theta \(3, 2\) makes another number of heads"),
+    }.values(),
+)
+def test_what_the_official_layout_has_no_place_for(options, named):
+    with pytest.raises(ValueError, match=named):
+        to_official(ours(**options).state_dict())
+
+
+PREFIXES_OF_TOKENS = {
+    "layer scale": {"init_values": 0.1},
+    "registers": {"reg_tokens": 3, "fc_norm": True},
+    "no class token": {"class_token": False, "global_pool": "avg", "fc_norm": True},
+    "registers alone": {"class_token": False, "reg_tokens": 2, "global_pool": "max", "init_values": 0.1},
+}
+
+
+@pytest.mark.parametrize("img_size", [32, 48])
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("options", PREFIXES_OF_TOKENS.values(), ids=PREFIXES_OF_TOKENS)
+def test_any_number_of_tokens_before_the_patches(options, prefix, img_size):
+    source = randomized(ours(**options)).eval()
+    model = ours(**options, img_size=img_size).eval()
+    beside = {"loss.weight": torch.ones(5)} if prefix == "model." else {}
+    if not model.has_class_token and beside:
+        beside["teacher.cls_token"] = torch.ones(1, 1, DIM)
+    report = load_checkpoint(model, under(prefix, source.state_dict()) | beside)
+    assert report.outside == list(beside)
+    assert report.resampled_pos_embed == (None if img_size == SIZE else ((4, 4), (6, 6)))
+    count = model.num_prefix_tokens
+    assert torch.equal(model.pos_embed[:, :count], source.pos_embed[:, :count])
+    grid = source.pos_embed[:, count:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, model.grid_size, mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(model.pos_embed[:, count:], grid.flatten(2).mT if img_size == SIZE else expected)
+    source.set_input_size(img_size)
+    x = torch.randn(2, 3, img_size, img_size)
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize("img_size", [32, 48])
+@pytest.mark.parametrize("options", PREFIXES_OF_TOKENS.values(), ids=PREFIXES_OF_TOKENS)
+def test_positions_of_patches_alone(options, img_size):
+    """As timm's no_embed_class leaves them; but 9 are those of 3 x 3 patches, or of 2 x 2 after 5 tokens."""
+    source = randomized(ours(**options))
+    count = source.num_prefix_tokens
+    with torch.no_grad():
+        source.pos_embed[:, :count] = 0
+    state_dict = source.state_dict()
+    state_dict["pos_embed"] = state_dict["pos_embed"][:, count:]
+    model = ours(**options, img_size=img_size)
+    load_checkpoint(model, state_dict)
+    source.set_input_size(img_size)
+    assert torch.equal(model.pos_embed, source.pos_embed)
+    ambiguous = ours(reg_tokens=4)
+    state_dict = {**ambiguous.state_dict(), "pos_embed": torch.zeros(1, 9, DIM)}
+    with pytest.raises(RuntimeError, match=r"shape: pos_embed must be \(1, 21, 24\), got \(1, 9, 24\)$"):
+        load_checkpoint(ambiguous, state_dict)
+
+
+def test_models_without_a_class_token_and_with_one():
+    """The parts that only one has are named, and two models are not chosen from."""
+    without, averaging = {"class_token": False, "global_pool": "avg"}, {"global_pool": "avg"}
+    with pytest.raises(RuntimeError) as raised:
+        load_checkpoint(ours(**without), under("net.", ours(**averaging).state_dict()))
+    assert str(raised.value).splitlines()[1:] == [
+        f"  unexpected: cls_token (1, 1, {DIM})",
+        f"  shape: pos_embed must be (1, 16, {DIM}), got (1, 17, {DIM})",
+    ]
+    with pytest.raises(RuntimeError, match=r"under the prefix 'net.'\) does not fit the model:\n  missing: cls_token"):
+        load_checkpoint(ours(**averaging), under("net.", ours(**without).state_dict()))
+    with pytest.raises(RuntimeError, match="missing: norm.weight .*(.|\n)*unexpected: fc_norm.weight"):
+        load_checkpoint(ours(**without), ours(**without, fc_norm=True).state_dict())
+    two = {**under("student.", ours(**without).state_dict()), **under("teacher.", ours(**without).state_dict())}
+    with pytest.raises(ValueError, match="one model, got several, under the prefixes 'student.', 'teacher.'"):
+        load_checkpoint(ours(**without), two)
 
 
 class Malicious:
