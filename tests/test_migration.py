@@ -1,6 +1,5 @@
 """The code of docs/migration.md, and the models it starts from, with other people's libraries."""
 
-import functools
 import pathlib
 import re
 
@@ -99,7 +98,6 @@ def test_checkpoints_of_timm(parts, img_size):
     state_dict = {f"model.{key}": tensor.clone() for key, tensor in theirs.state_dict().items()}
     theirs.set_input_size(img_size)
     parts = {name: value for name, value in parts.items() if name != "no_embed_class"}
-    parts["norm_layer"] = functools.partial(nn.LayerNorm, eps=1e-6)
     model = DeepViT(img_size, **size, **parts, attention="self", dtype=torch.float64).eval()
     report = load_checkpoint(model, state_dict)
     assert report.prefix == "model." and report.resampled_pos_embed == (None if img_size == 32 else ((4, 4), (6, 6)))

@@ -529,9 +529,8 @@ class DeepViT(nn.Module):
         attn_drop_rate: dropout of the softmax.
         patch_drop_rate: share of the patches that a training step leaves out, see :class:`PatchDropout`.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        layer_norm_eps: eps of the blocks' LayerNorms and the final one.
-        norm_layer: another class for these, and for the norms of ``qk_norm``: ``norm_layer(channels, device=...,
-            dtype=...)``, such as ``nn.RMSNorm``.
+        layer_norm_eps: eps of the LayerNorms of blocks, of ``qk_norm`` and of the final one.
+        norm_layer: another class for these: ``norm_layer(channels, device=..., dtype=...)``, such as ``nn.RMSNorm``.
         act_layer: class of the MLP's activation.
         dynamic_img_size: take images of any size that ``patch_size`` divides, resampling the positions as needed.
         backend: backend of the re-attention operator, see :func:`reattn.re_attention`.
@@ -638,6 +637,7 @@ class DeepViT(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens)
 
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=layer_norm_eps)
         re_attention = set(select_blocks(re_attention_blocks, depth, "re_attention_blocks"))
         if attention == "self":
             re_attention.clear()
@@ -649,10 +649,9 @@ class DeepViT(nn.Module):
             "attn_drop": attn_drop_rate,
             "proj_drop": proj_drop_rate,
             "attn_head_dim": attn_head_dim,
-            "norm_layer": norm_layer or nn.LayerNorm,
+            "norm_layer": norm_layer,
             **factory,
         }
-        norm_layer = norm_layer or partial(nn.LayerNorm, eps=layer_norm_eps)
 
         def build_attention(index: int) -> nn.Module:
             if index not in re_attention:
