@@ -130,14 +130,14 @@ LENGTHS = (70, 150)
 
 
 def plan_cases():
-    """Every cut, with every mode and dtype; with dropout, and with more keys, in turn."""
+    """Every two of cut, mode and dtype together; with dropout, and with more keys, in turn."""
     for index, cut in enumerate(CUTS):
         for turn, mode in enumerate(MODES):
             for which, dtype in enumerate(FLOATS):
-                if CUTS[cut].rows == 32 and dtype == "float32":
+                if (index + turn + which) % 2 or CUTS[cut].rows == 32 and dtype == "float32":
                     continue
                 dropout_p = 0.3 * ((index + turn // 2 + which) % 2)
-                seqlen_k = LENGTHS[(index + turn + which) % 2]
+                seqlen_k = LENGTHS[(index // 2 + turn // 2) % 2]
                 name = f"{cut}-{mode}-{dtype}-{seqlen_k}{'-dropout' * bool(dropout_p)}"
                 yield pytest.param(cut, mode, FLOATS[dtype], seqlen_k, dropout_p, id=name)
 
@@ -709,9 +709,9 @@ def test_scores_that_grow(dtype, cut, by, use_cut):
     if dtype == "float32" and CUTS[cut].rows == 32:
         pytest.skip("taller blocks are for 16-bit elements")
     use_cut(cut)
-    for mode in MODES:
-        problem = make_cuda_problem(mode, seqlen=35, seqlen_k=150, dtype=FLOATS[dtype])
-        assert_parity(grown(problem, by), "cuda")
+    mode = list(MODES)[(list(CUTS).index(cut) // 3 + list(FLOATS).index(dtype) + round(math.log10(by))) % len(MODES)]
+    problem = make_cuda_problem(mode, seqlen=35, seqlen_k=150, dtype=FLOATS[dtype])
+    assert_parity(grown(problem, by), "cuda")
 
 
 @emulated

@@ -182,7 +182,15 @@ def test_sdist_holds_what_a_checkout_needs(sdist):
     for room in ("reattn", "kernels", "emulator", "tests", "benchmarks", "examples"):
         assert {f"{room}/{name}" for name in python_files(ROOT / room)} <= names
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")} <= names
-    assert {"Makefile", "constraints.txt", "constraints-libraries.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= names
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "constraints-libraries.txt",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "LICENSE",
+        "README.md",
+    } <= names
     assert "build_extensions.py" in names
     assert "docs/architecture.md" in names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
