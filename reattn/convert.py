@@ -343,7 +343,9 @@ def stand_in(layer: nn.Module) -> ReAttention:
     return converted
 
 
-def tokens_and_mask(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, bool]:
+def tokens_and_mask(
+    layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, bool]:
     """The arguments of a layer's forward pass as those of its :func:`stand_in`.
 
     Raises:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from libraries import library
@@ -17,7 +18,13 @@ from PIL import Image  # noqa: E402
 
 from reattn.analysis import __main__ as command  # noqa: E402
 from reattn.analysis import at_distances, measure_attention, similar_blocks  # noqa: E402
-from reattn.analysis.images import Preprocessing, find_images, image_batches  # noqa: E402
+from reattn.analysis.images import (  # noqa: E402
+    Preprocessing,
+    UnreadableImageError,
+    check_images,
+    find_images,
+    image_batches,
+)
 from reattn.analysis.load import load_weights, parse_arguments  # noqa: E402
 from reattn.models import DeepViT, create_model  # noqa: E402
 
@@ -300,6 +307,59 @@ def test_preprocessing(images, tmp_path):
         Preprocessing(3, 8, 8, interpolation="random")
     with pytest.raises(ValueError, match="model must have a default_cfg or pretrained_cfg with an input_size"):
         Preprocessing.of(torch.nn.Linear(2, 2))
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+GREY = Image.fromarray((RAMP * 255).round().astype(np.uint8))
+MODES = {
+    "16 bits": ("ramp.png", Image.fromarray((RAMP * 65535).astype(np.uint16)), {}),
+    "16 bits, big-endian": ("ramp.tif", Image.fromarray((RAMP * 65535).astype(">u2")), {}),
+    "16 bits, widened": ("ramp.ppm", Image.fromarray((RAMP * 65535).astype(np.int32)), {}),
+    "floats": ("ramp.tif", Image.fromarray(RAMP.astype(np.float32)), {}),
+    "8 bits": ("ramp.png", GREY, {}),
+    "opaque": ("ramp.png", GREY.convert("LA"), {}),
+    "opaque palette": ("ramp.tif", GREY.convert("PA"), {}),
+    "opaque table": ("ramp.png", GREY.convert("P"), {"transparency": bytes([255] * 256)}),
+    "print": ("ramp.tif", GREY.convert("CMYK"), {}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_brightness_is_kept_in_every_mode(mode, channels, tmp_path):
+    """A ramp from black to white, which is as bright when half as large, in whatever a file holds it."""
+    name, image, options = MODES[mode]
+    image.save(tmp_path / name, **options)
+    check_images([tmp_path / name])
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    pixels = Preprocessing(channels, 32, 32, crop_pct=1.0, interpolation="bilinear", mean=zeros, std=ones).read(
+        tmp_path / name
+    )
+    # Bilinear resizing to the half weighs four pixels: what lies around the middle of two is linear but at the border.
+    expected = torch.from_numpy(RAMP).float().view(32, 2, 32, 2).mean((1, 3))
+    assert pixels.shape == (channels, 32, 32)
+    rounding = 1e-4 if mode in ("16 bits", "16 bits, big-endian", "16 bits, widened", "floats") else 0.01
+    torch.testing.assert_close(
+        pixels[:, 1:-1, 1:-1], expected[1:-1, 1:-1].expand(channels, -1, -1), rtol=0, atol=rounding
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "message"),
+    [
+        ("x.tif", Image.fromarray((RAMP * 9e4).astype(np.int32)), {}, "got pixels from 0 to 90000 in mode I: save it"),
+        ("x.tif", Image.fromarray((RAMP * 255).astype(np.float32)), {}, "got pixels from 0 to 255 in mode F: save it"),
+        ("x.tif", Image.fromarray(np.full((4, 4), np.nan, np.float32)), {}, "got pixels from nan to nan in mode F"),
+        ("x.png", Image.merge("LA", [GREY, GREY]), {}, "got transparent pixels in mode LA: lay it on a background"),
+        ("x.png", GREY.convert("P"), {"transparency": 0}, "got transparent pixels in mode P"),
+        ("x.png", GREY.convert("RGB"), {"transparency": (9, 9, 9)}, "got transparent pixels in mode RGB"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "mode" in value else "",
+)
+def test_images_of_no_certain_brightness(name, image, options, message, tmp_path):
+    image.save(tmp_path / name, **options)
+    with pytest.raises(UnreadableImageError, match=f"{name} cannot be read as an image: .*{message}"):
+        check_images([tmp_path / name])
 
 
 def test_limit_is_spread(images):

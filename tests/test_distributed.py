@@ -79,6 +79,14 @@ def step(module, x):
     }
 
 
+def looked_at(attention, called):
+    """Maps in training mode, and the running statistics after it; ``called``: a hook has the norm called."""
+    if called:
+        attention.head_norm.register_forward_hook(lambda *_: None)
+    maps = [m.detach() for m in attention.attention_maps(tokens("cpu")[:3])]
+    return maps, dict(attention.named_buffers())
+
+
 SHARDED = ("fsdp1", "fsdp1-original-parameters", "fsdp2", "fsdp2-norms-apart")
 
 
@@ -213,6 +221,12 @@ def work(rank, names, folder):
         results[kind] = output.detach()
     if "cpu" in names:
         results |= distributed_tensors(init_device_mesh("cpu", (2,)), rank)
+    if rank == 0:
+        # Alone: nobody answers if it asks.
+        for called in (False, True):
+            results["maps", called] = looked_at(
+                nn.SyncBatchNorm.convert_sync_batchnorm(make_attention("cpu", "auto")), called
+            )
     torch.save(results, f"{folder}/results-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -284,6 +298,18 @@ def test_converted_module(name, make, batch, backend, ranks, device):
     for key, expected in whole["buffers"].items():
         for part in parts:
             torch.testing.assert_close(part["buffers"][wrapped + key], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_maps_are_those_of_one_rank(called, ranks):
+    """A rank looks at its maps in training mode by itself: with the statistics of its own tokens, and none updated."""
+    maps, buffers = ranks[0]["maps", called]
+    attention = make_attention("cpu", "auto")
+    expected, unchanged = looked_at(attention, False)
+    for found, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffers, unchanged)
+    assert abs(maps[1].mean()) < 1e-4 and maps[1].std() == pytest.approx(1, abs=0.02)
 
 
 def assert_same(found, expected):
