@@ -40,10 +40,11 @@ class JoinedLinear(nn.Module):
 def merged_linear(layers: Sequence[Any]) -> nn.Linear:
     """One linear layer for several of the same input, with copies of their weights."""
     weight, bias = merged([layer.weight for layer in layers], [layer.bias for layer in layers])
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     trains = any(p.requires_grad for layer in layers for p in layer.parameters())
     linear.weight = nn.Parameter(weight, requires_grad=trains)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=trains)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=trains)
     return linear
 
 

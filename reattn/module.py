@@ -421,7 +421,7 @@ def _of_this_rank(module: nn.Module) -> Iterator[None]:
     norms = [part for part in module.modules() if _runs(part, nn.SyncBatchNorm)]
     try:
         for norm in norms:
-            norm.forward = partial(_BatchNorm.forward, norm)  # type: ignore[method-assign,arg-type]
+            norm.forward = partial(_BatchNorm.forward, norm)  # type: ignore[arg-type]
         yield
     finally:
         for norm in norms:

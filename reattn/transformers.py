@@ -1,8 +1,8 @@
 """Attention layers of transformers: for :func:`reattn.convert.to_re_attention` and :mod:`reattn.analysis`.
 
-ViT, DeiT, DINOv2 with and without registers, CLIP, SigLIP, BEiT and others share one form: linear layers for query, key
-and value, a number of heads, and ``forward(hidden_states, attention_mask)``, which returns the output and the maps. They
-are known by these parts; transformers need not be installed. Rotary position embeddings are no part of it.
+ViT, DeiT, DINOv2 with and without registers, CLIP, SigLIP, BEiT and others share one form: linear layers for query,
+key and value, a number of heads, and ``forward(hidden_states, attention_mask)``, which returns the output and the maps.
+They are known by these parts; transformers need not be installed. Rotary position embeddings are no part of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reattn.checks import CONVERT_FIRST, class_name
-from reattn.foreign import JoinedLinear, argument_names, is_linear, joined, merged, keep_hooks, refuse_others
+from reattn.foreign import JoinedLinear, argument_names, is_linear, joined, merged, refuse_others
 from reattn.module import ReAttention
 
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
@@ -116,7 +116,7 @@ def parts(layer: Any, copy: bool) -> nn.Module:
     named: Any = nn.Module()
     named.num_heads = _first(layer, _HEADS)
     named.qkv = joined([getattr(layer, name) for name in _projections(layer)], copy)
-    named.proj = getattr(layer, _out(layer)) if _out(layer) else nn.Identity()
+    named.proj = getattr(layer, _out(layer) or "", None) or nn.Identity()
     named.scale = _first(layer, _SCALES)
     dropout = _first(layer, _DROPOUTS)
     named.attn_drop = dropout if isinstance(dropout, nn.Module) else nn.Dropout(dropout).train(layer.training)
@@ -164,19 +164,21 @@ def tokens_and_mask(layer: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tens
 def prepare(model: nn.Module) -> None:
     """Has transformers install the hooks that record maps and hidden states, which it else does by class, at the first
     call that asks for them. Once alone: twice would record everything twice."""
-    install = getattr(sys.modules.get("transformers.utils.output_capturing"), "maybe_install_capturing_hooks", None)
-    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    install: Any = getattr(
+        sys.modules.get("transformers.utils.output_capturing"), "maybe_install_capturing_hooks", None
+    )
+    base: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
     for part in model.modules() if install else ():
         done = any(getattr(inner, "_output_capturing_hooks_installed", False) for inner in part.modules())
         if isinstance(part, base) and not done:
             install(part)
 
 
-def _projections(module: Any) -> tuple[str, ...] | None:
+def _projections(module: Any) -> tuple[str, ...]:
     for names in _PROJECTIONS:
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
             return names
-    return None
+    return ()
 
 
 def _out(layer: Any) -> str | None:

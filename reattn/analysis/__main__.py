@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import reattn
 from reattn.analysis import plots
@@ -20,7 +20,7 @@ from reattn.analysis.attentions import MapKind
 from reattn.analysis.features import FeatureMaps, feature_maps, query_maps
 from reattn.analysis.grid import TokenGrid, token_grid
 from reattn.analysis.images import Preprocessing, UnreadableImageError, check_images, find_images, image_batches
-from reattn.analysis.load import build_model, load_weights, parse_arguments
+from reattn.analysis.load import FORMS, Source, build_model, load_weights, parse_arguments
 from reattn.analysis.measure import BlockInfo, Measurements, describe_blocks, measure_attention
 from reattn.analysis.output import write_json
 from reattn.analysis.rollout import attention_rollout
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m reattn.analysis", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a name of reattn.models.list_models(), or timm:NAME")
+    parser.add_argument("--model", required=True, help=f"a name of reattn.models.list_models(), or {FORMS}")
     parser.add_argument(
         "--model-args",
         nargs="+",
@@ -96,9 +96,12 @@ class Run:
             check_images(self.paths)
         except (ImportError, ValueError) as error:
             parser.error(f"--images: {error}")
-        self.model = self._model(parser)
+        source = self._source(parser)
+        self.model, self.weights = source.model, str(args.checkpoint or source.weights or "random")
         try:
-            self.preprocessing = Preprocessing.of(self.model)
+            self.preprocessing = source.preprocessing or Preprocessing.of(self.model)
+            has_own = any(getattr(self.model, name, None) for name in ("pretrained_cfg", "default_cfg"))
+            self.preprocessing_is_assumed = source.preprocessing is None and not has_own
             self.blocks, self.grid = self._try_out()
         except (ValueError, RuntimeError, AssertionError) as error:
             parser.error(f"--model: {args.model}: {error}")
@@ -120,7 +123,7 @@ class Run:
         except OSError as error:
             parser.error(f"--out must be a folder that can be written, got {args.out}: {error}")
 
-    def _model(self, parser: argparse.ArgumentParser) -> nn.Module:
+    def _source(self, parser: argparse.ArgumentParser) -> Source:
         args = self.args
         try:
             self.model_args = parse_arguments(args.model_args)
@@ -128,18 +131,19 @@ class Run:
             parser.error(f"--model-args {error}")
         torch.manual_seed(0)
         try:
-            model = build_model(args.model, self.model_args)
+            source = build_model(args.model, self.model_args)
         except (ImportError, ValueError, TypeError, RuntimeError, AssertionError) as error:
             if self.model_args:
                 parser.error(f"--model and --model-args: {error}")
             parser.error(f"--model: {error}")
         if args.checkpoint is not None:
             try:
-                load_weights(model, args.checkpoint)
+                load_weights(source.model, args.checkpoint)
             # What a damaged file raises depends on its format.
             except Exception as error:
                 parser.error(f"--checkpoint: {args.checkpoint}: {error}")
-        return model.to(self.device).eval()
+        source.model.to(self.device).eval()
+        return source
 
     def _try_out(self) -> tuple[list[BlockInfo], TokenGrid]:
         """The model's blocks, from a forward pass with a grey image."""
@@ -292,7 +296,7 @@ def describe(run: Run, measured: Measurements) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "model": args.model,
         "model_args": run.model_args,
-        "weights": "random" if args.checkpoint is None else str(args.checkpoint),
+        "weights": run.weights,
         "device": run.device.type,
         "images": {
             "folder": str(args.images),
@@ -322,8 +326,10 @@ def print_summary(record: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     run = Run(parser, parser.parse_args(argv))
-    if run.args.checkpoint is None:
+    if run.weights == "random":
         print("No --checkpoint: the weights are random, and the numbers those of an untrained model.", file=sys.stderr)
+    if run.preprocessing_is_assumed:
+        print(f"How to prepare images is not known: {run.preprocessing}.", file=sys.stderr)
     try:
         measured = measure(run)
         drawn, samples = look_at_samples(run)

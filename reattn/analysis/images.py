@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattn.analysis.grid import image_size
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -57,13 +59,21 @@ class Preprocessing:
     def of(cls, model: nn.Module) -> Preprocessing:
         """What ``model.pretrained_cfg`` or ``model.default_cfg`` says, as DeepViT and timm's models have it.
 
+        Of a model that has neither, but an ``image_size`` of its own or in its ``config``, as in torchvision and
+        transformers, the size alone is known: the rest is the defaults here.
+
         Raises:
-            ValueError: the model has neither, it says nothing of the input's size, or files cannot be read that way.
+            ValueError: nothing says how large the input is, or files cannot be read that way.
         """
         config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        size = image_size(model)
+        if "input_size" not in config and size is not None:
+            channels = getattr(getattr(model, "config", None), "num_channels", 3)
+            return cls(channels, *size, crop_pct=1.0, mean=(0.5,) * channels, std=(0.5,) * channels)
         if "input_size" not in config:
             raise ValueError(
-                f"model must have a default_cfg or pretrained_cfg with an input_size, got {type(model).__name__}"
+                "model must have a default_cfg or pretrained_cfg with an input_size, such as model.default_cfg = "
+                f'{{"input_size": (3, 224, 224)}}, got {type(model).__name__} without'
             )
         channels, height, width = config["input_size"]
         # A timm model that was built for another size keeps the original's configuration.
@@ -86,8 +96,8 @@ class Preprocessing:
 
         Raises:
             ImportError: Pillow is missing.
-            UnreadableImageError: the file cannot be read, is transparent somewhere, or has numbers of 32 bits for pixels
-                that are not in [0, 1], so that none is known to be white.
+            UnreadableImageError: the file cannot be read, is transparent somewhere, or has pixels of 32 bits that are
+                not in [0, 1], so that none is known to be white.
         """
         image_module = import_pillow()
         with _opened(path) as opened:
