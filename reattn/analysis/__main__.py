@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def _read_other(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 
 
 def _count_points(record: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
-    """A model's points in the figure by depth: label -> (depth, number, share)."""
+    """A model's points in the figure by depth: kind of attention -> (depth, number, share)."""
     points = {}
     for kind, numbers in record["maps"].items():
         similar = numbers["similar_blocks"]["1"]
@@ -234,7 +235,8 @@ def summarize(measured: Measurements) -> dict[str, dict[str, Any]]:
 
 def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first images' features, query maps and rollouts: the arguments of the figures, and numbers for the JSON."""
-    paths = run.paths[:SAMPLES]
+    paths = spread_over_folders(run.paths, SAMPLES)
+    names = [_shown(path.relative_to(run.args.images)) for path in paths]
     images = next(image_batches(paths, run.preprocessing, SAMPLES)).to(run.device)
     shown = run.preprocessing.to_display(images).cpu()
     first, kind = images[:1], run.kinds[0]
@@ -246,8 +248,14 @@ def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     mixes = len(run.kinds) > 1
     drawn = {
         "features": (shown[0], features),
-        "query": (shown[0], rows, f"token {run.query}, {_label(kind, mixes)}"),
-        "rollout": (shown, {_label(name, mixes): maps for name, maps in rollouts.items()}),
+        "query": (shown[0], rows),
+        "rollout": (shown, {_label(name, mixes): maps for name, maps in rollouts.items()}, names),
+        "titles": {
+            "feature_maps": f"Features of {names[0]}, maps times values",
+            "query_maps": f"What {_token(run)} attends to in {names[0]}, {_label(kind, mixes)}",
+            "similar_blocks": f"compared with {', '.join(map(_headline, run.others))}" if run.others else "",
+            "rollout": f"Where the attention of {_token(run)} comes from, through all blocks",
+        },
     }
     numbers = {
         "files": [str(path) for path in paths],
@@ -267,11 +275,15 @@ def draw(run: Run, measured: Measurements, record: dict[str, Any], drawn: dict[s
     mixes = len(run.kinds) > 1
     labels = {kind: _label(kind, mixes) for kind in run.kinds}
     points: dict[str, list[tuple[int, int, float]]] = {}
+    models: dict[str, list[str]] = {}
     for other in (record, *run.others):
         for label, point in _count_points(other).items():
             points.setdefault(label, []).append(point)
+            models.setdefault(label, []).append(_model_name(other))
+    if run.others:
+        points = {f"{label}: {_listed(models[label])}": each for label, each in points.items()}
     last = run.selected[-1]
-    return {
+    figures = {
         "similarity": plots.plot_similarity(
             {label: record["maps"][kind]["block_similarity"] for kind, label in labels.items()}, BLOCK_THRESHOLD
         ),
@@ -286,6 +298,57 @@ def draw(run: Run, measured: Measurements, record: dict[str, Any], drawn: dict[s
         "query_maps": plots.plot_query_maps(*drawn["query"]),
         "rollout": plots.plot_rollout(*drawn["rollout"]),
     }
+    for name, figure in figures.items():
+        plots.name_figure(figure, _headline(record), drawn["titles"].get(name, ""))
+    return figures
+
+
+def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` of the paths, from as many folders as there are, such as one for each class."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    groups = list(folders.values())
+    if len(groups) > count:
+        groups = [groups[index * len(groups) // count] for index in range(count)]
+    turns = [path for turn in zip_longest(*groups) for path in turn if path is not None]
+    return turns[:count]
+
+
+def _headline(record: dict[str, Any]) -> str:
+    """What a figure is of: the model, its weights, how many images."""
+    weights = "random weights, " if record["weights"] == "random" else ""
+    number = record["images"]["number"]
+    return f"{_model_name(record)}, {weights}{number} image{'s' if number != 1 else ''}"
+
+
+def _model_name(record: dict[str, Any]) -> str:
+    """A model's name in figures: of a folder the last part, and the arguments that it was built with."""
+    form, colon, name = str(record.get("model", "unknown model")).partition(":")
+    name = f"{form}:{Path(name).name}" if form == "hf" else f"{form}{colon}{name}"
+    arguments = [f"{key}={value}" for key, value in record.get("model_args", {}).items()]
+    return f"{name} ({', '.join(arguments)})" if arguments else name
+
+
+def _listed(names: Sequence[str]) -> str:
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+
+
+def _shown(path: Path) -> str:
+    """The end of a path that fits above a picture."""
+    text = path.as_posix()
+    return text if len(text) <= 28 else f"…{text[-27:]}"
+
+
+def _token(run: Run) -> str:
+    prefix = run.grid.num_prefix_tokens
+    if run.query == 0 and prefix:
+        return "the class token"
+    if run.query < prefix:
+        return f"token {run.query}"
+    row, column = divmod(run.query - prefix, run.grid.width)
+    return f"the patch in row {row}, column {column}"
 
 
 def describe(run: Run, measured: Measurements) -> dict[str, Any]:
