@@ -153,11 +153,11 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> Source:
         # Of CLIP and its like the part that sees.
         getattr(model, "vision_model", model) if not classifies else model,
         str(folder) if weights else None,
-        _as_transformers_says(prepared) if prepared.is_file() else None,
+        as_transformers_says(prepared) if prepared.is_file() else None,
     )
 
 
-def _as_transformers_says(path: Path) -> Preprocessing:
+def as_transformers_says(path: Path) -> Preprocessing:
     """The preprocessing in a preprocessor_config.json.
 
     Raises:
@@ -176,9 +176,7 @@ def _as_transformers_says(path: Path) -> Preprocessing:
         height, width = resized if crop is None else (crop, crop) if isinstance(crop, int) else _sides(crop)
         shares = {height / resized[0], width / resized[1]}
         if len(shares) > 1 or max(shares) > 1 or not config.get("do_resize", True):
-            raise ValueError(
-                f"images must be resized to at least the crop in both sides, got {resized}, {height, width}"
-            )
+            raise ValueError(f"images must be resized to no less than the crop, got {resized} and {height, width}")
         if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise ValueError("pixels must be rescaled by 1 / 255, got another factor")
         normalizes = config.get("do_normalize", True)
