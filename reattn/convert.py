@@ -1,7 +1,7 @@
 """Turn a trained vision transformer into one with re-attention that starts out computing the same.
 
 :func:`to_re_attention` swaps the attention layers, :func:`calibrate` makes batch norm's statistics those of data. Both
-know timm's ``Attention`` by its parts, not by its class, so timm need not be installed.
+know layers by their parts, not by their class, so timm, transformers and others need not be installed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def to_re_attention(
     Equivalent to ``layer = ReAttention(...)`` for each, with the projections, query and key norms, gate and dropouts of
     the old layer (the modules themselves, not copies), theta the identity and its bias 0. The talking heads of CaiT mix
     already: ``proj_l`` becomes ``pre_theta`` and ``pre_bias``, ``proj_w`` theta and its bias. So do those of
-    x-transformers, whose layers are replaced by a :class:`reattn.x_transformers.XTransformersAttention`.
+    x-transformers. Its layers, those of transformers and ``torch.nn.MultiheadAttention`` are replaced by modules that
+    hold a ReAttention and are called as they are, hooks included:
+    :class:`reattn.x_transformers.XTransformersAttention`, :class:`reattn.transformers.TransformersAttention` and
+    :class:`reattn.multihead.MultiheadReAttention`.
 
     ============== =============== =================================================================================
     norm           in eval mode    in training mode, right after the conversion
@@ -80,7 +83,8 @@ def to_re_attention(
             floating dtype and device, both kept, and so are the training mode and ``requires_grad`` of what is moved.
             :class:`reattn.models.DeepViT` with ``attention="self"`` is one. Or a model of x-transformers (1.39 and
             later) whose layers are plain attention, causal or not, with talking heads, masks and biases of the scores
-            or without: no rotary embeddings, no cache.
+            or without: no rotary embeddings, no cache. Or one of transformers (ViT, DeiT, DINOv2, CLIP, SigLIP, BEiT),
+            of torchvision (``VisionTransformer``), or of ``torch.nn.TransformerEncoderLayer``.
         blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
             the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
             stay as they are. Attention that pools tokens (timm's ``AttentionPool...``, CaiT's class attention) is not
@@ -91,8 +95,8 @@ def to_re_attention(
 
     Returns:
         ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer;
-        those of talking heads, and all in a layer of x-transformers, become ReAttention's, and a state dict that was
-        saved before is still loaded.
+        those of talking heads, and all in a layer of the other libraries, become ReAttention's, and a state dict that
+        was saved before is still loaded.
         An optimizer made before knows nothing of the new parameters: make it afterwards.
 
     Raises:
@@ -234,6 +238,8 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module has a number of heads and a projection to attend by, and does not pool tokens."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # its class has no forward pass to look at
     if _library(module) is not None:
         return True
     pools = any(name in type(module).__name__ for name in _POOLING)

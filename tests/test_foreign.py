@@ -172,6 +172,29 @@ def test_measures_of_copies():
     close([attention_rollout(model, x)], [rollout])
 
 
+class Halves(nn.Module):
+    """Each half of the tokens attends to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Copied()
+
+    def forward(self, x):
+        return self.inner(x.unflatten(1, (2, -1)).flatten(0, 1)).view(x.shape)
+
+
+def test_a_rollout_leaves_nothing_out():
+    x = random(2, 10, DIM)
+    with pytest.raises(
+        ValueError, match=r"that the rollout would leave out, got 1 \(Sigmoid\): its output for an input"
+    ):
+        attention_rollout(nn.Sequential(Copied(), Sigmoid()), x)
+    with pytest.raises(
+        ValueError, match="one map for each of 2 images, got 4 in block 0: there is no rollout of windows"
+    ):
+        attention_rollout(nn.Sequential(Halves()), x)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -569,6 +592,21 @@ def test_other_models_of_transformers_are_refused(model, config, options, reason
     for call in (to_re_attention, find_attentions):
         with pytest.raises(ValueError, match=reason):
             call(model)
+
+
+@pytest.mark.libraries
+def test_saving_a_converted_model_of_transformers(tmp_path):
+    """Its state dict is loaded after conversion alone: transformers would build the plain model."""
+    model, images = to_re_attention(build("ViT")), random(2, 3, 16, 16)
+    calibrate(model, images)
+    expected = model(images)[0]
+    torch.save(model.state_dict(), tmp_path / "converted.pth")
+    fresh = to_re_attention(build("ViT"))
+    fresh.load_state_dict(torch.load(tmp_path / "converted.pth"))
+    close([fresh(images)[0]], [expected])
+    model.save_pretrained(tmp_path)
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert {key for key in report["missing_keys"] if "attention" in key}
 
 
 @pytest.mark.libraries

@@ -130,17 +130,25 @@ def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionF
     if functions is not None:
         found[""] = model, functions
     if not found:
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for path, layer in convert.find_layers(model).items():
-            reason = convert.unlike_attention(layer) or "it is not known"
-            reasons.setdefault((type(layer).__name__, reason), []).append(path or "model")
+        unknown = unknown_attentions(model, ())
         raise ValueError(
             "model must hold modules with a method attention_maps, torch.nn.MultiheadAttention, attention layers like "
             "those of timm, transformers or x-transformers, or of a class given to register_attention, got none in "
             + type(model).__name__
-            + (f": {convert.listed(reasons)}" if reasons else "")
+            + (f": {unknown}" if unknown else "")
         )
     return found
+
+
+def unknown_attentions(model: nn.Module, known: Iterable[str]) -> str:
+    """The attention layers of ``model`` that are neither at a path in ``known``, nor around or inside one that is: in
+    words, with path, class and reason; empty where there is none."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for path, layer in convert.find_layers(model).items():
+        if not any(f"{path}.".startswith(f"{each}.") or each.startswith(f"{path}.") for each in known):
+            reason = convert.unlike_attention(layer) or "it is not known"
+            reasons.setdefault((type(layer).__name__, reason), []).append(path or "model")
+    return convert.listed(reasons)
 
 
 @contextmanager

@@ -368,8 +368,7 @@ def _colour_bar(figure: Figure, drawn: Any, axes: Any, label: str) -> None:
     bar.ax.tick_params(labelsize=7)
     bar.ax.locator_params(nbins=4)
     # The numbers themselves, not what is to be added to one above.
-    bar.formatter.set_useOffset(False)
-    bar.update_ticks()
+    bar.ax.ticklabel_format(axis="y", useOffset=False)
 
 
 def _show_image(axes: Any, image: Tensor) -> None:
