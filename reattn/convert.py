@@ -333,6 +333,8 @@ def unlike_attention(layer: nn.Module) -> str | None:
         reason = library.not_convertible(layer)
     elif any(is_attention(part) for part in layer.modules() if part is not layer):
         reason = "it wraps another attention layer"
+    elif not argument_names(type(layer).forward):
+        reason = "its forward does not name what it takes"
     else:
         reason = _foreign_parts(layer)
     return reason or _disagreement(layer, None)

@@ -80,9 +80,8 @@ class TransformersAttention(nn.Module):
 def is_attention(module: nn.Module) -> bool:
     """Whether a module has the parts of an attention layer of transformers."""
     has_heads = any(isinstance(getattr(module, name, None), int) for name in _HEADS)
-    return (
-        has_heads and _projections(module) is not None and argument_names(type(module).forward)[:1] == ["hidden_states"]
-    )
+    has_parts = has_heads and bool(_projections(module))
+    return has_parts and argument_names(type(module).forward)[:1] == ["hidden_states"]
 
 
 def not_convertible(layer: Any) -> str | None:

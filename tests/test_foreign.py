@@ -199,12 +199,18 @@ def test_a_rollout_leaves_nothing_out():
     ("kind", "reason"),
     [
         (Sigmoid, "its output for an input of shape .* is not that of softmax attention"),
+        (lambda: nn.ModuleDict({"attn": Nameless()}), "its forward does not name what it takes"),
         (lambda: nn.ModuleDict({"attn": Biased()}), "it holds relative_position_bias_table"),
     ],
 )
 def test_what_is_not_known_is_named(kind, reason):
     with pytest.raises(ValueError, match=rf"got none in Sequential: 0\S* and 1 more \(\w+\): {reason}"):
         find_attentions(nn.Sequential(kind(), kind()))
+
+
+class Nameless(Copied):
+    def forward(self, *inputs):
+        return self.attend(*inputs)
 
 
 class Biased(Copied):
@@ -354,6 +360,26 @@ def test_torchvision():
     model(images).sum().backward()
     thetas = [module.theta for module in model.modules() if isinstance(module, ReAttention)]
     assert len(thetas) == 3 and all(theta.grad.abs().max() > 0 for theta in thetas)
+
+
+@pytest.mark.libraries
+@pytest.mark.parametrize("talking", [False, True])
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_maps_of_x_transformers(kind, talking):
+    """A decoder is causal; talking heads mix before the softmax and after it."""
+    x_transformers = library("x_transformers")
+    heads = {"attn_pre_talking_heads": talking, "attn_post_talking_heads": talking}
+    model = getattr(x_transformers, kind)(dim=DIM, depth=2, heads=HEADS, attn_dim_head=8, **heads)
+    x, expected = random(2, 10, DIM), []
+    for layer in find_attentions(far_from_uniform(model)).values():
+        layer.register_forward_hook(lambda module, args, output: expected.append(output[1].post_softmax_attn))
+    maps = []
+    with attention_hooks(model, lambda block: maps.append((block.maps("softmax"), block.values()))):
+        model(x, return_hiddens=True)
+    # What it calls so is not mixed yet.
+    close([softmax for softmax, _ in maps], expected)
+    assert maps[0][1].shape == (2, HEADS, 10, 8)
+    assert [block.mixes for block in describe_blocks(model, x)] == [talking] * 2
 
 
 # Attention of transformers.

@@ -185,6 +185,7 @@ def _read_other(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         _count_points(record)
+        _headline(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"--compare must be an {RESULT} of this command, got {path}: {type(error).__name__}: {error}")
     return record
