@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention, re_attention
+from reattn.analysis import measure_attention
 from reattn.backends import BACKENDS as BACKENDS_BY_NAME
 from reattn.models import DeepViT
 from reattn.models.deepvit import Block
@@ -221,8 +222,10 @@ def work(rank, names, folder):
         results[kind] = output.detach()
     if "cpu" in names:
         results |= distributed_tensors(init_device_mesh("cpu", (2,)), rank)
+    wrapped = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make_model("cpu", "auto")))
     if rank == 0:
         # Alone: nobody answers if it asks.
+        results["measured"] = measure_attention(wrapped, images("cpu")), wrapped.training
         for called in (False, True):
             results["maps", called] = looked_at(
                 nn.SyncBatchNorm.convert_sync_batchnorm(make_attention("cpu", "auto")), called
@@ -310,6 +313,14 @@ def test_maps_are_those_of_one_rank(called, ranks):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(buffers, unchanged)
     assert abs(maps[1].mean()) < 1e-4 and maps[1].std() == pytest.approx(1, abs=0.02)
+
+
+def test_one_rank_measures_alone(ranks):
+    """DistributedDataParallel sends buffers at every call, in eval mode too."""
+    measured, training = ranks[0]["measured"]
+    expected = measure_attention(make_model("cpu", "auto"), images("cpu"))
+    assert training and measured.images == 4
+    torch.testing.assert_close(measured.blocks, expected.blocks)
 
 
 def assert_same(found, expected):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from reattn import convert
 from reattn.analysis.attentions import AttentionFunctions, MapKind, Maps, attention_functions, check_kind
@@ -216,6 +217,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def visit_blocks(model: nn.Module, images: Tensor, visit: Callable[[AttentionBlock], None]) -> None:
     """Runs ``model(images)`` in eval mode, without gradients, and hands each attention to ``visit`` on the way.
 
+    On one of several ranks it waits for none, but where parameters are sharded, as by FSDP.
+
     Maps are computed when the visitor asks for them and not kept, so memory does not grow with depth. Parameters,
     running statistics, hooks and the train/eval mode of every submodule are afterwards what they were.
 
@@ -227,8 +230,10 @@ def visit_blocks(model: nn.Module, images: Tensor, visit: Callable[[AttentionBlo
     Raises:
         ValueError: ``model`` holds no known attention.
     """
+    # DistributedDataParallel would send buffers to other ranks, in eval mode too.
+    alone = model.module if isinstance(model, DistributedDataParallel) else model
     with attention_hooks(model, visit), evaluation(model):
-        model(images)
+        alone(images)
 
 
 def visit_attention_maps(

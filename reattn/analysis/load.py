@@ -118,7 +118,7 @@ def _of_torchvision(name: str, arguments: dict[str, Any]) -> Source:
 
 
 def _of_transformers(name: str, arguments: dict[str, Any]) -> Source:
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"must be hf: and a folder with a config.json (nothing is downloaded), got {name!r}")
     transformers = _library("transformers")
@@ -138,7 +138,7 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> Source:
     weights = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
     try:
         if not weights:
-            model = automatic.from_config(config, trust_remote_code=False)
+            model = automatic.from_config(config, dtype=torch.float32, trust_remote_code=False)
         else:
             model, report = automatic.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, **local
