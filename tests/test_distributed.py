@@ -1,6 +1,7 @@
 """Synchronised batch statistics: two gloo processes with a part of the batch each, against one with all of it."""
 
 import copy
+import datetime
 from dataclasses import replace
 
 import conftest  # noqa: F401 - what it puts in a GPU's place, in the processes that are started here too
@@ -200,7 +201,9 @@ def distributed_tensors(mesh, rank):
 def work(rank, names, folder):
     """Everything that two processes compute, saved as results-<rank>.pt."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # A rank that waits for one that never comes fails the tests, and does not hold them up.
+    limit = datetime.timedelta(minutes=4)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world_size=2, rank=rank)
     # Refuses CPU modules with a SyncBatchNorm for the sake of its forward, which is never called here.
     DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
     results = {}
