@@ -242,10 +242,12 @@ def is_attention(module: nn.Module) -> bool:
         return False  # its class has no forward pass to look at
     if _library(module) is not None:
         return True
-    pools = any(name in type(module).__name__ for name in _POOLING)
-    if pools or not isinstance(getattr(module, "num_heads", None), int):
+    if any(name in type(module).__name__ for name in _POOLING):
         return False
-    return any(hasattr(module, name) for name in _PROJECTIONS)
+    # The second is there to be named: what has other names is not known.
+    if isinstance(getattr(module, "num_heads", None), int):
+        return any(hasattr(module, name) for name in _PROJECTIONS)
+    return isinstance(getattr(module, "heads", None), int) and any(hasattr(module, n) for n in ("qkv", "to_qkv"))
 
 
 def pools_tokens(module: nn.Module) -> bool:
@@ -286,7 +288,9 @@ def _not_convertible(layer: nn.Module) -> str | None:
 
 
 def _foreign_parts(layer: Any) -> str | None:
-    """What a layer of timm's form has that ReAttention has no place for."""
+    """What a layer of timm's form has that ReAttention has no place for, or lacks."""
+    if not isinstance(getattr(layer, "num_heads", None), int):
+        return f"it has no num_heads, and may name other parts in another way than {', '.join(_PARTS[:2])}, too"
     own = {name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))}
     own |= {name for name, child in layer.named_children() if not isinstance(child, nn.Identity)}
     foreign = sorted(own - {*_PARTS, *_TALKING_HEADS, *_OFFICIAL})

@@ -199,6 +199,7 @@ def test_a_rollout_leaves_nothing_out():
     ("kind", "reason"),
     [
         (Sigmoid, "its output for an input of shape .* is not that of softmax attention"),
+        (lambda: nn.ModuleDict({"attn": NamedInAnotherWay()}), "it has no num_heads, and may name other parts"),
         (lambda: nn.ModuleDict({"attn": Nameless()}), "its forward does not name what it takes"),
         (lambda: nn.ModuleDict({"attn": Biased()}), "it holds relative_position_bias_table"),
     ],
@@ -211,6 +212,13 @@ def test_what_is_not_known_is_named(kind, reason):
 class Nameless(Copied):
     def forward(self, *inputs):
         return self.attend(*inputs)
+
+
+class NamedInAnotherWay(Copied):
+    def __init__(self):
+        super().__init__()
+        self.heads = self.num_heads
+        del self.num_heads
 
 
 class Biased(Copied):
