@@ -254,7 +254,7 @@ def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         "titles": {
             "feature_maps": f"Features of {names[0]}, maps times values",
             "query_maps": f"What {_token(run)} attends to in {names[0]}, {_label(kind, mixes)}",
-            "similar_blocks": f"compared with {', '.join(map(_headline, run.others))}" if run.others else "",
+            "similar_blocks": f"compared with {'; '.join(map(_headline, run.others))}" if run.others else "",
             "rollout": f"Where the attention of {_token(run)} comes from, through all blocks",
         },
     }
