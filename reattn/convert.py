@@ -1,7 +1,7 @@
 """Turn a trained vision transformer into one with re-attention that starts out computing the same.
 
 :func:`to_re_attention` swaps the attention layers, :func:`calibrate` makes batch norm's statistics those of data. Both
-know timm's ``Attention`` by its parts, not by its class, so timm need not be installed.
+know layers by their parts, not by their class, so timm, transformers and others need not be installed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reattn import reference, x_transformers
+from reattn import multihead, reference, transformers, x_transformers
 from reattn.checks import CONVERT_FIRST, class_name, has_hooks, unlike_linear
+from reattn.foreign import argument_names, is_linear, keep_hooks, refuse_others, unread_arguments
 from reattn.models.deepvit import select_blocks
 from reattn.module import ReAttention
 
 # What makes a module an attention layer: a number of heads, and one of these.
-_PROJECTIONS = ("qkv", "q", "qk", "q_proj", "in_proj_weight")
+_PROJECTIONS = ("qkv", "q", "qk", "q_proj", "query", "in_proj_weight")
 # What the class of an attention layer that pools tokens, into a class token as an example, has in its name.
 _POOLING = ("Pool", "ClassAtt")
 # The parts that have a place in ReAttention. The first two must be there.
 _PARTS = ("qkv", "proj", "q_norm", "k_norm", "norm", "gate", "attn_drop", "proj_drop")
 # CaiT's linear layers over the heads, before and after the softmax.
 _TALKING_HEADS = ("proj_l", "proj_w")
+# The same of the official DeepViT code, with its norm; known to the analysis alone.
+_OFFICIAL = ("reatten_matrix", "var_norm")
 _FORWARD_ARGUMENTS = ("attn_mask", "is_causal")
+# Layers that are called in another way: each is replaced by a module of its own.
+_LIBRARIES: tuple[Any, ...] = (x_transformers, transformers, multihead)
 # Wrappers that know the parameters of what they wrapped, and would leave out new ones.
 _WRAPPERS = {"DistributedDataParallel", "DDP", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _WRAPPERS |= {"GradSampleModule"}
@@ -52,7 +57,10 @@ def to_re_attention(
     Equivalent to ``layer = ReAttention(...)`` for each, with the projections, query and key norms, gate and dropouts of
     the old layer (the modules themselves, not copies), theta the identity and its bias 0. The talking heads of CaiT mix
     already: ``proj_l`` becomes ``pre_theta`` and ``pre_bias``, ``proj_w`` theta and its bias. So do those of
-    x-transformers, whose layers are replaced by a :class:`reattn.x_transformers.XTransformersAttention`.
+    x-transformers. Its layers, those of transformers and ``torch.nn.MultiheadAttention`` are replaced by modules that
+    hold a ReAttention and are called as they are, hooks included:
+    :class:`reattn.x_transformers.XTransformersAttention`, :class:`reattn.transformers.TransformersAttention` and
+    :class:`reattn.multihead.MultiheadReAttention`.
 
     ============== =============== =================================================================================
     norm           in eval mode    in training mode, right after the conversion
@@ -75,7 +83,8 @@ def to_re_attention(
             floating dtype and device, both kept, and so are the training mode and ``requires_grad`` of what is moved.
             :class:`reattn.models.DeepViT` with ``attention="self"`` is one. Or a model of x-transformers (1.39 and
             later) whose layers are plain attention, causal or not, with talking heads, masks and biases of the scores
-            or without: no rotary embeddings, no cache.
+            or without: no rotary embeddings, no cache. Or one of transformers (ViT, DeiT, DINOv2, CLIP, SigLIP, BEiT),
+            of torchvision (``VisionTransformer``), or of ``torch.nn.TransformerEncoderLayer``.
         blocks: which layers, counted in the order of the model, so that i is block i of a ViT: None for all, an int for
             the last so many, or a sequence of indices, negative ones from the end. Layers that are ReAttention already
             stay as they are. Attention that pools tokens (timm's ``AttentionPool...``, CaiT's class attention) is not
@@ -86,9 +95,9 @@ def to_re_attention(
 
     Returns:
         ``model``. Keys of its state dict stay, with ``theta``, ``theta_bias`` and ``head_norm.*`` added to each layer;
-        those of talking heads, and all in a layer of x-transformers, become ReAttention's. A state dict that was saved
-        before is still loaded, but for what was added: with ``strict=True`` where ``norm=None`` and every layer has
-        talking heads after the softmax.
+        those of talking heads, and all in a layer of the other libraries, become ReAttention's. A state dict that was
+        saved before is still loaded, but for what was added: with ``strict=True`` where ``norm=None`` and every layer
+        has talking heads after the softmax.
         An optimizer made before knows nothing of the new parameters: make it afterwards.
 
     Raises:
@@ -109,9 +118,9 @@ def to_re_attention(
         )
     if norm not in ("batch", None):
         raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
-    if _is_attention(model):
+    if is_attention(model):
         raise ValueError(f"model must hold attention layers to replace, got one itself ({class_name(model)})")
-    layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
+    layers = find_layers(model)
     if not layers:
         raise ValueError(
             f"model must hold attention layers with num_heads and one of {', '.join(_PROJECTIONS)}, "
@@ -127,16 +136,22 @@ def to_re_attention(
         layer = layers[path]
         reason = _not_convertible(layer)
         if not reason:
-            foreign = x_transformers.is_attention(layer)
-            converted = _converted(x_transformers.parts(layer) if foreign else layer, norm, norm_eps, norm_momentum)
-            replacement = x_transformers.in_its_place(layer, converted) if foreign else converted
-            reason = _disagreement(layer, converted, replacement)
+            library = _library(layer)
+            converted = _converted(_parts(layer, copy=True), norm, norm_eps, norm_momentum)
+            replacement = library.in_its_place(layer, converted) if library else converted
+            converted.backend = "reference"
+            reason = _disagreement(layer, replacement)
             converted.backend = backend
             replacements[id(layer)] = replacement
         if reason:
             reasons.setdefault((class_name(layer), reason), []).append(path)
     if reasons:
-        raise ValueError("model holds attention layers that have no equivalent in re-attention: " + _listed(reasons))
+        raise ValueError("model holds attention layers that have no equivalent in re-attention: " + listed(reasons))
+    for library in {_library(layers[path]) for path in paths} - {None}:
+        library.prepare(model)
+    for path in paths:
+        if has_hooks(layers[path]):
+            keep_hooks(layers[path], replacements[id(layers[path])])
     # By identity: a layer that is used in two places becomes one layer used in two places.
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -211,39 +226,80 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
     return model
 
 
-def _is_attention(module: nn.Module) -> bool:
-    if x_transformers.is_attention(module):
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of a model by their paths, whether they can be converted or not, but for what pools
+    tokens."""
+    pools = [path for path, module in model.named_modules() if pools_tokens(module)]
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if is_attention(module) and not any(path.startswith(f"{pool}.") for pool in pools)
+    }
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module has a number of heads and a projection to attend by, and does not pool tokens."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # its class has no forward pass to look at
+    if _library(module) is not None:
         return True
-    pools = any(name in type(module).__name__ for name in _POOLING)
-    if pools or not isinstance(getattr(module, "num_heads", None), int):
+    if any(name in type(module).__name__ for name in _POOLING):
         return False
-    return any(hasattr(module, name) for name in _PROJECTIONS)
+    # The second is there to be named: what has other names is not known.
+    if isinstance(getattr(module, "num_heads", None), int):
+        return any(hasattr(module, name) for name in _PROJECTIONS)
+    return isinstance(getattr(module, "heads", None), int) and any(hasattr(module, n) for n in ("qkv", "to_qkv"))
+
+
+def pools_tokens(module: nn.Module) -> bool:
+    """Whether a module is named after attention that pools tokens, as timm's AttentionPoolLatent and SigLIP's head."""
+    return "AttentionPool" in type(module).__name__
+
+
+def _library(layer: nn.Module) -> Any:
+    """Whose layer it is, None for those of timm's form."""
+    return next((library for library in _LIBRARIES if library.is_attention(layer)), None)
 
 
 def _not_convertible(layer: nn.Module) -> str | None:
     """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
-    if has_hooks(layer):
+    library = _library(layer)
+    if has_hooks(layer) and library in (None, x_transformers):
         return "it has hooks, which would be lost"
-    if x_transformers.is_attention(layer):
-        return x_transformers.not_convertible(layer)
-    if any(_is_attention(part) for part in layer.modules() if part is not layer):
+    if library:
+        return library.not_convertible(layer)
+    if any(is_attention(part) for part in layer.modules() if part is not layer):
         return f"it wraps another attention layer: {CONVERT_FIRST}"
-    arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    foreign = [str(argument).split(":")[0].split("=")[0] for argument in arguments]
-    foreign = [name for name in foreign if name not in _FORWARD_ARGUMENTS]
+    if hasattr(layer, _OFFICIAL[0]):
+        return (
+            "it is re-attention already: reattn.checkpoints.load_checkpoint loads the official code's weights into a "
+            "model of reattn.models"
+        )
+    foreign = [name for name in argument_names(type(layer).forward)[1:] if name not in _FORWARD_ARGUMENTS]
     if foreign:
         return f"its forward takes {', '.join(foreign)}"
-    own = {name for name, _ in layer.named_parameters(recurse=False)} | {
-        name for name, _ in layer.named_buffers(recurse=False)
-    }
+    if reason := _foreign_parts(layer):
+        return reason
+    drop = getattr(layer, "attn_drop", None)
+    if isinstance(drop, nn.Identity) and has_hooks(drop):
+        return "its attn_drop, an Identity, has hooks, which would be lost"
+    if hasattr(layer, "proj_w") and getattr(drop, "p", 0.0) > 0.0:
+        return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
+    return None
+
+
+def _foreign_parts(layer: Any) -> str | None:
+    """What a layer of timm's form has that ReAttention has no place for, or lacks."""
+    if not isinstance(getattr(layer, "num_heads", None), int):
+        return f"it has no num_heads, and may name other parts in another way than {', '.join(_PARTS[:2])}, too"
+    own = {name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))}
     own |= {name for name, child in layer.named_children() if not isinstance(child, nn.Identity)}
-    foreign = sorted(own - {*_PARTS, *_TALKING_HEADS})
+    foreign = sorted(own - {*_PARTS, *_TALKING_HEADS, *_OFFICIAL})
     if foreign:
         return f"it holds {', '.join(foreign)}"
     for name in ("qkv", "proj"):
         # ReAttention does nothing but call them.
-        part = getattr(layer, name, None)
-        if not all(isinstance(getattr(part, size, None), int) for size in ("in_features", "out_features")):
+        if not is_linear(part := getattr(layer, name, None)):
             return (
                 f"{name} must be a torch.nn.Linear, or have in_features and out_features like one, "
                 f"got {class_name(part)}: {CONVERT_FIRST}"
@@ -260,8 +316,6 @@ def _not_convertible(layer: nn.Module) -> str | None:
     drop = getattr(layer, "attn_drop", None)
     if not isinstance(drop, (nn.Dropout, nn.Identity, type(None))):
         return f"attn_drop must be a torch.nn.Dropout, got {class_name(drop)}"
-    if isinstance(drop, nn.Identity) and has_hooks(drop):
-        return "its attn_drop, an Identity, has hooks, which would be lost"
     for name in _TALKING_HEADS:
         part = getattr(layer, name, None)
         if part is None:
@@ -272,21 +326,73 @@ def _not_convertible(layer: nn.Module) -> str | None:
             )
         if part.weight.shape != (heads, heads):
             return f"{name} must be a torch.nn.Linear from {heads} heads to as many, got {part}"
-    if hasattr(layer, "proj_w") and getattr(drop, "p", 0.0) > 0.0:
-        return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
+    mixing, norm = (getattr(layer, name, None) for name in _OFFICIAL)
+    if mixing is not None and (not isinstance(norm, nn.Module) or mixing.weight.shape != (heads, heads, 1, 1)):
+        return f"reatten_matrix must be a torch.nn.Conv2d of size 1 from {heads} heads to as many, got {mixing}"
     return None
+
+
+def unlike_attention(layer: nn.Module) -> str | None:
+    """Why the maps of ``layer`` cannot be told from its parts; None if :func:`stand_in` computes them."""
+    if library := _library(layer):
+        reason = library.not_convertible(layer)
+    elif any(is_attention(part) for part in layer.modules() if part is not layer):
+        reason = "it wraps another attention layer"
+    elif not argument_names(type(layer).forward):
+        reason = "its forward does not name what it takes"
+    else:
+        reason = _foreign_parts(layer)
+    return reason or _disagreement(layer, None)
+
+
+def stand_in(layer: nn.Module) -> ReAttention:
+    """A ReAttention of the parts of ``layer``, to look at its maps: nothing is copied but the weights that mix heads;
+    where none are mixed, there is no theta."""
+    parts = _parts(layer, copy=False)
+    converted = _converted(parts, None, 0.0, None)
+    if all(getattr(parts, name, None) is None for name in (_TALKING_HEADS[1], _OFFICIAL[0])):
+        converted.theta = converted.theta_bias = None
+    converted.backend = "reference"
+    return converted
+
+
+def tokens_and_mask(
+    layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The arguments of a layer's forward pass as those of its :func:`stand_in`.
+
+    Raises:
+        ValueError: one is given that has an effect which is not known.
+    """
+    forward = type(layer).forward
+    names = argument_names(forward)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    if library := _library(layer):
+        return library.tokens_and_mask(layer, arguments)
+    x, mask, is_causal = arguments.pop(names[0]), arguments.pop("attn_mask", None), arguments.pop("is_causal", False)
+    ignored = unread_arguments(forward)
+    others = {name: value for name, value in arguments.items() if name not in ignored}
+    refuse_others(others, f"a {class_name(layer)} whose maps are measured")
+    return x, mask, is_causal
+
+
+def _parts(layer: nn.Module, copy: bool) -> nn.Module:
+    """The parts of a layer by the names of timm's Attention."""
+    library = _library(layer)
+    if library is None:
+        return layer
+    return library.parts(layer, copy)
 
 
 def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: float | None) -> ReAttention:
     """A ReAttention of the parts of ``layer``, which keeps them too."""
-    qkv, proj, heads = layer.qkv, layer.proj, layer.num_heads
+    qkv, heads = layer.qkv, layer.num_heads
     factory = _factory(layer)
     converted = ReAttention(
         qkv.in_features,
         heads,
         norm=norm,
-        attn_head_dim=proj.in_features // heads,
-        dim_out=proj.out_features,
+        attn_head_dim=qkv.out_features // (3 * heads),
         theta_init="identity",
         device="meta",
     )
@@ -299,6 +405,10 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
         converted.theta_bias = nn.Parameter(torch.zeros(heads, **factory))
     if before is not None:
         converted.pre_theta, converted.pre_bias = _transposed(before.weight), before.bias
+    mixing, official_norm = (getattr(layer, name, None) for name in _OFFICIAL)
+    if mixing is not None:
+        converted.theta, converted.theta_bias = _transposed(mixing.weight.flatten(1)), mixing.bias
+        converted.output_scale = float(getattr(layer, "reatten_scale", 1.0))
     if norm == "batch":
         head_norm = nn.BatchNorm2d(heads, eps=norm_eps, momentum=norm_momentum, **factory)
         assert head_norm.running_var is not None
@@ -313,6 +423,8 @@ def _converted(layer: Any, norm: str | None, norm_eps: float, norm_momentum: flo
         if name == "attn_drop" and not isinstance(part, nn.Dropout):
             part = nn.Dropout(0.0).train(layer.training)
         setattr(converted, name, part)
+    if official_norm is not None:
+        converted.head_norm = official_norm
     return converted
 
 
@@ -336,26 +448,35 @@ def _transposed(weight: Tensor) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _disagreement(layer: nn.Module, converted: ReAttention, replacement: nn.Module) -> str | None:
-    """Why ``layer`` is no softmax attention, whatever its parts look like; None if it and its replacement, in which
-    ``converted`` computes, give the same on a probe."""
-    factory = _factory(converted)
+def _disagreement(layer: nn.Module, replacement: nn.Module | None) -> str | None:
+    """Why ``layer`` is no softmax attention, whatever its parts look like; None if it and its replacement, or else its
+    :func:`stand_in`, give the same on a probe."""
+    inside = stand_in(layer)
+    factory = _factory(inside)
     if factory["device"].type == "meta":
         return None
-    shape = (2, 7, converted.qkv.in_features)
+    library = _library(layer)
+    run = library.output if library else lambda module, x: module.forward(x)
+    shape = (2, 7, inside.qkv.in_features)
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**factory)
-    converted.backend = "reference"
-    with _in_eval_mode(layer), _in_eval_mode(replacement):
+    with _in_eval_mode(layer), _in_eval_mode(replacement or inside):
         try:
-            expected = layer(probe)
+            expected = run(layer, probe)
         except Exception as error:  # whatever a foreign layer may raise
             return f"it does not take an input of shape {shape}: {error}"
-        got = replacement(probe)
+        if isinstance(expected, tuple) and expected:
+            if replacement is not None:
+                return (
+                    "its forward returns a tuple, and ReAttention, which stores no maps, the output alone: have it and "
+                    "the code that calls it do so too; reattn.analysis computes the maps"
+                )
+            expected = expected[0]
+        got = run(replacement, probe) if replacement else inside(*tokens_and_mask(layer, (probe,), {}))
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
     largest = expected.abs().max().item()
     tolerance = _TOLERANCES.get(factory["dtype"], _COARSE)
-    if _is_quantised(converted.qkv) or _is_quantised(converted.proj):
+    if _is_quantised(inside.qkv) or _is_quantised(inside.proj):
         # The least difference in what they are given may round it to another number.
         tolerance = _COARSE
     if not (got - expected).abs().max().item() <= tolerance * largest:
@@ -377,7 +498,7 @@ def _refuse_wrappers(model: nn.Module, paths: Iterable[str]) -> None:
                 )
 
 
-def _listed(reasons: dict[tuple[str, str], list[str]]) -> str:
+def listed(reasons: dict[tuple[str, str], list[str]]) -> str:
     return "; ".join(
         f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} ({kind}): {reason}"
         for (kind, reason), paths in reasons.items()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from reattn.analysis.attentions import attention_functions
 from reattn.analysis.collect import find_attentions
 from reattn.checks import class_name
+from reattn.module import ReAttention
 from reattn.ops import recomputes
 
 __all__ = ["map_similarity"]
@@ -184,6 +185,8 @@ class _Visit:
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
+        if isinstance(self.module, ReAttention):
+            kwargs["synchronised"] = True
         with self.autocast:
             found = self.function(self.module, *args, **kwargs)
         maps: Tensor = found if isinstance(found, Tensor) else found[1]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from reattn import layouts, reference
 from reattn.checks import NORMS, check_tokens, has_hooks
@@ -237,13 +238,15 @@ class ReAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def attention_maps(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, synchronised: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The softmax maps and the mixed, normalised maps for ``x``, each ``(batch, heads, seqlen, seqlen)``, with
         ``num_heads`` and ``num_heads_out`` heads.
 
-        For analysis: both are materialised, without dropout, and running statistics stay as they are (in training mode
-        the statistics are those of ``x``). Differentiable in ``x`` and the parameters; maps that the module's own
+        For analysis: both are materialised, without dropout, and running statistics stay as they are. In training mode
+        the statistics are those of ``x`` alone, on this rank: a SyncBatchNorm waits for no other rank, so that one may
+        look at its maps by itself; with ``synchronised`` it takes those of all its ranks, each of which has to make
+        this call. Differentiable in ``x`` and the parameters; maps that the module's own
         output depends on are what hooks on ``attn_drop`` and ``head_norm`` get. Call it under ``torch.no_grad()`` where
         gradients are not wanted.
         """
@@ -252,7 +255,13 @@ class ReAttention(nn.Module):
         norm = self._norm_arguments(masked=attn_mask is not None or is_causal)
         if norm.get("training"):
             norm.update(running_mean=None, running_var=None, num_batches_tracked=None)
-        with discard_running_statistics(self.head_norm) if self.head_norm is not None else nullcontext():
+            if not synchronised:
+                norm.update(process_group=None)
+        with ExitStack() as stack:
+            if self.head_norm is not None:
+                stack.enter_context(discard_running_statistics(self.head_norm))
+                if not synchronised:
+                    stack.enter_context(_of_this_rank(self.head_norm))
             return reference.re_attention_maps(
                 query,
                 key,
@@ -395,10 +404,12 @@ class CalledModule:
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling a module does what one of these classes does, and nothing besides: no hooks, no ``forward`` of a
     subclass or of its own. By default: nothing at all, as an Identity does."""
-    for kind in classes or (nn.Identity,):
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return "forward" not in module.__dict__ and not has_hooks(module)
-    return False
+    return any(_runs(module, kind) for kind in classes or (nn.Identity,)) and not has_hooks(module)
+
+
+def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's ``forward`` is that of a class."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in module.__dict__
 
 
 def _shape_of(norm: nn.Module) -> tuple[int, ...] | None:
@@ -430,6 +441,19 @@ def discard_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for part, buffers in zip(parts, kept, strict=True):
             part._buffers.update(buffers)
+
+
+@contextmanager
+def _of_this_rank(module: nn.Module) -> Iterator[None]:
+    """Let every SyncBatchNorm in ``module`` take the statistics of what it is given, as BatchNorm2d does."""
+    norms = [part for part in module.modules() if _runs(part, nn.SyncBatchNorm)]
+    try:
+        for norm in norms:
+            norm.forward = partial(_BatchNorm.forward, norm)  # type: ignore[arg-type]
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
 
 
 def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reattn.checks import CONVERT_FIRST, has_hooks, unlike_linear
+from reattn.foreign import merged_linear
 from reattn.module import ReAttention
 
 _PARTS = ("to_q", "to_k", "to_v", "to_out", "attend")
@@ -48,19 +49,9 @@ class XTransformersAttention(nn.Module):
         **others: Any,
     ) -> Any:
         """``x (batch, seqlen, dim)``; ``mask (batch, seqlen)`` and ``attn_mask`` are True where a key takes part."""
-        given = [name for name, value in ({"context": context} | others).items() if value is not None]
-        if given:
-            raise ValueError(f"an attention layer that was converted takes masks alone, got {', '.join(given)}")
-        if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
-            raise ValueError(f"attn_mask must be alike for all heads, got {tuple(attn_mask.shape)}")
-        seen = mask if context_mask is None else context_mask
-        seen = None if seen is None else seen[:, None, None]
-        if attn_mask is not None:
-            seen = attn_mask if seen is None else seen & attn_mask
-        bias = rel_pos(x.shape[1], x.shape[1]) if rel_pos is not None else attn_bias
-        if bias is not None:
-            seen = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
-        out = self.attention(x, seen, self.causal if causal is None else causal)
+        arguments = {"context": context, "mask": mask, "context_mask": context_mask, "attn_mask": attn_mask} | others
+        arguments |= {"rel_pos": rel_pos, "attn_bias": attn_bias, "causal": causal}
+        out = self.attention(*tokens_and_mask(self, {"x": x} | arguments))
         if not return_intermediates:
             return out
         return out, None if self._intermediates is None else self._intermediates()
@@ -69,6 +60,27 @@ class XTransformersAttention(nn.Module):
         for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{part}." for part in _PARTS))]:
             state_dict[f"{prefix}attention.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def tokens_and_mask(layer: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None, bool]:
+    """The arguments of a layer's forward pass, by name, as ReAttention takes them; ``ValueError`` for what it does not
+    take."""
+    arguments = dict(arguments)
+    known = ("x", "mask", "context_mask", "attn_mask", "rel_pos", "attn_bias", "causal", "return_intermediates")
+    x, mask, context_mask, attn_mask, rel_pos, bias, causal, _ = (arguments.pop(name, None) for name in known)
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"an attention layer that was converted takes masks alone, got {', '.join(given)}")
+    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+        raise ValueError(f"attn_mask must be alike for all heads, got {tuple(attn_mask.shape)}")
+    seen = mask if context_mask is None else context_mask
+    seen = None if seen is None else seen[:, None, None]
+    if attn_mask is not None:
+        seen = attn_mask if seen is None else seen & attn_mask
+    bias = rel_pos(x.shape[1], x.shape[1]) if rel_pos is not None else bias
+    if bias is not None:
+        seen = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+    return x, seen, layer.causal if causal is None else causal
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -121,32 +133,40 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return tensors | {name: type(child) for name, child in module.named_children()}
 
 
-def parts(layer: Any) -> nn.Module:
-    """The layer's weights in modules under the names that CaiT has for them."""
+def parts(layer: Any, copy: bool) -> nn.Module:
+    """The layer's weights in modules under the names that CaiT has for them; copies, whatever ``copy`` says."""
     named: Any = nn.Module()
     named.num_heads = layer.heads
-    named.qkv = _linear(layer.to_q.weight, layer.to_k.weight, layer.to_v.weight)
+    named.qkv = merged_linear([layer.to_q, layer.to_k, layer.to_v])
     named.proj = layer.to_out
     named.attn_drop = layer.attend.attn_dropout
     pre, post = (getattr(layer.attend, name, None) for name in _TALKING_HEADS)
     if pre is not None:
-        named.proj_l = _linear(pre.weight.flatten(1))
+        named.proj_l = _over_heads(pre)
         # They are added to the scores.
         named.proj_l.weight.data += torch.eye(layer.heads).to(pre.weight)
     if post is not None:
-        named.proj_w = _linear(post.weight.flatten(1))
+        named.proj_w = _over_heads(post)
     return named.train(layer.training)
 
 
-def _linear(*weights: Tensor) -> nn.Linear:
-    """One linear layer without bias for several of the same input."""
-    joined = torch.cat([weight.detach() for weight in weights])
-    linear = nn.Linear(joined.shape[1], joined.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(joined, requires_grad=any(weight.requires_grad for weight in weights))
+def _over_heads(convolution: Any) -> nn.Linear:
+    weight = convolution.weight.detach().flatten(1).clone()
+    linear = nn.Linear(len(weight), len(weight), bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
     return linear
+
+
+def output(layer: Any, x: Tensor) -> Tensor:
+    """What a layer makes of ``x``."""
+    return layer.forward(x)
 
 
 def in_its_place(layer: Any, converted: ReAttention) -> XTransformersAttention:
     """``converted``, to be called as ``layer`` is."""
     module = sys.modules.get(type(layer.attend).__module__)
     return XTransformersAttention(converted, layer.causal, getattr(module, "Intermediates", None))
+
+
+def prepare(model: nn.Module) -> None:
+    """Nothing of a model stands in the way of another module in a layer's place."""

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from libraries import library
@@ -17,8 +19,14 @@ from PIL import Image  # noqa: E402
 
 from reattn.analysis import __main__ as command  # noqa: E402
 from reattn.analysis import at_distances, measure_attention, similar_blocks  # noqa: E402
-from reattn.analysis.images import Preprocessing, find_images, image_batches  # noqa: E402
-from reattn.analysis.load import load_weights, parse_arguments  # noqa: E402
+from reattn.analysis.images import (  # noqa: E402
+    Preprocessing,
+    UnreadableImageError,
+    check_images,
+    find_images,
+    image_batches,
+)
+from reattn.analysis.load import as_transformers_says, build_model, load_weights, parse_arguments  # noqa: E402
 from reattn.models import DeepViT, create_model  # noqa: E402
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -176,6 +184,170 @@ def test_interrupted_run_leaves_the_last_result(start, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "analysis.json").read_text() == "old"
 
 
+def encoder():
+    layer = torch.nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class Vit(torch.nn.Module):
+    """A model of one's own, of PyTorch's layers."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.default_cfg = {"input_size": (1, 16, 20), "mean": (0.4,)}
+        self.grid_size, self.num_prefix_tokens = (4, 5), 0
+        self.embed = torch.nn.Conv2d(1, width, 4, stride=4)
+        self.encoder = encoder()
+
+    def forward(self, images):
+        return self.encoder(self.embed(images).flatten(2).mT)
+
+
+def test_function_that_makes_a_model(start):
+    record, output = start("--limit", 2, model="test_analysis_command:Vit", model_args=["width=12"])
+    assert [block["name"] for block in record["blocks"]] == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    assert record["weights"] == "test_analysis_command:Vit" and "random" not in output.err
+    assert record["images"]["preprocessing"]["width"] == 20 and record["grid"]["width"] == 5
+
+
+def test_figures_name_model_images_and_what_is_compared(start, run, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(
+        command.plots, "save_figure", lambda figure, folder, name: figures.setdefault(name, figure) and []
+    )
+    start("--compare", run[1] / "analysis.json", "--query", 6, model="test_analysis_command:Vit", model_args=[])
+    assert set(figures) == set(FIGURES)
+    for figure in figures.values():
+        assert figure.get_suptitle().startswith("test_analysis_command:Vit, 5 images")
+    assert (
+        figures["query_maps"]
+        .get_suptitle()
+        .endswith("the patch in row 1, column 1 attends to in 0.png, plain attention")
+    )
+    other = f"deepvit_16b ({', '.join(TINY_ARGUMENTS)})"
+    assert f"compared with {other}, 5 images" in figures["similar_blocks"].get_suptitle().replace("\n", " ")
+    assert [text.get_text() for text in figures["similar_blocks"].legends[0].get_texts()] == [
+        "plain attention: test_analysis_command:Vit",
+        f"re-attention: {other}",
+        f"before mixing: {other}",
+    ]
+    # From every folder in turn.
+    titles = [axes.get_title() for axes in figures["rollout"].axes[:4]]
+    assert titles == ["0.png", "more/1.PNG", "2.png", "more/3.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((5,), "a0 a1 a2 a3"), ((1, 1, 5), "a0 b0 c0 c1"), ((2,) * 8, "a0 c0 e0 g0"), ((1, 1), "a0 b0")],
+)
+def test_samples_are_spread_over_folders(counts, expected):
+    paths = [Path(name, str(index)) for name, count in zip("abcdefgh", counts, strict=False) for index in range(count)]
+    assert [f"{p.parent}{p.name}" for p in command.spread_over_folders(paths, 4)] == expected.split()
+
+
+@pytest.mark.libraries
+def test_torchvision(start, capsys):
+    library("torchvision")
+    record, output = start("--limit", 1, model="torchvision:vit_b_32", model_args=["image_size=64", "num_classes=3"])
+    assert record["weights"] == "random" and "No --checkpoint: the weights are random" in output.err
+    assert [block["attention"] for block in record["blocks"]] == ["MultiheadAttention"] * 12
+    prepared = record["images"]["preprocessing"]
+    # torchvision's own, but for the size that was asked for.
+    assert prepared["mean"] == [0.485, 0.456, 0.406] and (prepared["height"], prepared["crop_pct"]) == (64, 224 / 256)
+    for name in ("nothing", "swin_t"):
+        with pytest.raises(SystemExit):
+            start(model=f"torchvision:{name}", model_args=())
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--model: must be torchvision: and a name of torchvision.models.list_models(), got 'nothing'" in error
+    assert "features.1.0.attn and 11 more (ShiftedWindowAttention): it holds relative_position_bias_table" in error
+
+
+HF = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 8, "patch_size": 8}
+SQUARE = {"height": 32, "width": 32}
+PROCESSORS = {
+    "ViT": ("ViTForImageClassification", "ViTImageProcessor", {"size": SQUARE}),
+    "DeiT": ("DeiTModel", "DeiTImageProcessor", {"size": {"height": 37, "width": 37}, "crop_size": SQUARE}),
+    "Dinov2": ("Dinov2Model", "BitImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": SQUARE}),
+    "Siglip": ("SiglipVisionModel", "SiglipImageProcessor", {"size": SQUARE}),
+}
+
+
+@pytest.mark.libraries
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_transformers_folder(family, images, tmp_path):
+    """The weights of the folder, and the pixels that its own processor makes."""
+    transformers = library("transformers")
+    model, processor, options = PROCESSORS[family]
+    config = getattr(transformers, "SiglipVisionConfig" if family == "Siglip" else f"{family}Config")
+    saved = getattr(transformers, model)(config(**HF, image_size=32))
+    saved.save_pretrained(tmp_path)
+    getattr(transformers, processor)(**options).save_pretrained(tmp_path)
+    source = build_model(f"hf:{tmp_path}", {})
+    assert source.weights == str(tmp_path) and type(source.model) is type(saved)
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(source.model.state_dict()[name], value)
+    for path in find_images(images):
+        expected = getattr(transformers, processor)(**options)(Image.open(path), return_tensors="pt")
+        # Both round to whole numbers after resizing.
+        torch.testing.assert_close(
+            source.preprocessing.read(path), expected["pixel_values"][0], rtol=0, atol=1.01 / 255 / 0.2
+        )
+
+
+@pytest.mark.libraries
+def test_transformers_folder_in_the_command(start, tmp_path, capsys):
+    transformers = library("transformers")
+    part = {**HF, "image_size": 16}
+    del part["patch_size"]
+    text = {**part, "vocab_size": 20}
+    config = transformers.CLIPConfig(vision_config={**part, "patch_size": 4}, text_config=text)
+    model = transformers.CLIPModel(config)
+    model.save_pretrained(tmp_path / "clip")
+    record, output = start("--limit", 2, model=f"hf:{tmp_path / 'clip'}", model_args=())
+    # The part that sees; how images are prepared is in no file.
+    assert [block["heads"] for block in record["blocks"]] == [3, 3] and record["grid"]["height"] == 4
+    assert "How to prepare images is not known: Preprocessing(channels=3, height=16" in output.err
+    assert "random" not in output.err
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((tmp_path / "clip" / "config.json").read_text())
+    record, output = start("--limit", 2, model=f"hf:{tmp_path / 'bare'}", model_args=())
+    assert record["weights"] == "random" and "the weights are random" in output.err
+    # Weights that are missing would be random, and nobody told.
+    (tmp_path / "vit").mkdir()
+    transformers.ViTConfig(**HF, image_size=32).save_pretrained(tmp_path / "vit")
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        (tmp_path / "vit" / name).write_bytes((tmp_path / "clip" / "model.safetensors").read_bytes())
+        with pytest.raises(SystemExit):
+            start(model=f"hf:{tmp_path / 'vit'}", model_args=())
+        error = " ".join(capsys.readouterr().err.split())
+        assert "model.safetensors must hold every weight of transformers.models.vit.modeling_vit.ViTModel" in error
+    with pytest.raises(SystemExit):
+        start(model=f"hf:{tmp_path / 'bare'}", model_args=("nothing=3",))
+    assert "nothing must be in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_center_crop": False}, "images must be cropped to one size, got shortest_edge without do_center_crop"),
+        ({"crop_size": 50}, r"images must be resized to no less than the crop, got \(40, 40\) and \(50, 50\)"),
+        ({"do_resize": False}, "images must be resized to no less than the crop"),
+        ({"rescale_factor": 1 / 127.5}, "pixels must be rescaled by 1 / 255"),
+        ({"resample": 5}, "5 is missing or unknown"),
+        ({"image_mean": None}, "TypeError|object of type 'NoneType' has no len"),
+    ],
+)
+def test_preprocessing_that_is_not_followed(changes, message, tmp_path):
+    config = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    config |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(config))
+    assert as_transformers_says(path) == Preprocessing(3, 32, 32, crop_pct=0.8)
+    path.write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json cannot be followed: .*({message})"):
+        as_transformers_says(path)
+
+
 def bad_checkpoint(tmp_path):
     torch.save({"weights": 3}, tmp_path / "bad.pth")
     return ["--checkpoint", tmp_path / "bad.pth"]
@@ -195,7 +367,7 @@ BAD = {
     "model": (
         {"model": "deepvit_17b"},
         [],
-        r"--model.*: must be one of deepvit_16b, .*, or timm:NAME, got 'deepvit_17b'",
+        r"--model.*: must be one of deepvit_16b, .*, or timm:NAME, hf:FOLDER, .* or MODULE:FUNCTION, got 'deepvit_17b'",
     ),
     "model-args": ({"model_args": ["depth"]}, [], r"--model-args must be NAME=VALUE, got 'depth'"),
     "unknown-arg": (
@@ -204,6 +376,20 @@ BAD = {
         r"--model and --model-args: .*unexpected keyword argument 'width'",
     ),
     "value-of-arg": ({"model_args": ["img_size=17"]}, [], r"--model and --model-args: img_size must be divisible by"),
+    "module": ({"model": "json:load"}, [], r"--model.*: json:load raised TypeError: load\(\) missing"),
+    "no-module": ({"model": "nowhere:vit"}, [], r"--model.*or MODULE:FUNCTION, got 'nowhere:vit': No module named"),
+    "no-function": ({"model": "json:vit"}, [], r"--model.*got 'json:vit': module 'json' has no attribute 'vit'"),
+    "no-model": (
+        {"model": "os:getcwd", "model_args": []},
+        [],
+        r"--model: os:getcwd must return a torch.nn.Module, got st",
+    ),
+    "no-size": (
+        {"model": "test_analysis_command:encoder", "model_args": []},
+        [],
+        r"--model: test_analysis_command:encoder: model must have a default_cfg or pretrained_cfg with an input_size",
+    ),
+    "no-hf-folder": ({"model": "hf:/nonexistent"}, [], r"--model.*must be hf: and a folder with a config.json"),
     "one-block": (
         {"model_args": [*TINY_ARGUMENTS, "depth=1"]},
         [],
@@ -300,6 +486,59 @@ def test_preprocessing(images, tmp_path):
         Preprocessing(3, 8, 8, interpolation="random")
     with pytest.raises(ValueError, match="model must have a default_cfg or pretrained_cfg with an input_size"):
         Preprocessing.of(torch.nn.Linear(2, 2))
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+GREY = Image.fromarray((RAMP * 255).round().astype(np.uint8))
+MODES = {
+    "16 bits": ("ramp.png", Image.fromarray((RAMP * 65535).astype(np.uint16)), {}),
+    "16 bits, big-endian": ("ramp.tif", Image.fromarray((RAMP * 65535).astype(">u2")), {}),
+    "16 bits, widened": ("ramp.ppm", Image.fromarray((RAMP * 65535).astype(np.int32)), {}),
+    "floats": ("ramp.tif", Image.fromarray(RAMP.astype(np.float32)), {}),
+    "8 bits": ("ramp.png", GREY, {}),
+    "opaque": ("ramp.png", GREY.convert("LA"), {}),
+    "opaque palette": ("ramp.tif", GREY.convert("PA"), {}),
+    "opaque table": ("ramp.png", GREY.convert("P"), {"transparency": bytes([255] * 256)}),
+    "print": ("ramp.tif", GREY.convert("CMYK"), {}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_brightness_is_kept_in_every_mode(mode, channels, tmp_path):
+    """A ramp from black to white, which is as bright when half as large, in whatever a file holds it."""
+    name, image, options = MODES[mode]
+    image.save(tmp_path / name, **options)
+    check_images([tmp_path / name])
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    pixels = Preprocessing(channels, 32, 32, crop_pct=1.0, interpolation="bilinear", mean=zeros, std=ones).read(
+        tmp_path / name
+    )
+    # Bilinear resizing to the half weighs four pixels: what lies around the middle of two is linear but at the border.
+    expected = torch.from_numpy(RAMP).float().view(32, 2, 32, 2).mean((1, 3))
+    assert pixels.shape == (channels, 32, 32)
+    rounding = 1e-4 if mode in ("16 bits", "16 bits, big-endian", "16 bits, widened", "floats") else 0.01
+    torch.testing.assert_close(
+        pixels[:, 1:-1, 1:-1], expected[1:-1, 1:-1].expand(channels, -1, -1), rtol=0, atol=rounding
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "message"),
+    [
+        ("x.tif", Image.fromarray((RAMP * 9e4).astype(np.int32)), {}, "got pixels from 0 to 90000 in mode I: save it"),
+        ("x.tif", Image.fromarray((RAMP * 255).astype(np.float32)), {}, "got pixels from 0 to 255 in mode F: save it"),
+        ("x.tif", Image.fromarray(np.full((4, 4), np.nan, np.float32)), {}, "got pixels from nan to nan in mode F"),
+        ("x.png", Image.merge("LA", [GREY, GREY]), {}, "got transparent pixels in mode LA: lay it on a background"),
+        ("x.png", GREY.convert("P"), {"transparency": 0}, "got transparent pixels in mode P"),
+        ("x.png", GREY.convert("RGB"), {"transparency": (9, 9, 9)}, "got transparent pixels in mode RGB"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "mode" in value else "",
+)
+def test_images_of_no_certain_brightness(name, image, options, message, tmp_path):
+    image.save(tmp_path / name, **options)
+    with pytest.raises(UnreadableImageError, match=f"{name} cannot be read as an image: .*{message}"):
+        check_images([tmp_path / name])
 
 
 def test_limit_is_spread(images):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from reattn.analysis import (  # noqa: E402
     FeatureMaps,
+    name_figure,
     plot_curves,
     plot_feature_maps,
     plot_head_similarity,
@@ -47,8 +48,8 @@ FIGURES = {
     "heads": (lambda: plot_head_similarity({"block 3": MATRIX}), 2, 0, 1, 9),
     "many-heads": (lambda: plot_head_similarity({"block 3": torch.eye(17)}), 2, 0, 1, 0),
     "features": (lambda: plot_feature_maps(IMAGE, FEATURES, sample=1), 7, 0, 1, 0),
-    "queries": (lambda: plot_query_maps(IMAGE, {0: torch.rand(2, 3, 4, 4), 5: torch.rand(2, 2, 4, 4)}), 8, 0, 1, 0),
-    "rollout": (lambda: plot_rollout(torch.rand(2, 1, 8, 8), {"softmax": torch.rand(2, 4, 4)}), 4, 0, 1, 0),
+    "queries": (lambda: plot_query_maps(IMAGE, {0: torch.rand(2, 3, 4, 4), 5: torch.rand(2, 2, 4, 4)}), 10, 0, 1, 0),
+    "rollout": (lambda: plot_rollout(torch.rand(2, 1, 8, 8), {"softmax": torch.rand(2, 4, 4)}), 6, 0, 1, 0),
     "curves": (lambda: plot_curves({"loss": {"a": [3.0, 2.0], "b": [3.0]}, "accuracy": {"b": [0.1]}}), 2, 2, 0, 0),
 }
 
@@ -85,6 +86,43 @@ def test_what_is_drawn():
     torch.testing.assert_close(drawn, lengths / lengths.mean())
     # One scale for all panels.
     assert len({axes.images[0].get_clim() for axes in (shown[1], shown[2], shown[4], shown[5])}) == 1
+
+
+def test_one_scale_and_a_bar_for_all_heads_of_a_block_and_all_images_of_a_row():
+    maps = {0: torch.rand(2, 3, 4, 4), 5: torch.rand(2, 2, 4, 4)}
+    grid = plot_query_maps(IMAGE, maps, sample=1).axes
+    for row, (index, drawn) in enumerate(maps.items()):
+        shown = [axes.images[0] for axes in grid[5 * row + 1 : 5 * row + 4] if axes.images]
+        limits = (drawn[1].min().item(), drawn[1].max().item())
+        assert [image.get_clim() for image in shown] == [pytest.approx(limits)] * drawn.shape[1]
+        assert torch.tensor(shown[0].get_array().tolist()).equal(drawn[1, 0].double())
+        assert grid[5 * row].get_ylabel() == f"block {index}"
+        assert grid[5 * row + 4].get_ylabel() == "weight"
+        assert grid[5 * row + 4].get_ylim() == pytest.approx(limits)
+    rollouts = {"softmax": torch.rand(2, 4, 4)}
+    figure = plot_rollout(torch.rand(2, 3, 8, 8), rollouts, ["cats/0.jpg", "dogs/1.jpg"])
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["cats/0.jpg", "dogs/1.jpg"]
+    limits = (rollouts["softmax"].min().item(), rollouts["softmax"].max().item())
+    assert [axes.images[0].get_clim() for axes in figure.axes[3:5]] == [pytest.approx(limits)] * 2
+
+
+def test_features_of_plain_attention_are_drawn_once():
+    same = {index: FeatureMaps(maps.softmax, maps.softmax) for index, maps in FEATURES.items()}
+    figure = plot_feature_maps(IMAGE, same)
+    assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "plain attention"
+
+
+def test_names_fit():
+    """Long names, such as those of a model with many arguments, are broken at the width of the figure."""
+    figure = name_figure(plot_similarity({"a": SIMILARITIES}), "model " * 40, "", "3 images")
+    lines = figure.get_suptitle().split("\n")
+    assert lines[-1] == "3 images" and max(map(len, lines)) <= 70
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["k = 1", "k = 2", "k = 3", "similar above 0.8"]
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_tightbbox())
 
 
 def test_lines_are_told_apart_without_colour():

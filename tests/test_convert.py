@@ -633,10 +633,12 @@ def test_hooks_and_other_attention_are_refused():
     model[1].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"1.attn \(test_convert.Attention\): it has hooks"):
         to_re_attention(model)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS)
+    layer.self_attn = nn.MultiheadAttention(DIM, HEADS, add_zero_attn=True)
     with pytest.raises(
-        ValueError, match=r"self_attn \(torch.nn.modules.activation.MultiheadAttention\): its forward takes key, value"
+        ValueError, match=r"self_attn \(torch.nn.modules.activation.MultiheadAttention\): it was made with add_zero_a"
     ):
-        to_re_attention(nn.TransformerEncoderLayer(DIM, HEADS))
+        to_re_attention(layer)
 
 
 def test_argument_errors():

@@ -1,6 +1,7 @@
 """Synchronised batch statistics: two gloo processes with a part of the batch each, against one with all of it."""
 
 import copy
+import datetime
 from dataclasses import replace
 
 import conftest  # noqa: F401 - what it puts in a GPU's place, in the processes that are started here too
@@ -18,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import ReAttention, re_attention
+from reattn.analysis import measure_attention
 from reattn.backends import BACKENDS as BACKENDS_BY_NAME
 from reattn.losses import map_similarity
 from reattn.models import DeepViT
@@ -91,6 +93,14 @@ def similarity_step(model, x):
         "gradients": {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()},
         "buffers": {name.removeprefix("module."): buffer for name, buffer in model.named_buffers()},
     }
+
+
+def looked_at(attention, called):
+    """Maps in training mode, and the running statistics after it; ``called``: a hook has the norm called."""
+    if called:
+        attention.head_norm.register_forward_hook(lambda *_: None)
+    maps = [m.detach() for m in attention.attention_maps(tokens("cpu")[:3])]
+    return maps, dict(attention.named_buffers())
 
 
 SHARDED = ("fsdp1", "fsdp1-original-parameters", "fsdp2", "fsdp2-norms-apart")
@@ -205,7 +215,9 @@ def distributed_tensors(mesh, rank):
 def work(rank, names, folder):
     """Everything that two processes compute, saved as results-<rank>.pt."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # A rank that waits for one that never comes fails the tests, and does not hold them up.
+    limit = datetime.timedelta(minutes=4)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world_size=2, rank=rank)
     # Refuses CPU modules with a SyncBatchNorm for the sake of its forward, which is never called here.
     DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
     results = {}
@@ -234,6 +246,14 @@ def work(rank, names, folder):
         results[kind] = output.detach()
     if "cpu" in names:
         results |= distributed_tensors(init_device_mesh("cpu", (2,)), rank)
+    wrapped = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make_model("cpu", "auto")))
+    if rank == 0:
+        # Alone: nobody answers if it asks.
+        results["measured"] = measure_attention(wrapped, images("cpu")), wrapped.training
+        for called in (False, True):
+            results["maps", called] = looked_at(
+                nn.SyncBatchNorm.convert_sync_batchnorm(make_attention("cpu", "auto")), called
+            )
     torch.save(results, f"{folder}/results-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -326,6 +346,26 @@ def test_converted_module(name, make, batch, backend, ranks, device):
     for key, expected in whole["buffers"].items():
         for part in parts:
             torch.testing.assert_close(part["buffers"][wrapped + key], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_maps_are_those_of_one_rank(called, ranks):
+    """A rank looks at its maps in training mode by itself: with the statistics of its own tokens, and none updated."""
+    maps, buffers = ranks[0]["maps", called]
+    attention = make_attention("cpu", "auto")
+    expected, unchanged = looked_at(attention, False)
+    for found, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffers, unchanged)
+    assert abs(maps[1].mean()) < 1e-4 and maps[1].std() == pytest.approx(1, abs=0.02)
+
+
+def test_one_rank_measures_alone(ranks):
+    """DistributedDataParallel sends buffers at every call, in eval mode too."""
+    measured, training = ranks[0]["measured"]
+    expected = measure_attention(make_model("cpu", "auto"), images("cpu"))
+    assert training and measured.images == 4
+    torch.testing.assert_close(measured.blocks, expected.blocks)
 
 
 def assert_same(found, expected):

@@ -16,6 +16,7 @@ from reattn.analysis.features import FeatureMaps, feature_maps, query_maps, toke
 from reattn.analysis.grid import TokenGrid, token_grid
 from reattn.analysis.measure import BlockInfo, Measurements, describe_blocks, measure_attention
 from reattn.analysis.plots import (
+    name_figure,
     plot_curves,
     plot_feature_maps,
     plot_feature_strengths,
@@ -55,6 +56,7 @@ __all__ = [
     "find_attentions",
     "head_similarity",
     "measure_attention",
+    "name_figure",
     "plot_curves",
     "plot_feature_maps",
     "plot_feature_strengths",

@@ -8,11 +8,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import reattn
 from reattn.analysis import plots
@@ -20,7 +21,7 @@ from reattn.analysis.attentions import MapKind
 from reattn.analysis.features import FeatureMaps, feature_maps, query_maps
 from reattn.analysis.grid import TokenGrid, token_grid
 from reattn.analysis.images import Preprocessing, UnreadableImageError, check_images, find_images, image_batches
-from reattn.analysis.load import build_model, load_weights, parse_arguments
+from reattn.analysis.load import FORMS, Source, build_model, load_weights, parse_arguments
 from reattn.analysis.measure import BlockInfo, Measurements, describe_blocks, measure_attention
 from reattn.analysis.output import write_json
 from reattn.analysis.rollout import attention_rollout
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m reattn.analysis", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a name of reattn.models.list_models(), or timm:NAME")
+    parser.add_argument("--model", required=True, help=f"a name of reattn.models.list_models(), or {FORMS}")
     parser.add_argument(
         "--model-args",
         nargs="+",
@@ -96,9 +97,12 @@ class Run:
             check_images(self.paths)
         except (ImportError, ValueError) as error:
             parser.error(f"--images: {error}")
-        self.model = self._model(parser)
+        source = self._source(parser)
+        self.model, self.weights = source.model, str(args.checkpoint or source.weights or "random")
         try:
-            self.preprocessing = Preprocessing.of(self.model)
+            self.preprocessing = source.preprocessing or Preprocessing.of(self.model)
+            has_own = any(getattr(self.model, name, None) for name in ("pretrained_cfg", "default_cfg"))
+            self.preprocessing_is_assumed = source.preprocessing is None and not has_own
             self.blocks, self.grid = self._try_out()
         except (ValueError, RuntimeError, AssertionError) as error:
             parser.error(f"--model: {args.model}: {error}")
@@ -120,7 +124,7 @@ class Run:
         except OSError as error:
             parser.error(f"--out must be a folder that can be written, got {args.out}: {error}")
 
-    def _model(self, parser: argparse.ArgumentParser) -> nn.Module:
+    def _source(self, parser: argparse.ArgumentParser) -> Source:
         args = self.args
         try:
             self.model_args = parse_arguments(args.model_args)
@@ -128,18 +132,19 @@ class Run:
             parser.error(f"--model-args {error}")
         torch.manual_seed(0)
         try:
-            model = build_model(args.model, self.model_args)
+            source = build_model(args.model, self.model_args)
         except (ImportError, ValueError, TypeError, RuntimeError, AssertionError) as error:
             if self.model_args:
                 parser.error(f"--model and --model-args: {error}")
             parser.error(f"--model: {error}")
         if args.checkpoint is not None:
             try:
-                load_weights(model, args.checkpoint)
+                load_weights(source.model, args.checkpoint)
             # What a damaged file raises depends on its format.
             except Exception as error:
                 parser.error(f"--checkpoint: {args.checkpoint}: {error}")
-        return model.to(self.device).eval()
+        source.model.to(self.device).eval()
+        return source
 
     def _try_out(self) -> tuple[list[BlockInfo], TokenGrid]:
         """The model's blocks, from a forward pass with a grey image."""
@@ -180,13 +185,14 @@ def _read_other(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         _count_points(record)
+        _headline(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"--compare must be an {RESULT} of this command, got {path}: {type(error).__name__}: {error}")
     return record
 
 
 def _count_points(record: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
-    """A model's points in the figure by depth: label -> (depth, number, share)."""
+    """A model's points in the figure by depth: kind of attention -> (depth, number, share)."""
     points = {}
     for kind, numbers in record["maps"].items():
         similar = numbers["similar_blocks"]["1"]
@@ -230,7 +236,8 @@ def summarize(measured: Measurements) -> dict[str, dict[str, Any]]:
 
 def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first images' features, query maps and rollouts: the arguments of the figures, and numbers for the JSON."""
-    paths = run.paths[:SAMPLES]
+    paths = spread_over_folders(run.paths, SAMPLES)
+    names = [_shown(path.relative_to(run.args.images)) for path in paths]
     images = next(image_batches(paths, run.preprocessing, SAMPLES)).to(run.device)
     shown = run.preprocessing.to_display(images).cpu()
     first, kind = images[:1], run.kinds[0]
@@ -242,8 +249,14 @@ def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     mixes = len(run.kinds) > 1
     drawn = {
         "features": (shown[0], features),
-        "query": (shown[0], rows, f"token {run.query}, {_label(kind, mixes)}"),
-        "rollout": (shown, {_label(name, mixes): maps for name, maps in rollouts.items()}),
+        "query": (shown[0], rows),
+        "rollout": (shown, {_label(name, mixes): maps for name, maps in rollouts.items()}, names),
+        "titles": {
+            "feature_maps": f"Features of {names[0]}, maps times values",
+            "query_maps": f"What {_token(run)} attends to in {names[0]}, {_label(kind, mixes)}",
+            "similar_blocks": f"compared with {'; '.join(map(_headline, run.others))}" if run.others else "",
+            "rollout": f"Where the attention of {_token(run)} comes from, through all blocks",
+        },
     }
     numbers = {
         "files": [str(path) for path in paths],
@@ -263,11 +276,15 @@ def draw(run: Run, measured: Measurements, record: dict[str, Any], drawn: dict[s
     mixes = len(run.kinds) > 1
     labels = {kind: _label(kind, mixes) for kind in run.kinds}
     points: dict[str, list[tuple[int, int, float]]] = {}
+    models: dict[str, list[str]] = {}
     for other in (record, *run.others):
         for label, point in _count_points(other).items():
             points.setdefault(label, []).append(point)
+            models.setdefault(label, []).append(_model_name(other))
+    if run.others:
+        points = {f"{label}: {_listed(models[label])}": each for label, each in points.items()}
     last = run.selected[-1]
-    return {
+    figures = {
         "similarity": plots.plot_similarity(
             {label: record["maps"][kind]["block_similarity"] for kind, label in labels.items()}, BLOCK_THRESHOLD
         ),
@@ -282,6 +299,57 @@ def draw(run: Run, measured: Measurements, record: dict[str, Any], drawn: dict[s
         "query_maps": plots.plot_query_maps(*drawn["query"]),
         "rollout": plots.plot_rollout(*drawn["rollout"]),
     }
+    for name, figure in figures.items():
+        plots.name_figure(figure, _headline(record), drawn["titles"].get(name, ""))
+    return figures
+
+
+def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` of the paths, from as many folders as there are, such as one for each class."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    groups = list(folders.values())
+    if len(groups) > count:
+        groups = [groups[index * len(groups) // count] for index in range(count)]
+    turns = [path for turn in zip_longest(*groups) for path in turn if path is not None]
+    return turns[:count]
+
+
+def _headline(record: dict[str, Any]) -> str:
+    """What a figure is of: the model, its weights, how many images."""
+    weights = "random weights, " if record["weights"] == "random" else ""
+    number = record["images"]["number"]
+    return f"{_model_name(record)}, {weights}{number} image{'s' if number != 1 else ''}"
+
+
+def _model_name(record: dict[str, Any]) -> str:
+    """A model's name in figures: of a folder the last part, and the arguments that it was built with."""
+    form, colon, name = str(record.get("model", "unknown model")).partition(":")
+    name = f"{form}:{Path(name).name}" if form == "hf" else f"{form}{colon}{name}"
+    arguments = [f"{key}={value}" for key, value in record.get("model_args", {}).items()]
+    return f"{name} ({', '.join(arguments)})" if arguments else name
+
+
+def _listed(names: Sequence[str]) -> str:
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+
+
+def _shown(path: Path) -> str:
+    """The end of a path that fits above a picture."""
+    text = path.as_posix()
+    return text if len(text) <= 28 else f"…{text[-27:]}"
+
+
+def _token(run: Run) -> str:
+    prefix = run.grid.num_prefix_tokens
+    if run.query == 0 and prefix:
+        return "the class token"
+    if run.query < prefix:
+        return f"token {run.query}"
+    row, column = divmod(run.query - prefix, run.grid.width)
+    return f"the patch in row {row}, column {column}"
 
 
 def describe(run: Run, measured: Measurements) -> dict[str, Any]:
@@ -292,7 +360,7 @@ def describe(run: Run, measured: Measurements) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "model": args.model,
         "model_args": run.model_args,
-        "weights": "random" if args.checkpoint is None else str(args.checkpoint),
+        "weights": run.weights,
         "device": run.device.type,
         "images": {
             "folder": str(args.images),
@@ -322,8 +390,10 @@ def print_summary(record: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     run = Run(parser, parser.parse_args(argv))
-    if run.args.checkpoint is None:
+    if run.weights == "random":
         print("No --checkpoint: the weights are random, and the numbers those of an untrained model.", file=sys.stderr)
+    if run.preprocessing_is_assumed:
+        print(f"How to prepare images is not known: {run.preprocessing}.", file=sys.stderr)
     try:
         measured = measure(run)
         drawn, samples = look_at_samples(run)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reattn import convert
 from reattn.models import SelfAttention
 from reattn.module import ReAttention
 from reattn.reference import masked_softmax
@@ -61,8 +62,9 @@ def attention_functions(module: nn.Module) -> AttentionFunctions | None:
     """How to compute the maps of ``module``; None where it is of no known class.
 
     In this order: what was registered for its class or the nearest base; a method ``attention_maps``;
-    ``torch.nn.MultiheadAttention``; timm's ``Attention``. A subclass of the last two with a forward pass of its own may
-    attend otherwise, and is not known.
+    ``torch.nn.MultiheadAttention`` and timm's ``Attention``, but for subclasses with a forward pass of their own; what
+    has the parts of softmax attention as timm, copies of it, transformers or x-transformers lay them out, and computes
+    on a probe what these parts say.
     """
     for base in type(module).__mro__:
         if base in _registered:
@@ -75,6 +77,8 @@ def attention_functions(module: nn.Module) -> AttentionFunctions | None:
         return AttentionFunctions(multihead_maps, multihead_values)
     if (owner.__module__, owner.__name__) in _TIMM_ATTENTIONS:
         return AttentionFunctions(timm_maps, timm_values)
+    if convert.is_attention(module) and convert.unlike_attention(module) is None:
+        return AttentionFunctions(maps_by_parts, values_by_parts)
     return None
 
 
@@ -96,11 +100,29 @@ def _own_values(module: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
+def maps_by_parts(attention: nn.Module, *args: Any, **kwargs: Any) -> Tensor | Maps:
+    """The maps of any layer that :func:`reattn.convert.to_re_attention` knows by its parts, and of the official
+    DeepViT code's: ``(batch, heads, seqlen, seqlen)``; a pair where heads are mixed."""
+    same = convert.stand_in(attention)
+    maps = same.attention_maps(*convert.tokens_and_mask(attention, args, kwargs))
+    return maps[0] if same.theta is None else maps
+
+
+def values_by_parts(attention: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The values beside :func:`maps_by_parts`: ``(batch, heads, seqlen, head_dim)``."""
+    x, _, _ = convert.tokens_and_mask(attention, args, kwargs)
+    return convert.stand_in(attention).project(x)[2]
+
+
 def timm_maps(attention: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """The softmax maps of timm's ViT ``Attention``, whatever its ``fused_attn``: ``(batch, heads, seqlen, seqlen)``."""
+    """The softmax maps of timm's ViT ``Attention``, whatever its ``fused_attn``: ``(batch, heads, seqlen, seqlen)``.
+
+    Also of what is like it, with ``q_norm``, ``k_norm`` and ``scale`` or without."""
     query, key, _ = _timm_project(attention, x)
-    query, key = attention.q_norm(query), attention.k_norm(key)
-    return masked_softmax(query * attention.scale, key, attn_mask, is_causal)
+    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    query, key = (t if norm is None else norm(t) for t, norm in zip((query, key), norms, strict=True))
+    scale = getattr(attention, "scale", None) or query.shape[-1] ** -0.5
+    return masked_softmax(query * scale, key, attn_mask, is_causal)
 
 
 def timm_values(attention: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from reattn import convert
 from reattn.analysis.attentions import AttentionFunctions, MapKind, Maps, attention_functions, check_kind
 
 Batches = Tensor | Iterable[Any]
@@ -101,33 +103,53 @@ class AttentionBlock:
 def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The attentions of ``model`` whose maps can be computed: path -> module, in the order of ``named_modules``.
 
-    What a known attention holds inside is its own affair and not listed. The model itself counts where nothing inside
-    it does: a whole transformer may well have a method ``attention_maps``.
+    What a known attention holds inside is its own affair and not listed, nor is what pools tokens. The model itself
+    counts where nothing inside it does: a whole transformer may well have a method ``attention_maps``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; the message names those that are not known.
     """
-    found: dict[str, nn.Module] = {}
+    return {path: module for path, (module, _) in _known_attentions(model).items()}
+
+
+def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionFunctions]]:
+    found: dict[str, tuple[nn.Module, AttentionFunctions]] = {}
 
     def search(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             child_path = f"{path}.{name}" if path else name
-            if any(child is known for known in found.values()):
+            if any(child is known for known, _ in found.values()) or convert.pools_tokens(child):
                 continue
-            if attention_functions(child) is None:
+            functions = attention_functions(child)
+            if functions is None:
                 search(child, child_path)
             else:
-                found[child_path] = child
+                found[child_path] = child, functions
 
     search(model, "")
-    if not found and attention_functions(model) is not None:
-        found[""] = model
+    functions = None if found else attention_functions(model)
+    if functions is not None:
+        found[""] = model, functions
     if not found:
+        unknown = unknown_attentions(model, ())
         raise ValueError(
-            "model must hold modules with a method attention_maps, torch.nn.MultiheadAttention, timm's Attention or a "
-            f"class given to register_attention, got none in {type(model).__name__}"
+            "model must hold modules with a method attention_maps, torch.nn.MultiheadAttention, attention layers like "
+            "those of timm, transformers or x-transformers, or of a class given to register_attention, got none in "
+            + type(model).__name__
+            + (f": {unknown}" if unknown else "")
         )
     return found
+
+
+def unknown_attentions(model: nn.Module, known: Iterable[str]) -> str:
+    """The attention layers of ``model`` that are neither at a path in ``known``, nor around or inside one that is: in
+    words, with path, class and reason; empty where there is none."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for path, layer in convert.find_layers(model).items():
+        if not any(f"{path}.".startswith(f"{each}.") or each.startswith(f"{path}.") for each in known):
+            reason = convert.unlike_attention(layer) or "it is not known"
+            reasons.setdefault((type(layer).__name__, reason), []).append(path or "model")
+    return convert.listed(reasons)
 
 
 @contextmanager
@@ -164,13 +186,11 @@ def attention_hooks(model: nn.Module, visit: Callable[[AttentionBlock], None]) -
 
         return visit_block
 
-    attentions = find_attentions(model)
+    attentions = _known_attentions(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(restart).remove)
-        for name, attention in attentions.items():
-            functions = attention_functions(attention)
-            assert functions is not None
+        for name, (attention, functions) in attentions.items():
             hook = attention.register_forward_pre_hook(hook_for(name, functions), with_kwargs=True)
             stack.callback(hook.remove)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -197,6 +217,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def visit_blocks(model: nn.Module, images: Tensor, visit: Callable[[AttentionBlock], None]) -> None:
     """Runs ``model(images)`` in eval mode, without gradients, and hands each attention to ``visit`` on the way.
 
+    On one of several ranks it waits for none, but where parameters are sharded, as by FSDP.
+
     Maps are computed when the visitor asks for them and not kept, so memory does not grow with depth. Parameters,
     running statistics, hooks and the train/eval mode of every submodule are afterwards what they were.
 
@@ -208,8 +230,10 @@ def visit_blocks(model: nn.Module, images: Tensor, visit: Callable[[AttentionBlo
     Raises:
         ValueError: ``model`` holds no known attention.
     """
+    # DistributedDataParallel would send buffers to other ranks, in eval mode too.
+    alone = model.module if isinstance(model, DistributedDataParallel) else model
     with attention_hooks(model, visit), evaluation(model):
-        model(images)
+        alone(images)
 
 
 def visit_attention_maps(
@@ -237,17 +261,21 @@ def iterate_batches(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
 
     Args:
         batches: images, one batch; or an iterable of batches, such as a DataLoader, each a tensor, or a tuple or list
-            whose first entry is one. It is iterated once and never held.
+            whose first entry is one, or, as transformers has it, a mapping with one under ``"pixel_values"``. It is
+            iterated once and never held.
 
     Raises:
         ValueError: a batch is anything else, or holds no image.
     """
     parameter = next(model.parameters(), None)
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
+    for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
         images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if isinstance(batch, Mapping):
+            images = batch.get("pixel_values")
         if not isinstance(images, Tensor):
             raise ValueError(
-                "batches must be a tensor, or an iterable of tensors or of tuples that begin with one, "
+                "batches must be a tensor, or an iterable of tensors, of tuples that begin with one or of mappings "
+                "with one under 'pixel_values', "
                 f"got a batch of type {type(batch).__name__}"
             )
         if not len(images):

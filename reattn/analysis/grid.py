@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+# Parameters of torchvision and transformers, each of a token or of several.
+_PREFIX = ("class_token", "cls_token", "class_embedding", "distillation_token", "register_tokens")
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -27,9 +30,10 @@ def token_grid(
     """Where the tokens of ``model`` lie on the image.
 
     What is not given is taken from ``model.num_prefix_tokens`` and ``model.grid_size`` or
-    ``model.patch_embed.grid_size``, as DeepViT and timm's models have them. Where these do not fit ``seqlen``, as with
-    images of another size, the patches are taken to be a square behind the prefix; without a known prefix, behind none
-    or one token.
+    ``model.patch_embed.grid_size``, as DeepViT and timm's models have them, from ``image_size`` and ``patch_size`` of
+    the model or its ``config``, as torchvision and transformers have them, and from the class, distillation and
+    register tokens among the parameters of such a model. Where these do not fit ``seqlen``, as with images of another
+    size, the patches are taken to be a square behind the prefix; without a known prefix, behind none or one token.
 
     Args:
         seqlen: tokens of a sequence.
@@ -39,9 +43,12 @@ def token_grid(
     Raises:
         ValueError: no such grid has ``seqlen`` tokens; what was given is never replaced.
     """
-    prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
-    prefixes = [prefix] if isinstance(prefix, int) else [0, 1]
     own = getattr(model, "grid_size", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
+    if own is None:
+        own = _patches(model)
+        prefix = _prefix_tokens(model) if own and prefix is None else prefix
+    prefixes = [prefix] if isinstance(prefix, int) else [0, 1]
     for size in (grid_size,) if grid_size is not None else (own, None):
         for count in prefixes:
             side = round(max(seqlen - count, 0) ** 0.5)
@@ -52,3 +59,26 @@ def token_grid(
         f"grid_size and num_prefix_tokens must make {seqlen} tokens, got {grid_size or own} and {prefix}; "
         "where the model does not know them they have to be given"
     )
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images of a model of torchvision or transformers."""
+    return _sides(model, "image_size")
+
+
+def _patches(model: nn.Module) -> tuple[int, int] | None:
+    image, patch = image_size(model), _sides(model, "patch_size")
+    return (image[0] // patch[0], image[1] // patch[1]) if image and patch else None
+
+
+def _sides(model: nn.Module, name: str) -> tuple[int, int] | None:
+    size = getattr(model, name, None) or getattr(getattr(model, "config", None), name, None)
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) and len(size) == 2 else None
+
+
+def _prefix_tokens(model: nn.Module) -> int:
+    """One of each kind: several of them, such as an encoder's and a decoder's, have the same names."""
+    tokens = {path.split(".")[-1]: p for path, p in reversed([*model.named_parameters()]) if path.endswith(_PREFIX)}
+    return sum(p.numel() // p.shape[-1] for p in tokens.values())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from reattn.analysis.grid import image_size
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -19,7 +22,7 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class UnreadableImageError(ValueError):
-    """A file is not an image, or a damaged one."""
+    """A file is not an image, a damaged one, or one whose pixels have no certain brightness."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,21 @@ class Preprocessing:
     def of(cls, model: nn.Module) -> Preprocessing:
         """What ``model.pretrained_cfg`` or ``model.default_cfg`` says, as DeepViT and timm's models have it.
 
+        Of a model that has neither, but an ``image_size`` of its own or in its ``config``, as in torchvision and
+        transformers, the size alone is known: the rest is the defaults here.
+
         Raises:
-            ValueError: the model has neither, it says nothing of the input's size, or files cannot be read that way.
+            ValueError: nothing says how large the input is, or files cannot be read that way.
         """
         config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        size = image_size(model)
+        if "input_size" not in config and size is not None:
+            channels = getattr(getattr(model, "config", None), "num_channels", 3)
+            return cls(channels, *size, crop_pct=1.0, mean=(0.5,) * channels, std=(0.5,) * channels)
         if "input_size" not in config:
             raise ValueError(
-                f"model must have a default_cfg or pretrained_cfg with an input_size, got {type(model).__name__}"
+                "model must have a default_cfg or pretrained_cfg with an input_size, such as model.default_cfg = "
+                f'{{"input_size": (3, 224, 224)}}, got {type(model).__name__} without'
             )
         channels, height, width = config["input_size"]
         # A timm model that was built for another size keeps the original's configuration.
@@ -81,17 +92,16 @@ class Preprocessing:
     def read(self, path: str | os.PathLike[str]) -> Tensor:
         """The image in a file as ``(channels, height, width)``, float32.
 
+        Greyscale of 16 bits and of floating numbers in [0, 1] keeps its precision.
+
         Raises:
             ImportError: Pillow is missing.
-            UnreadableImageError: the file cannot be read.
+            UnreadableImageError: the file cannot be read, is transparent somewhere, or has pixels of 32 bits that are
+                not in [0, 1], so that none is known to be white.
         """
         image_module = import_pillow()
-        try:
-            with image_module.open(path) as opened:
-                image = opened.convert(_MODES[self.channels])
-        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
-
+        with _opened(path) as opened:
+            image, white = _with_white(opened, self.channels)
         wanted = math.floor(self.width / self.crop_pct), math.floor(self.height / self.crop_pct)
         if not self.squash:
             # The side that is relatively shorter gets exactly what is wanted.
@@ -104,9 +114,11 @@ class Preprocessing:
         left, top = round((wanted[0] - self.width) / 2), round((wanted[1] - self.height) / 2)
         image = image.crop((left, top, left + self.width, top + self.height))
 
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(self.height, self.width, self.channels).permute(2, 0, 1)
-        return (pixels.float() / 255 - self._column(self.mean)) / self._column(self.std)
+        dtype = torch.float32 if image.mode == "F" else torch.uint8
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
+        pixels = pixels.view(self.height, self.width, -1).permute(2, 0, 1).expand(self.channels, -1, -1)
+        # Bicubic and Lanczos resizing overshoots edges; in 8 bits that is cut off already.
+        return ((pixels.float() / white).clamp(0, 1) - self._column(self.mean)) / self._column(self.std)
 
     def to_display(self, images: Tensor) -> Tensor:
         """Inputs ``(..., channels, height, width)`` as pixels in [0, 1] again."""
@@ -145,13 +157,51 @@ def find_images(folder: str | os.PathLike[str], limit: int | None = None) -> lis
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Opens every file, without reading its pixels; ``UnreadableImageError`` names the first that is no image."""
-    image_module = import_pillow()
+    """Opens every file; ``UnreadableImageError`` names the first that is no image, or none that can be read. Pixels are
+    looked at in unusual modes alone."""
     for path in paths:
-        try:
-            image_module.open(path).close()
-        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+        with _opened(path) as opened:
+            if opened.mode not in ("1", "L", "RGB", "CMYK") or "transparency" in opened.info:
+                _with_white(opened, 3)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Pillow's image of a file; whatever goes wrong while it is read names the file."""
+    image_module = import_pillow()
+    try:
+        with image_module.open(path) as opened:
+            yield opened
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
+
+
+def _with_white(opened: Any, channels: int) -> tuple[Any, float]:
+    """An image of ``channels`` channels of 8 bits, or of one of floats, and the number that is white in it."""
+    if opened.mode.startswith("I;16"):
+        # TIFF has twelve bits, too.
+        bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]
+        return opened.convert("I").convert("F"), 2.0**bits - 1
+    if opened.mode == "I" and opened.format in ("PNG", "PPM"):
+        # 16 bits, which some releases of Pillow widen.
+        return opened.convert("F"), 65535.0
+    if opened.mode in ("I", "F"):
+        numbers = torch.frombuffer(bytearray(opened.convert("F").tobytes()), dtype=torch.float32)
+        low, high = (extreme.item() for extreme in numbers.aminmax())
+        if opened.mode == "F" and 0 <= low <= high <= 1:  # which NaN is not
+            return opened.copy(), 1.0
+        raise ValueError(
+            f"which number is white must be known, got pixels from {low:g} to {high:g} in mode {opened.mode}: save it "
+            "with 8 or 16 bits, or as floating numbers in [0, 1]"
+        )
+    if opened.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in opened.info:
+        mode, opened = opened.mode, opened.convert("RGBA")
+        if opened.getchannel("A").getextrema()[0] < 255:
+            raise ValueError(
+                f"what is transparent has no colour, got transparent pixels in mode {mode}: lay it on a background, "
+                'such as Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))'
+            )
+    return opened.convert(_MODES[channels]), 255.0
 
 
 def image_batches(paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

@@ -7,10 +7,12 @@ Without matplotlib they raise an ``ImportError`` that says how to install it.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from reattn.analysis.features import FeatureMaps
@@ -73,6 +75,14 @@ def save_figure(
     return paths
 
 
+def name_figure(figure: Figure, *lines: str) -> Figure:
+    """Writes what a figure shows above it, such as the model and the images; long lines are broken to fit."""
+    width = int(figure.get_figwidth() * (14 if figure.get_figwidth() < 12 else 10))
+    broken = [part for line in lines if line for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+    figure.suptitle("\n".join(broken), fontsize=9 if figure.get_figwidth() < 12 else 12)
+    return figure
+
+
 def plot_similarity(similarities: Mapping[str, Mapping[int, Tensor]], threshold: float = 0.8) -> Figure:
     """The paper's figure a: similarity to the block k further on, by depth.
 
@@ -84,7 +94,7 @@ def plot_similarity(similarities: Mapping[str, Mapping[int, Tensor]], threshold:
         ValueError: there is nothing to draw.
     """
     _check_not_empty(similarities, "similarities")
-    figure = new_figure(5 * len(similarities), 4)
+    figure = new_figure(5 * len(similarities), 4.4)
     panels = figure.subplots(1, len(similarities), sharey=True, squeeze=False)[0]
     for axes, (title, by_distance) in zip(panels, similarities.items(), strict=True):
         for style, (distance, similarity) in zip(line_styles(len(by_distance)), by_distance.items(), strict=True):
@@ -92,8 +102,9 @@ def plot_similarity(similarities: Mapping[str, Mapping[int, Tensor]], threshold:
         axes.axhline(threshold, color="0.5", linewidth=0.8, zorder=0, label=f"similar above {threshold:g}")
         axes.set(xlabel="block", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        tidy(axes)
-    panels[0].set_ylabel("similarity to block + k (mean cosine of columns)")
+        tidy(axes, legend=False)
+    panels[0].set_ylabel("similarity to block + k\n(mean cosine of columns)")
+    _legend_below(figure, max(panels, key=lambda axes: len(axes.lines)))
     return figure
 
 
@@ -108,7 +119,7 @@ def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], 
         ValueError: there is nothing to draw.
     """
     _check_not_empty(counts, "counts")
-    figure = new_figure(10, 4)
+    figure = new_figure(10, 4.4)
     left, right = figure.subplots(1, 2)
     for style, (label, models) in zip(line_styles(len(counts)), counts.items(), strict=True):
         depths, numbers, shares = zip(*sorted(models), strict=True)
@@ -119,8 +130,9 @@ def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], 
     left.set_ylim(bottom=min(0, left.get_ylim()[0]))
     for axes in (left, right):
         axes.set_xticks(sorted({depth for models in counts.values() for depth, _, _ in models}))
-        tidy(axes)
+        tidy(axes, legend=False)
     left.yaxis.get_major_locator().set_params(integer=True)
+    _legend_below(figure, left)
     return figure
 
 
@@ -166,10 +178,12 @@ def plot_head_similarity(similarities: Mapping[str, Tensor], threshold: float = 
         if len(similarity) > _ANNOTATED_HEADS:
             continue
         low, high = axes.images[0].get_clim()
+        # Five characters in a cell; a panel is some 3.4 inches wide.
+        fontsize = min(8, 72 * 3.4 / len(similarity) / 3.3)
         for row, values in enumerate(_list(similarity)):
             for column, value in enumerate(values):
                 ink = "black" if value > (low + high) / 2 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=ink)
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=fontsize, color=ink)
     return figure
 
 
@@ -181,7 +195,8 @@ def feature_strength(features: Tensor) -> Tensor:
 
 
 def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample: int = 0) -> Figure:
-    """Feature maps of several blocks, with re-attention above and without it below: see :func:`feature_strength`.
+    """Feature maps of several blocks, with re-attention above and without mixing below, or of plain attention: see
+    :func:`feature_strength`.
 
     One scale for all, so that features that hardly vary over the image look it.
 
@@ -194,10 +209,12 @@ def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample
         ValueError: there is nothing to draw.
     """
     _check_not_empty(features, "features")
-    rows: dict[str, dict[int, Tensor]] = {"with re-attention": {}, "without": {}}
-    for index, maps in features.items():
-        for row, values in zip(rows.values(), (maps.re_attention, maps.softmax), strict=True):
-            row[index] = feature_strength(values)[sample]
+    mixes = any(not torch.equal(maps.re_attention, maps.softmax) for maps in features.values())
+    kinds = {"re-attention": "re_attention", "without mixing": "softmax"} if mixes else {"plain attention": "softmax"}
+    rows = {
+        label: {index: feature_strength(getattr(maps, kind))[sample] for index, maps in features.items()}
+        for label, kind in kinds.items()
+    }
     return plot_feature_strengths(image, rows)
 
 
@@ -222,64 +239,68 @@ def plot_feature_strengths(image: Tensor, strengths: Mapping[str, Mapping[int, T
         for axes, (index, strength) in zip(axes_row[1:], row.items(), strict=True):
             drawn = axes.imshow(_list(strength), cmap=_COLOUR_MAP, vmin=0.0, vmax=highest)
             axes.set(title=f"block {index}", xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=grid, label="length of the features / mean")
+    figure.colorbar(drawn, ax=grid, label="length / mean length")
     return figure
 
 
-def plot_query_maps(
-    image: Tensor, maps: Mapping[int, Tensor], title: str = "", sample: int = 0, overlay: float = 0.65
-) -> Figure:
-    """What one token attends to, over the image: a row for each block, a column for each head.
+def plot_query_maps(image: Tensor, maps: Mapping[int, Tensor], title: str = "", sample: int = 0) -> Figure:
+    """What one token attends to: a row for each block, a column for each head, the image at the left.
 
-    Every map has its own scale, from the lowest to the highest value, which stand above it.
+    The heads of a block have one scale, which stands at the right.
 
     Args:
         image: ``(channels, height, width)`` in [0, 1].
         maps: what :func:`query_maps` returns.
         title: of the figure.
         sample: which of its batch.
-        overlay: opacity of the maps over the image.
 
     Raises:
         ValueError: there is nothing to draw.
     """
     _check_not_empty(maps, "maps")
     heads = max(rows.shape[1] for rows in maps.values())
-    figure = new_figure(1.3 * (heads + 1) + 0.3, 1.6 * len(maps) + 0.5)
-    grid = figure.subplots(len(maps), heads + 1, squeeze=False)
-    for axes_row, (index, rows) in zip(grid, maps.items(), strict=True):
+    figure = new_figure(1.3 * (heads + 1) + 1.2, 1.5 * len(maps) + 0.7)
+    grid, bars = _with_bars(figure, len(maps), heads + 1)
+    for axes_row, bar, (index, rows) in zip(grid, bars, maps.items(), strict=True):
         _show_image(axes_row[0], image)
         axes_row[0].set_ylabel(f"block {index}")
+        low, high = (float(extreme) for extreme in rows[sample].aminmax())
         for head, axes in enumerate(axes_row[1:]):
             axes.set_axis_off()
             if head < rows.shape[1]:
-                weights = rows[sample, head]
-                _overlay(axes, image, weights, overlay)
-                axes.set_title(f"head {head}\n{float(weights.min()):.2g} to {float(weights.max()):.2g}", fontsize=6)
-    figure.suptitle(title)
-    return figure
+                drawn = axes.imshow(_list(rows[sample, head]), cmap=_COLOUR_MAP, vmin=low, vmax=high)
+                axes.set_title(f"head {head}", fontsize=8)
+        _colour_bar(figure, drawn, bar, "weight")
+    return name_figure(figure, title)
 
 
-def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], overlay: float = 0.65) -> Figure:
-    """Where a token's rollout comes from: the images above, below them a row for each kind of maps.
+def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], titles: Sequence[str] = ()) -> Figure:
+    """Where a token's rollout comes from: the images above, below them a row for each kind of maps, each with a scale
+    of its own.
 
     Args:
         images: ``(batch, channels, height, width)`` in [0, 1].
         rollouts: a row's label -> ``(batch, height, width)``, a row of :func:`attention_rollout` on the image's grid.
-        overlay: opacity of the maps over the images.
+        titles: of the images.
 
     Raises:
         ValueError: there is nothing to draw.
     """
     _check_not_empty(rollouts, "rollouts")
-    figure = new_figure(2.4 * len(images) + 0.5, 2.4 * (len(rollouts) + 1))
-    grid = figure.subplots(len(rollouts) + 1, len(images), squeeze=False)
+    figure = new_figure(2.2 * len(images) + 1.2, 2.3 * (len(rollouts) + 1))
+    grid, bars = _with_bars(figure, len(rollouts) + 1, len(images))
+    bars[0].set_axis_off()
     for axes, image in zip(grid[0], images, strict=True):
         _show_image(axes, image)
-    for axes_row, (label, maps) in zip(grid[1:], rollouts.items(), strict=True):
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=8)
+    for axes_row, bar, (label, maps) in zip(grid[1:], bars[1:], rollouts.items(), strict=True):
         axes_row[0].set_ylabel(label)
-        for axes, image, weights in zip(axes_row, images, maps, strict=True):
-            _overlay(axes, image, weights, overlay)
+        low, high = (float(extreme) for extreme in maps.aminmax())
+        for axes, weights in zip(axes_row, maps, strict=True):
+            drawn = axes.imshow(_list(weights), cmap=_COLOUR_MAP, vmin=low, vmax=high)
+            axes.set(xticks=[], yticks=[])
+        _colour_bar(figure, drawn, bar, "share of the rollout")
     return figure
 
 
@@ -321,10 +342,33 @@ def _list(tensor: Tensor) -> Any:
     return tensor.detach().double().cpu().tolist()
 
 
-def tidy(axes: Any) -> None:
+def tidy(axes: Any, legend: bool = True) -> None:
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if legend:
+        axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(figure: Figure, axes: Any) -> None:
+    """One legend for all panels, where it covers none of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() * 14 / (max(map(len, labels)) + 8)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def _with_bars(figure: Figure, rows: int, columns: int) -> tuple[Any, Any]:
+    """Axes ``[rows][columns]``, and for each row those of a colour bar at its right."""
+    axes = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=[1.0] * columns + [0.06])
+    return axes[:, :-1], axes[:, -1]
+
+
+def _colour_bar(figure: Figure, drawn: Any, axes: Any, label: str) -> None:
+    bar = figure.colorbar(drawn, cax=axes)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.locator_params(nbins=4)
+    # The numbers themselves, not what is to be added to one above.
+    bar.ax.ticklabel_format(axis="y", useOffset=False)
 
 
 def _show_image(axes: Any, image: Tensor) -> None:
@@ -333,9 +377,3 @@ def _show_image(axes: Any, image: Tensor) -> None:
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
     axes.imshow(shown.tolist(), cmap="gray", vmin=0.0, vmax=1.0)
     axes.set(xticks=[], yticks=[])
-
-
-def _overlay(axes: Any, image: Tensor, weights: Tensor, opacity: float) -> None:
-    _show_image(axes, image.float().mean(dim=0, keepdim=True))
-    extent = (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
-    axes.imshow(_list(weights), cmap=_COLOUR_MAP, alpha=opacity, extent=extent)

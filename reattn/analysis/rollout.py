@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reattn.analysis.attentions import MapKind, check_kind
-from reattn.analysis.collect import AttentionBlock, visit_blocks
+from reattn.analysis.collect import AttentionBlock, find_attentions, unknown_attentions, visit_blocks
 
 Negative = Literal["abs", "clamp", "raise"]
 
@@ -34,7 +34,8 @@ def attention_rollout(
     with.
 
     Args:
-        model: as in :func:`visit_blocks`, which leaves it as it was; every block attends from all tokens to all.
+        model: as in :func:`visit_blocks`, which leaves it as it was; every block attends from all tokens to all, and
+            the maps of all are known.
         images: the model's input, on its device.
         kind: as in :func:`visit_attention_maps`.
         negative: ``"abs"``, ``"clamp"``, or ``"raise"`` to refuse maps with entries below 0.
@@ -45,19 +46,26 @@ def attention_rollout(
         block that is all 0 passes its own token on.
 
     Raises:
-        ValueError: an argument is none of these, maps are not square or of different sizes, there are entries below 0
-            with ``"raise"``, or as :func:`visit_blocks`.
+        ValueError: an argument is none of these, maps are not square, of different sizes or of windows of the images,
+            an attention layer is not known, there are entries below 0 with ``"raise"``, or as :func:`visit_blocks`.
     """
     check_kind(kind)
     if negative not in get_args(Negative):
         raise ValueError(f"negative must be one of {get_args(Negative)}, got {negative!r}")
     if not 0.0 <= residual <= 1.0:
         raise ValueError(f"residual must be in [0, 1], got {residual}")
+    if unknown := unknown_attentions(model, find_attentions(model)):
+        raise ValueError(f"model must hold no attention that the rollout would leave out, got {unknown}")
     rollout: Tensor | None = None
 
     def follow(block: AttentionBlock) -> None:
         nonlocal rollout
         step = rollout_step(block.maps(kind), negative, residual, f"block {block.index}")
+        if len(step) != len(images):
+            raise ValueError(
+                f"a block must have one map for each of {len(images)} images, got {len(step)} in block {block.index}: "
+                "there is no rollout of windows"
+            )
         if rollout is not None and step.shape != rollout.shape:
             raise ValueError(
                 f"every block must have as many tokens, got {rollout.shape[-1]}, "
