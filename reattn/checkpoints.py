@@ -254,14 +254,18 @@ def _is_square(number: int) -> bool:
 
 def _fit_pos_embed(state_dict: dict[str, Tensor], model: DeepViT) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Resample the positions in ``state_dict`` if it is only their number that differs from the model's. Where timm's
-    ``no_embed_class`` left them out of the tokens before the patches, zeros are added."""
+    ``no_embed_class`` left them out of the tokens before the patches, zeros are added; no model with re-attention was
+    trained so."""
     pos_embed = state_dict.get("pos_embed")
     if pos_embed is None or pos_embed.ndim != 3 or pos_embed.shape[1] == model.pos_embed.shape[1]:
         return None
     count, prefix = pos_embed.shape[1], model.num_prefix_tokens
-    missing = [added for added in {0, prefix} if _is_square(count - prefix + added)]
+    plain = not any(key.endswith(".theta") for key in state_dict)
+    missing = [added for added in ({0, prefix} if plain else {0}) if _is_square(count - prefix + added)]
     if len(missing) != 1 or pos_embed.shape[::2] != (1, model.embed_dim):
         return None
+    if missing[0]:
+        logger.info("the checkpoint has no positions for the first %d tokens: they are 0", missing[0])
     state_dict["pos_embed"] = torch.cat([pos_embed.new_zeros(1, missing[0], model.embed_dim), pos_embed], dim=1)
     if state_dict["pos_embed"].shape == model.pos_embed.shape:
         return None
@@ -295,8 +299,8 @@ def load_checkpoint(
     """Load a whole checkpoint into ``model``, translating its layout.
 
     Positions learned for another image size are resampled (a checkpoint's grid is taken to be square), and are 0 for
-    class token and registers where timm's ``no_embed_class=True`` had none for them; a head that counts other classes
-    is left out, and the model's stays as it was. When an error is raised, the model is unchanged.
+    class token and registers where timm's ``no_embed_class=True`` had none for them, in plain ViTs alone; a head that
+    counts other classes is left out, and the model's stays as it was. When an error is raised, the model is unchanged.
 
     The model must be built to match; :func:`from_vit_pytorch` builds it for a checkpoint of vit_pytorch.
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -353,6 +353,21 @@ class ReAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@cache
+def _log_scripting(name: str) -> None:
+    logger.warning(
+        "torch.jit.script compiles the definition of %s, without fused kernels, and leaves it in the place of those in "
+        "the model that it was given",
+        name,
+    )
+
+
+class _ScriptTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # TorchScript compiles them as they are: their mode may change.
+        return getattr(m, "scriptable", False) or super().is_leaf_module(m, module_qualified_name)
+
+
 @fx.wrap
 def without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """``x``, in a graph of :mod:`torch.fx`, whose arguments are not known when it is traced."""
@@ -365,14 +380,10 @@ def without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
 
 
 def scriptable(module: nn.Module) -> nn.Module:
-    """The definition, as :mod:`torch.fx` traces it in the present mode, for :func:`torch.jit.script`, which puts it in
-    its place in the model that it compiles, too."""
-    logger.warning(
-        "torch.jit.script replaces %s, in the model that it is given too, by the operator's definition, without fused "
-        "kernels",
-        type(module).__name__,
-    )
-    traced = fx.symbolic_trace(module)
+    """The definition, as :mod:`torch.fx` traces it, for :func:`torch.jit.script`, which puts it in its place in the
+    model that it compiles, too."""
+    _log_scripting(type(module).__name__)
+    traced = fx.GraphModule(module, _ScriptTracer().trace(module))
     # TorchScript reads no annotations that are strings.
     types = {"attn_mask": Tensor | None, "is_causal": bool}
     for node in traced.graph.nodes:

@@ -10,24 +10,26 @@ Every name of :func:`reattn.models.list_models` becomes an entrypoint of timm's 
 ======================= ================================================================================================
 keywords                arguments of :class:`reattn.models.DeepViT`, such as ``num_classes``, ``in_chans``,
                         ``img_size``, ``drop_rate``, ``drop_path_rate``, ``global_pool``; ``norm_layer`` and
-                        ``act_layer`` by timm's names too; ``attention="self"`` is the plain ViT of the same shape, on
-                        train.py's command line ``--model-kwargs attention=self``
+                        ``act_layer`` by timm's names too; ``norm="none"`` for None, which timm takes for a keyword that
+                        is not given; ``attention="self"`` is the plain ViT of the same shape, on train.py's command
+                        line ``--model-kwargs attention=self``
 ``pretrained=True``     loads the checkpoint that ``pretrained_cfg_overlay={"file": path}`` names (``--pretrained-path``
                         of train.py), in any layout of :func:`reattn.checkpoints.load_checkpoint`, or what
-                        ``timm.models.save_for_hf`` saved; ``ValueError`` without either: weights are not distributed
+                        ``timm.models.save_for_hf`` saved; ``ValueError`` without either: weights are not distributed.
+                        A checkpoint's images must have as many channels
 ``checkpoint_path``     as for timm's own models: the same classes and image size
 ``features_only``       as for timm's own ViTs, ``out_indices`` included
 data configuration      mean and std 0.5, crop 0.9, at 384 pixels 1.0, bicubic, input size the model's
 ======================= ================================================================================================
 
-And every ViT, DeiT and CaiT of timm, ``vit_small_patch16_224`` as an example, gets another entrypoint,
-``vit_small_patch16_224_reattn``: the same model, with the same pretrained weights, after
+And the ViTs, DeiTs and CaiTs of timm, but for those with parallel blocks or differential attention, get another
+entrypoint, ``vit_small_patch16_224_reattn`` as an example: the same model, with the same pretrained weights, after
 :func:`reattn.convert.to_re_attention`. Its keywords ``re_attention_blocks``, ``norm`` (None by default, so that
-training starts at what the weights compute) and ``backend`` are that function's; ``ValueError`` where it finds no
-equivalent.
+training starts at what the weights compute) and ``backend`` are that function's. A checkpoint that holds theta is
+loaded after the conversion, any other before it.
 
-Optimizers of ``timm.optim.create_optimizer_v2`` with Muon leave theta to their fallback, AdamW: the step that Muon
-makes is meant for matrices between wide layers, not for one over the heads.
+Optimizers that ``timm.optim.create_optimizer_v2`` makes for a model with Muon leave theta to their fallback, AdamW: the
+step that Muon makes is meant for matrices between wide layers, not for one over the heads.
 
 Raises ``ImportError`` where timm cannot be imported, with the reason.
 
@@ -54,7 +56,7 @@ except (ImportError, RuntimeError) as error:  # the latter from a torchvision ma
         f"importing timm failed: {error}"
     ) from error
 
-from reattn.checkpoints import load_checkpoint
+from reattn.checkpoints import load_checkpoint, read_checkpoint, select_state_dict
 from reattn.convert import to_re_attention
 from reattn.models import DeepViT, create_model, list_models
 from reattn.models.deepvit import checkpoint_filter_fn
@@ -93,7 +95,12 @@ def _entrypoint(name: str) -> Any:
         def deepvit(**options: Any) -> DeepViT:
             for keyword, get in (("norm_layer", get_norm_layer), ("act_layer", get_act_layer)):
                 if isinstance(options.get(keyword), str):
-                    options[keyword] = get(options[keyword])
+                    try:
+                        options[keyword] = get(options[keyword])
+                    except KeyError:
+                        raise ValueError(f"{keyword} must be known to timm, got {options[keyword]!r}") from None
+            if options.get("norm") == "none":
+                options["norm"] = None
             model = create_model(name, **options)
             if pretrained and not native:
                 load_checkpoint(model, checkpoint)
@@ -123,23 +130,41 @@ def _converted_entrypoint(name: str) -> Any:
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
         re_attention_blocks: Any = None,
         norm: str | None = None,
         backend: str = "auto",
         **kwargs: Any,
     ) -> nn.Module:
-        # A folder, or a repository of the hub, that names this entrypoint holds theta; timm's weights do not.
-        converted = pretrained and _entry(pretrained_cfg, "source") in ("local-dir", "hf-hub")
+        # A folder, or a repository of the hub, that names this entrypoint holds theta.
+        file = (pretrained_cfg_overlay or {}).get("file")
+        converted = pretrained and (
+            any(key.endswith("theta") for key in select_state_dict(read_checkpoint(file))[1])
+            if file
+            else _entry(pretrained_cfg, "source") in ("local-dir", "hf-hub")
+        )
+        if kwargs.get("features_only") and kwargs.get("feature_cls") == "fx":
+            raise ValueError(f"feature_cls must be 'getter' or 'hook' for {own_name}, got 'fx'")
         if converted and kwargs.get("features_only"):
             raise ValueError(
                 f"features_only must be False for saved weights of {own_name}: wrap the model that is built without it "
                 "in timm.models.FeatureGetterNet"
             )
-        model = create(pretrained=pretrained and not converted, pretrained_cfg=pretrained_cfg, **kwargs)
-        to_re_attention(model, re_attention_blocks, norm, backend=backend)
+        model = create(
+            pretrained=pretrained and not converted,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            **kwargs,
+        )
+        to_re_attention(model, re_attention_blocks, None if norm == "none" else norm, backend=backend)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": own_name}
         if converted:
-            models.load_pretrained(model, num_classes=model.num_classes, in_chans=kwargs.get("in_chans", 3))
+            models.load_pretrained(
+                model,
+                num_classes=model.num_classes,
+                in_chans=kwargs.get("in_chans", 3),
+                filter_fn=getattr(sys.modules[create.__module__], "checkpoint_filter_fn", None),
+            )
         return model
 
     build.__name__ = build.__qualname__ = own_name

@@ -315,6 +315,15 @@ def test_the_only_entry_is_taken(official, entry, prefer_ema):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("img_size", "other"), [((32, 64), 48), ((64, 32), 32), ((224, 256), 224)])
+def test_rectangular_grids_are_not_taken_for_square_ones(img_size, other):
+    """Of 2 x 4 patches and a class token there are as many positions as of 3 x 3 patches without one."""
+    sizes = {"patch_size": 16, "embed_dim": 12, "depth": 1, "num_heads": 3, "num_classes": 2}
+    state_dict = DeepViT(img_size, **sizes).state_dict()
+    with pytest.raises(RuntimeError, match="shape: pos_embed must be"):
+        load_checkpoint(DeepViT(other, **sizes), state_dict)
+
+
 def test_positions_of_224_in_a_model_of_384():
     torch.manual_seed(0)
     source = ours(img_size=224, patch_size=16, depth=1)
@@ -955,17 +964,17 @@ def test_any_number_of_tokens_before_the_patches(options, prefix, img_size):
 @pytest.mark.parametrize("options", PREFIXES_OF_TOKENS.values(), ids=PREFIXES_OF_TOKENS)
 def test_positions_of_patches_alone(options, img_size):
     """As timm's no_embed_class leaves them; but 9 are those of 3 x 3 patches, or of 2 x 2 after 5 tokens."""
-    source = randomized(ours(**options))
+    source = randomized(ours(**options, attention="self"))
     count = source.num_prefix_tokens
     with torch.no_grad():
         source.pos_embed[:, :count] = 0
     state_dict = source.state_dict()
     state_dict["pos_embed"] = state_dict["pos_embed"][:, count:]
-    model = ours(**options, img_size=img_size)
+    model = ours(**options, attention="self", img_size=img_size)
     load_checkpoint(model, state_dict)
     source.set_input_size(img_size)
     assert torch.equal(model.pos_embed, source.pos_embed)
-    ambiguous = ours(reg_tokens=4)
+    ambiguous = ours(reg_tokens=4, attention="self")
     state_dict = {**ambiguous.state_dict(), "pos_embed": torch.zeros(1, 9, DIM)}
     with pytest.raises(RuntimeError, match=r"shape: pos_embed must be \(1, 21, 24\), got \(1, 9, 24\)$"):
         load_checkpoint(ambiguous, state_dict)

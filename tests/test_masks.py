@@ -141,18 +141,20 @@ def test_parity(kind, mode, sizes, dtype, backend, device):
 
 
 def head_cases():
-    """Every head count in every dtype; kinds, modes and architectures in turn."""
-    for index, (heads, dtype) in enumerate(itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 17, 32), FLOATS)):
+    """Every head count with each backend; dtypes, kinds, modes and architectures in turn."""
+    counts = (1, 2, 3, 4, 6, 8, 12, 16, 17, 32)
+    for index, ((row, backend), heads) in enumerate(itertools.product(enumerate(FUSED[:2]), counts)):
+        dtype = list(FLOATS)[(index + row) % 3]
         kind, mode = list(KINDS)[index % len(KINDS)], list(MODES)[(index + index // 10) % 4]
-        arch, head_dim = (90, 80)[index % 2], (32, 33, 64, 80)[(index + index // 3) % 4]
-        name = f"{heads}x{head_dim}-{dtype}-{kind}-{mode}-sm_{arch}"
-        yield pytest.param(heads, head_dim, FLOATS[dtype], kind, mode, arch, id=name)
+        arch, head_dim = (90, 80)[(index + row) % 2], (32, 33, 64, 80)[(index + index // 3) % 4]
+        marks = pytest.mark.cuda if backend == "cuda" else ()
+        name = f"{backend}-{heads}x{head_dim}-{dtype}-{kind}-{mode}-sm_{arch}"
+        yield pytest.param(backend, heads, head_dim, FLOATS[dtype], kind, mode, arch, id=name, marks=marks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", FUSED[:2])
-@pytest.mark.parametrize(("heads", "head_dim", "dtype", "kind", "mode", "arch"), list(head_cases()))
-def test_every_head_count(heads, head_dim, dtype, kind, mode, arch, backend, device, compiled_for):
+@pytest.mark.parametrize(("backend", "heads", "head_dim", "dtype", "kind", "mode", "arch"), list(head_cases()))
+def test_every_head_count(backend, heads, head_dim, dtype, kind, mode, arch, device, compiled_for):
     compiled_for(arch)
     sizes = {"heads": heads, "head_dim": head_dim, "seqlen": 21, "seqlen_k": 26, "batch": 2}
     assert_parity(masked_problem(kind, mode, **sizes, dtype=dtype, device=device), backend)

@@ -198,8 +198,26 @@ def test_converted_by_name(timm, tmp_path):
     assert torch.equal(same(images), model(images))
     with pytest.raises(ValueError, match=f"features_only must be False for saved weights of {CONVERTED}"):
         timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    larger = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=64, num_classes=3)
+    assert larger(batch(64)[0]).shape == (4, 3) and torch.equal(larger.blocks[0].attn.theta, model.blocks[0].attn.theta)
+    # From a plain file: loaded after the conversion.
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "trained.pth")
+    overlay = {"file": str(tmp_path / "trained.pth"), "num_classes": 10}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, **shape}
+    assert torch.equal(timm.create_model(CONVERTED, norm="batch", **options).eval()(images), model(images))
     with pytest.raises(ValueError, match="norm must be 'batch' or None, got 'layer'"):
         timm.create_model(CONVERTED, norm="layer", **shape)
+    with pytest.raises(ValueError, match=f"feature_cls must be 'getter' or 'hook' for {CONVERTED}, got 'fx'"):
+        timm.create_model(CONVERTED, features_only=True, feature_cls="fx", **shape)
+
+
+def test_no_norm(timm):
+    """timm leaves out keywords that are None."""
+    for norm, expected in (("none", None), ("layer", "layer")):
+        model = timm.create_model("deepvit_16b", norm=norm, **SMALL)
+        assert {block.attn.norm_type for block in model.blocks[1:]} == {expected}
+    with pytest.raises(ValueError, match="norm_layer must be known to timm, got 'foo'"):
+        timm.create_model("deepvit_16b", norm_layer="foo", **SMALL)
 
 
 def test_saved_for_the_hub(timm, tmp_path):

@@ -5,7 +5,7 @@ State dict keys are the official ones, except inside ``attn``, where :class:`rea
 """
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
@@ -43,6 +43,8 @@ def select_blocks(indices: int | Sequence[int] | None, depth: int, name: str) ->
         if not 0 <= indices <= depth:
             raise ValueError(f"{name} must be between 0 and the depth of {depth} blocks, got {indices}")
         return list(range(depth - indices, depth))
+    if not isinstance(indices, Iterable) or not all(isinstance(index, int) for index in indices):
+        raise ValueError(f"{name} must be None, an int, or a sequence of ints, got {indices!r}")
     outside = [index for index in indices if not -depth <= index < depth]
     if outside:
         raise ValueError(f"{name} must lie in [{-depth}, {depth}) for {depth} blocks, got {outside}")
@@ -141,6 +143,8 @@ def _drop_samples(x: Tensor, drop_prob: float) -> Tensor:
 class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's input is zeroed with probability ``drop_prob``, and scaled by
     ``1 / (1 - drop_prob)`` otherwise; the identity in eval (Huang et al., 2016, arXiv 1603.09382)."""
+
+    scriptable = True
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -276,6 +280,8 @@ class PatchDropout(nn.Module):
     """In training, keep a random share ``1 - drop_prob`` of each sample's patch tokens, at least one, in their order;
     the ``num_prefix_tokens`` before them always stay. The identity in eval (FLIP, Li et al., 2022, arXiv 2212.00794).
     """
+
+    scriptable = True
 
     def __init__(self, drop_prob: float, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -509,7 +515,7 @@ class DeepViT(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm: as in any ViT.
         class_token: whether a learned token comes first; ``global_pool="token"`` needs it.
         reg_tokens: learned tokens without meaning of their own, after the class token (registers, arXiv 2309.16588).
-        fc_norm: norm after pooling, instead of before it.
+        fc_norm: norm after pooling, instead of before it. Off unless it is asked for, as of the official models.
         pool_include_prefix: class token and registers are pooled with the patches.
         init_values: factors of a :class:`LayerScale` of each branch at first; None leaves it out.
         attn_head_dim: channels of a head; None means ``embed_dim // num_heads``.
@@ -600,6 +606,9 @@ class DeepViT(nn.Module):
             raise ValueError("patch_norm must be False with conv_stem=True, whose batch norms take its place, got True")
         if reg_tokens < 0:
             raise ValueError(f"reg_tokens must be 0 or more, got {reg_tokens}")
+        for name, layer in (("norm_layer", norm_layer), ("act_layer", act_layer)):
+            if layer is not None and not callable(layer):
+                raise ValueError(f"{name} must be a class or function that makes a module, got {layer!r}")
         if norm_layer is not None and layer_norm_eps != 1e-6:
             raise ValueError(
                 f"layer_norm_eps must be left out with norm_layer, which brings its own: partial(norm_layer, "
@@ -872,8 +881,8 @@ class DeepViT(nn.Module):
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What :func:`torch.jit.script` compiles: the definition, as :mod:`torch.fx` traces it in the present mode."""
-        return fx.symbolic_trace(self)
+        """What :func:`torch.jit.script` compiles in the place of this module."""
+        return scriptable(self)
 
     def forward_intermediates(
         self,
