@@ -140,7 +140,7 @@ def _converted_entrypoint(name: str) -> Any:
         file = (pretrained_cfg_overlay or {}).get("file")
         converted = pretrained and (
             any(key.endswith("theta") for key in select_state_dict(read_checkpoint(file))[1])
-            if file
+            if file and not str(file).endswith(".npz")  # the original weights, which timm reads
             else _entry(pretrained_cfg, "source") in ("local-dir", "hf-hub")
         )
         if kwargs.get("features_only") and kwargs.get("feature_cls") == "fx":
