@@ -220,6 +220,16 @@ def test_no_norm(timm):
         timm.create_model("deepvit_16b", norm_layer="foo", **SMALL)
 
 
+def test_model_of_this_package_saved_for_the_hub(timm, tmp_path):
+    """Built without timm, of the size that it has now."""
+    model = create_model("deepvit_s", norm="layer", **SMALL).eval()
+    model.set_input_size(48)
+    timm.models.save_for_hf(model, tmp_path)
+    same = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images, _ = batch(48)
+    assert torch.equal(same(images), model(images))
+
+
 def test_saved_for_the_hub(timm, tmp_path):
     """After a change of the image size, and taken up again with other classes and another size."""
     model = timm.create_model("deepvit_s", norm="layer", act_layer="silu", **SMALL).eval()

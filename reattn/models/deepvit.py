@@ -7,7 +7,7 @@ State dict keys are the official ones, except inside ``attn``, where :class:`rea
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, get_args
 
 import torch
@@ -552,6 +552,9 @@ class DeepViT(nn.Module):
         ValueError: an argument is out of range, named with what was expected and what came.
     """
 
+    _registered_cfg: dict[str, Any]
+    _model_args: dict[str, Any]
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -627,7 +630,7 @@ class DeepViT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        self._registered_cfg: dict[str, Any] = {}
+        self._registered_cfg = {}
 
         self.patch_embed: PatchEmbed | ConvStem
         if conv_stem:
@@ -997,21 +1000,38 @@ class DeepViT(nn.Module):
         return selected
 
 
+def _named(build: Callable[..., DeepViT]) -> Callable[..., DeepViT]:
+    """Has a model know what timm's ``save_for_hf`` writes: its architecture, and the arguments it was built with."""
+
+    @wraps(build)
+    def build_named(**overrides: Any) -> DeepViT:
+        model = build(**overrides)
+        model.default_cfg = {"architecture": build.__name__}
+        model._model_args = {name: value for name, value in overrides.items() if name not in ("device", "dtype")}
+        return model
+
+    return build_named
+
+
+@_named
 def deepvit_16b(**overrides: Any) -> DeepViT:
     """DeepViT-16B: 24.43 M parameters, re-attention in all 16 blocks, 79.10 % top-1 as published."""
     return DeepViT(**{"embed_dim": 384, "depth": 16, **overrides})
 
 
+@_named
 def deepvit_24b(**overrides: Any) -> DeepViT:
     """DeepViT-24B: 36.26 M parameters, re-attention in all 24 blocks, 79.99 % top-1 as published."""
     return DeepViT(**{"embed_dim": 384, "depth": 24, **overrides})
 
 
+@_named
 def deepvit_32b(**overrides: Any) -> DeepViT:
     """DeepViT-32B: 48.10 M parameters, re-attention in all 32 blocks, 80.90 % top-1 as published."""
     return DeepViT(**{"embed_dim": 384, "depth": 32, **overrides})
 
 
+@_named
 def deepvit_s(**overrides: Any) -> DeepViT:
     """DeepViT-S: 27.31 M parameters, conv stem, re-attention in the last 5 of 16 blocks, 82.3 % top-1 as published."""
     config = {
@@ -1025,6 +1045,7 @@ def deepvit_s(**overrides: Any) -> DeepViT:
     return DeepViT(**{**config, **overrides})
 
 
+@_named
 def deepvit_l(**overrides: Any) -> DeepViT:
     """DeepViT-L: 58.88 M parameters, conv stem, re-attention in the last 12 of 32 blocks, 83.1 % top-1 as published."""
     config = {
@@ -1037,6 +1058,7 @@ def deepvit_l(**overrides: Any) -> DeepViT:
     return DeepViT(**{**config, **overrides})
 
 
+@_named
 def deepvit_l_384(**overrides: Any) -> DeepViT:
     """DeepViT-L for images of 384 pixels: 59.04 M parameters, 84.25 % top-1 as published."""
     return deepvit_l(**{"img_size": 384, **overrides})
