@@ -55,6 +55,8 @@ class TransformersAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As in the layer that was here."""
+        if len(args) > len(self._argument_names):
+            raise TypeError(f"forward takes {len(self._argument_names)} arguments by position, got {len(args)}")
         arguments = dict(zip(self._argument_names, args, strict=False)) | kwargs
         x, mask, is_causal = tokens_and_mask(self, arguments)
         eager = getattr(self.config, "_attn_implementation", None) == "eager"
@@ -66,7 +68,7 @@ class TransformersAttention(nn.Module):
         moved = {f"{prefix}{self._out}.": f"{prefix}attention.proj."} if self._out else {}
         if isinstance(self.attention.qkv, JoinedLinear):
             moved |= {name: f"{prefix}attention.qkv.layers.{index}." for index, name in enumerate(old)}
-        elif f"{old[0]}weight" in state_dict:
+        elif all(f"{name}weight" in state_dict for name in old):
             weight, bias = merged(*([state_dict.pop(name + of, None) for name in old] for of in ("weight", "bias")))
             state_dict |= {f"{prefix}attention.qkv.weight": weight} | (
                 {} if bias is None else {f"{prefix}attention.qkv.bias": bias}

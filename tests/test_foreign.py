@@ -19,7 +19,7 @@ from reattn.analysis import (
     visit_blocks,
 )
 from reattn.convert import calibrate, to_re_attention
-from reattn.foreign import JoinedLinear, unread_arguments
+from reattn.foreign import JoinedLinear
 
 DIM, HEADS = 24, 3
 # Rounding of float32 in a map, or an output, relative to its size.
@@ -228,9 +228,7 @@ class Biased(Copied):
 
 
 def test_an_argument_that_changes_the_maps_is_refused():
-    """One that is never read does not."""
-    assert unread_arguments(Official.forward) == {"atten"}
-    assert unread_arguments(Residual.forward) == set()
+    """One that is never read does not: :func:`test_maps_of_copies`."""
     model = far_from_uniform(Blocks(Residual))
     with pytest.raises(ValueError, match=r"atten must not be given to a test_foreign.Residual whose maps are measured"):
         visited(model, random(2, 10, DIM))
