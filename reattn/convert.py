@@ -133,7 +133,7 @@ def to_re_attention(
     if not layers:
         raise ValueError(
             f"model must hold attention layers with num_heads and one of {', '.join(_PROJECTIONS)}, "
-            f"got {class_name(model)} without any"
+            f"got {class_name(model)} without any{left_out(model)}"
         )
     paths = [list(layers)[index] for index in select_blocks(blocks, len(layers), "blocks")]
     paths = [path for path in paths if not isinstance(layers[path], ReAttention)]
@@ -267,6 +267,14 @@ def is_attention(module: nn.Module) -> bool:
     if isinstance(getattr(module, "num_heads", None), int):
         return any(hasattr(module, name) for name in _PROJECTIONS)
     return isinstance(getattr(module, "heads", None), int) and any(hasattr(module, n) for n in ("qkv", "to_qkv"))
+
+
+def left_out(model: nn.Module) -> str:
+    """What an error says of the modules that :func:`pools_tokens` is true of."""
+    pools = [
+        f"{path} ({class_name(module)})" for path, module in model.named_modules() if path and pools_tokens(module)
+    ]
+    return f"; left out, as what pools tokens by the name of its class: {', '.join(pools)}" if pools else ""
 
 
 def pools_tokens(module: nn.Module) -> bool:

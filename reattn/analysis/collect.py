@@ -122,7 +122,6 @@ def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
 
 def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionFunctions]]:
     found: dict[str, tuple[nn.Module, AttentionFunctions]] = {}
-    pooling: list[str] = []
 
     def search(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
@@ -131,12 +130,10 @@ def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionF
                 continue
             pools = convert.pools_tokens(child)
             functions = registered_functions(child) if pools else attention_functions(child)
-            if functions is None and pools:
-                pooling.append(f"{child_path} ({type(child).__name__})")
-            elif functions is None:
-                search(child, child_path)
-            else:
+            if functions is not None:
                 found[child_path] = child, functions
+            elif not pools:
+                search(child, child_path)
 
     search(model, "")
     functions = None if found else attention_functions(model)
@@ -149,7 +146,7 @@ def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionF
             "those of timm, transformers or x-transformers, or of a class given to register_attention, got none in "
             + type(model).__name__
             + (f": {unknown}" if unknown else "")
-            + (f"; left out, as it pools tokens by its class's name: {', '.join(pooling)}" if pooling else "")
+            + convert.left_out(model)
         )
     return found
 
