@@ -536,12 +536,14 @@ def _is_same(got: Tensor, expected: Tensor, layer: Any) -> bool:
     if _is_quantised(layer.qkv) or _is_quantised(layer.proj):
         # The least difference in what they are given may round it to another number.
         tolerance = _COARSE
-    return (got - expected).abs().max().item() <= tolerance * expected.abs().max().item()
+    largest = expected.abs().max().item()
+    return got.shape == expected.shape and (got - expected).abs().max().item() <= tolerance * largest
 
 
 def _is_tied(part: nn.Module, uses: Counter[int]) -> bool:
-    """Whether other modules hold ``part``, or something in it, too."""
-    return any(uses[id(each)] > 1 for each in (*part.modules(), *part.parameters()))
+    """Whether other modules hold ``part``, or something in it that has parameters, too."""
+    modules = (module for module in part.modules() if any(True for _ in module.parameters()))
+    return any(uses[id(each)] > 1 for each in (*modules, *part.parameters()))
 
 
 def _refuse_wrappers(model: nn.Module, paths: Iterable[str]) -> None:

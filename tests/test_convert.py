@@ -480,6 +480,13 @@ class Hooked(Attention):
         self.attn_drop.register_forward_hook(lambda *_: None)
 
 
+class HookedElsewhere(Attention):
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Identity()
+        self.maps.register_forward_hook(lambda *_: None)
+
+
 class Compiled(nn.Module):
     """As torch.compile and peft wrap a module: what it holds can be read from it."""
 
@@ -505,6 +512,7 @@ class Compiled(nn.Module):
         ),
         (DropsItsOwn, "attn_drop must be a torch.nn.Dropout, got test_convert.DropsItsOwn.Dropout"),
         (Hooked, "its attn_drop, an Identity, has hooks"),
+        (HookedElsewhere, "its maps, an Identity, has hooks"),
         (Compiled, "it wraps another attention layer: convert first"),
         (Grouped, "qkv must put out three times what proj takes in, for 3 heads, not 48 and 24"),
     ],
