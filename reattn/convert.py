@@ -7,9 +7,11 @@ know layers by their parts, not by their class, so timm, transformers and others
 from __future__ import annotations
 
 import inspect
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from reattn import multihead, reference, transformers, x_transformers
 from reattn.checks import CONVERT_FIRST, class_name, has_hooks, unlike_linear
-from reattn.foreign import argument_names, is_linear, keep_hooks, refuse_others, unread_arguments
+from reattn.foreign import argument_names, is_linear, iterate_batches, keep_hooks, refuse_others
 from reattn.models.deepvit import select_blocks
 from reattn.module import ReAttention
 
@@ -34,12 +36,18 @@ _OFFICIAL = ("reatten_matrix", "var_norm")
 _FORWARD_ARGUMENTS = ("attn_mask", "is_causal")
 # Layers that are called in another way: each is replaced by a module of its own.
 _LIBRARIES: tuple[Any, ...] = (x_transformers, transformers, multihead)
+# The layers whose weights are copied, and not called.
+_COPIED: dict[Any, tuple[str, ...]] = {None: _TALKING_HEADS, x_transformers: ("to_q", "to_k", "to_v", "attend")}
 # Wrappers that know the parameters of what they wrapped, and would leave out new ones.
 _WRAPPERS = {"DistributedDataParallel", "DDP", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _WRAPPERS |= {"GradSampleModule"}
 # Agreement on a probe, relative to the largest output: rounding, against another formula altogether.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
 _COARSE = 5e-2  # of bfloat16, and of whatever is quantised
+# The second is longer than what layers commonly attend to where that is not all.
+_PROBES = ((2, 7), (1, 260))
+# The layers, with their settings, that gave on a probe what their parts say.
+_agreed: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _MAP_ELEMENTS = 2**25
 
 
@@ -104,7 +112,8 @@ def to_re_attention(
         TypeError: ``model`` is no module.
         ValueError: ``norm`` or ``blocks`` does not fit, there is no layer to convert, ``model`` is wrapped by what
             would not know the new parameters (DistributedDataParallel, FSDP, ...), or a layer has no equivalent
-            (relative positions, rotary embeddings, dropout after the talking heads, ...): the message gives the path
+            (relative positions, rotary embeddings, cross-attention, dropout after the talking heads or by other means
+            than ``attn_drop`` and ``proj_drop``, ``forward`` replaced on the instance, ...): the message gives the path
             and the reason for each. The model is then as it was.
 
     Source: DeepViT (arXiv 2103.11886), section 4, for the layer; the way in is this package's own.
@@ -124,7 +133,7 @@ def to_re_attention(
     if not layers:
         raise ValueError(
             f"model must hold attention layers with num_heads and one of {', '.join(_PROJECTIONS)}, "
-            f"got {class_name(model)} without any"
+            f"got {class_name(model)} without any{left_out(model)}"
         )
     paths = [list(layers)[index] for index in select_blocks(blocks, len(layers), "blocks")]
     paths = [path for path in paths if not isinstance(layers[path], ReAttention)]
@@ -132,12 +141,21 @@ def to_re_attention(
 
     reasons: dict[tuple[str, str], list[str]] = {}
     replacements: dict[int, nn.Module] = {}
+    crossing = {id(part.multihead_attn) for part in model.modules() if isinstance(part, nn.TransformerDecoderLayer)}
+    uses = Counter(id(u) for m in model.modules() for u in (*m._parameters.values(), *m._modules.values()))
     for path in paths:
-        layer = layers[path]
+        layer, library = layers[path], _library(layers[path])
+        tied = [name for name, part in layer.named_children() if _is_tied(part, uses)]
         reason = _not_convertible(layer)
+        if id(layer) in crossing:
+            reason = (
+                "it attends from one sequence to another: convert the other layers alone, by "
+                "to_re_attention(model, blocks=...)"
+            )
+        elif read := [name for name in tied if name in _COPIED.get(library, ())]:
+            reason = reason or f"weights of its {', '.join(read)} are shared, and would no longer be"
         if not reason:
-            library = _library(layer)
-            converted = _converted(_parts(layer, copy=True), norm, norm_eps, norm_momentum)
+            converted = _converted(_parts(layer, copy=not tied), norm, norm_eps, norm_momentum)
             replacement = library.in_its_place(layer, converted) if library else converted
             converted.backend = "reference"
             reason = _disagreement(layer, replacement)
@@ -176,16 +194,16 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
 
     Args:
         model: holds at least one ReAttention with ``norm="batch"``; run in eval mode, its modes are put back.
-        images: one batch as ``model`` takes it, or an iterable of batches, each a tensor or a tuple or list that begins
-            with one. On the model's device, in its dtype. Under DistributedDataParallel, calibrate before wrapping, on
-            the same images in every process.
+        images: one batch as ``model`` takes it, or an iterable of batches, each a tensor, a tuple or list that begins
+            with one, or a mapping with one under ``"pixel_values"``. In the model's dtype. Under
+            DistributedDataParallel, calibrate before wrapping, on the same images in every process.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no layer to calibrate, a batch norm without weight, bias or running statistics, or no images; the
-            message names the layer.
+        ValueError: no layer to calibrate, a batch norm without weight, bias or running statistics, or no images, or
+            what is none; the message names the layer.
     """
     layers = {
         path: module
@@ -204,9 +222,9 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any]) -> nn.Module:
         layer.register_forward_pre_hook(_observer(moments[path]), with_kwargs=True) for path, layer in layers.items()
     ]
     try:
-        with _in_eval_mode(model):
-            for batch in [images] if isinstance(images, Tensor) else images:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        with _in_mode(model, False):
+            for batch in iterate_batches(images, model, "images"):
+                model(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -251,6 +269,14 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(getattr(module, "heads", None), int) and any(hasattr(module, n) for n in ("qkv", "to_qkv"))
 
 
+def left_out(model: nn.Module) -> str:
+    """What an error says of the modules that :func:`pools_tokens` is true of."""
+    pools = [
+        f"{path} ({class_name(module)})" for path, module in model.named_modules() if path and pools_tokens(module)
+    ]
+    return f"; left out, as what pools tokens by the name of its class: {', '.join(pools)}" if pools else ""
+
+
 def pools_tokens(module: nn.Module) -> bool:
     """Whether a module is named after attention that pools tokens, as timm's AttentionPoolLatent and SigLIP's head."""
     return "AttentionPool" in type(module).__name__
@@ -264,6 +290,8 @@ def _library(layer: nn.Module) -> Any:
 def _not_convertible(layer: nn.Module) -> str | None:
     """Why ``layer`` cannot be ReAttention, by its parts; None if they all have a place there."""
     library = _library(layer)
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance, which would be lost"
     if has_hooks(layer) and library in (None, x_transformers):
         return "it has hooks, which would be lost"
     if library:
@@ -281,8 +309,9 @@ def _not_convertible(layer: nn.Module) -> str | None:
     if reason := _foreign_parts(layer):
         return reason
     drop = getattr(layer, "attn_drop", None)
-    if isinstance(drop, nn.Identity) and has_hooks(drop):
-        return "its attn_drop, an Identity, has hooks, which would be lost"
+    for name, child in layer.named_children():
+        if isinstance(child, nn.Identity) and has_hooks(child) and (child is drop or name not in _PARTS):
+            return f"its {name}, an Identity, has hooks, which would be lost"
     if hasattr(layer, "proj_w") and getattr(drop, "p", 0.0) > 0.0:
         return "its attn_drop drops after mixing, and ReAttention before: set attn_drop.p to 0"
     return None
@@ -342,7 +371,17 @@ def unlike_attention(layer: nn.Module) -> str | None:
         reason = "its forward does not name what it takes"
     else:
         reason = _foreign_parts(layer)
-    return reason or _disagreement(layer, None)
+    if reason or "forward" in vars(layer):
+        return reason or _disagreement(layer, None)
+    # Nothing that refers to the layer, which would then never be forgotten.
+    kinds = (bool, int, float, str)
+    numbers = [{k: v for k, v in vars(m).items() if isinstance(v, kinds) and k != "training"} for m in layer.modules()]
+    settings = type(layer).forward, numbers, {parameter.device for parameter in layer.parameters()}
+    if _agreed.get(layer) != settings:
+        if reason := _disagreement(layer, None):
+            return reason
+        _agreed[layer] = settings
+    return None
 
 
 def stand_in(layer: nn.Module) -> ReAttention:
@@ -364,16 +403,19 @@ def tokens_and_mask(
     Raises:
         ValueError: one is given that has an effect which is not known.
     """
-    forward = type(layer).forward
-    names = argument_names(forward)
+    names = argument_names(type(layer).forward)
     arguments = dict(zip(names, args, strict=False)) | kwargs
     if library := _library(layer):
         return library.tokens_and_mask(layer, arguments)
-    x, mask, is_causal = arguments.pop(names[0]), arguments.pop("attn_mask", None), arguments.pop("is_causal", False)
-    ignored = unread_arguments(forward)
-    others = {name: value for name, value in arguments.items() if name not in ignored}
-    refuse_others(others, f"a {class_name(layer)} whose maps are measured")
-    return x, mask, is_causal
+    arguments |= {f"argument {i + 1} by position": args[i] for i in range(len(names), len(args))}
+    x, known = arguments.pop(names[0]), {n: arguments.pop(n) for n in _FORWARD_ARGUMENTS if n in arguments}
+    if any(value is not None and value is not False for value in arguments.values()):
+        with torch.no_grad(), _probed(layer):
+            outputs = layer.forward(*args, **kwargs), layer.forward(x, **known)
+        got, expected = (output[0] if isinstance(output, tuple) else output for output in outputs)
+        if not _is_same(got, expected, layer):
+            refuse_others(arguments, f"a {class_name(layer)} whose maps are measured")
+    return x, known.get("attn_mask"), known.get("is_causal", False)
 
 
 def _parts(layer: nn.Module, copy: bool) -> nn.Module:
@@ -457,11 +499,15 @@ def _disagreement(layer: nn.Module, replacement: nn.Module | None) -> str | None
         return None
     library = _library(layer)
     run = library.output if library else lambda module, x: module.forward(x)
-    shape = (2, 7, inside.qkv.in_features)
-    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**factory)
-    with _in_eval_mode(layer), _in_eval_mode(replacement or inside):
+    runs = [(shape, False) for shape in _PROBES]
+    if replacement and not library:
+        runs.append((_PROBES[0], True))
+    for (batch, seqlen), training in runs:
+        shape = (batch, seqlen, inside.qkv.in_features)
+        probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**factory)
         try:
-            expected = run(layer, probe)
+            with _probed(layer, training):
+                expected = run(layer, probe)
         except Exception as error:  # whatever a foreign layer may raise
             return f"it does not take an input of shape {shape}: {error}"
         if isinstance(expected, tuple) and expected:
@@ -471,17 +517,33 @@ def _disagreement(layer: nn.Module, replacement: nn.Module | None) -> str | None
                     "the code that calls it do so too; reattn.analysis computes the maps"
                 )
             expected = expected[0]
-        got = run(replacement, probe) if replacement else inside(*tokens_and_mask(layer, (probe,), {}))
-    if not isinstance(expected, Tensor) or expected.shape != got.shape:
-        return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
-    largest = expected.abs().max().item()
-    tolerance = _TOLERANCES.get(factory["dtype"], _COARSE)
-    if _is_quantised(inside.qkv) or _is_quantised(inside.proj):
+        # In training mode the replacement's batch norm would change the maps.
+        other = inside if training or not replacement else replacement
+        with _probed(other, training):
+            got = inside(*tokens_and_mask(layer, (probe,), {})) if other is inside else run(other, probe)
+        if not isinstance(expected, Tensor) or expected.shape != got.shape:
+            return f"it does not give an output of shape {tuple(got.shape)} for an input of shape {shape}"
+        if not _is_same(got, expected, inside):
+            if training:
+                return "in training mode it does more than attn_drop and proj_drop"
+            return f"its output for an input of shape {shape} is not that of softmax attention"
+    return None
+
+
+def _is_same(got: Tensor, expected: Tensor, layer: Any) -> bool:
+    """Whether two outputs of a layer differ by rounding at most."""
+    tolerance = _TOLERANCES.get(_factory(layer)["dtype"], _COARSE)
+    if _is_quantised(layer.qkv) or _is_quantised(layer.proj):
         # The least difference in what they are given may round it to another number.
         tolerance = _COARSE
-    if not (got - expected).abs().max().item() <= tolerance * largest:
-        return f"its output for an input of shape {shape} is not that of softmax attention"
-    return None
+    largest = expected.abs().max().item()
+    return got.shape == expected.shape and (got - expected).abs().max().item() <= tolerance * largest
+
+
+def _is_tied(part: nn.Module, uses: Counter[int]) -> bool:
+    """Whether other modules hold ``part``, or something in it that has parameters, too."""
+    modules = (module for module in part.modules() if any(True for _ in module.parameters()))
+    return any(uses[id(each)] > 1 for each in (*modules, *part.parameters()))
 
 
 def _refuse_wrappers(model: nn.Module, paths: Iterable[str]) -> None:
@@ -551,9 +613,33 @@ def _observer(moments: _Moments) -> Any:
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def _probed(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """A context to call ``module.forward`` in and leave no trace: without the forward hooks inside, and in training
+    mode without ``attn_drop`` and ``proj_drop``."""
+    with ExitStack() as stack:
+        stack.enter_context(_in_mode(module, training))
+        for part in module.modules():
+            # Hooks that run before may be a part of it, as weight norm is.
+            if part._forward_hooks:
+                stack.callback(setattr, part, "_forward_hooks", part._forward_hooks)
+                part._forward_hooks = OrderedDict()
+            for name, buffer in part._buffers.items() if training else ():
+                if buffer is not None:
+                    stack.callback(part._buffers.__setitem__, name, buffer)
+                    stack.callback(buffer.copy_, buffer.clone())
+        if training:
+            stack.enter_context(torch.random.fork_rng({p.device for p in module.parameters() if p.is_cuda}))
+            for drop in (getattr(module, name, None) for name in ("attn_drop", "proj_drop")):
+                if isinstance(drop, nn.Dropout):
+                    stack.callback(setattr, drop, "p", drop.p)
+                    drop.p = 0.0
+        yield
+
+
+@contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    module.train(training)
     try:
         yield
     finally:

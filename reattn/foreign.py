@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,14 +77,32 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind not in kinds]
 
 
-def unread_arguments(function: Callable[..., Any]) -> set[str]:
-    """The names of arguments that a function takes and does nothing with."""
-    read: set[Any] = set()
-    for instruction in dis.get_instructions(inspect.unwrap(function)):
-        if "STORE" not in instruction.opname:
-            value = instruction.argval
-            read |= set(value) if isinstance(value, tuple) else {value if isinstance(value, str) else None}
-    return set(argument_names(function)) - read
+def iterate_batches(batches: Tensor | Iterable[Any], model: nn.Module, name: str = "batches") -> Iterator[Tensor]:
+    """The images of each batch, on the device of the model's first parameter.
+
+    Args:
+        batches: images, one batch; or an iterable of batches, such as a DataLoader, each a tensor, or a tuple or list
+            whose first entry is one, or, as transformers has it, a mapping with one under ``"pixel_values"``. It is
+            iterated once and never held.
+        name: what errors call them.
+
+    Raises:
+        ValueError: a batch is anything else, or holds no image.
+    """
+    parameter = next(model.parameters(), None)
+    for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if isinstance(batch, Mapping):
+            images = batch.get("pixel_values")
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor, or an iterable of tensors, of tuples that begin with one or of mappings "
+                "with one under 'pixel_values', "
+                f"got a batch of type {type(batch).__name__}"
+            )
+        if not len(images):
+            raise ValueError(f"{name} must hold at least one image each, got a batch of shape {tuple(images.shape)}")
+        yield images if parameter is None else images.to(parameter.device)
 
 
 def refuse_others(given: dict[str, Any], what: str) -> None:

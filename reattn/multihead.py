@@ -46,7 +46,10 @@ class MultiheadReAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As in ``torch.nn.MultiheadAttention``: in boolean masks True hides."""
         if query is not key or key is not value:
-            raise ValueError("query, key and value must be one tensor for re-attention, got several")
+            raise ValueError(
+                "query, key and value must be one tensor for re-attention, got several: convert the other layers "
+                "alone, by to_re_attention(model, blocks=...)"
+            )
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given with is_causal=True, got None")
         x = query if self.batch_first else query.transpose(0, 1)
@@ -87,7 +90,7 @@ def is_attention(module: nn.Module) -> bool:
 
 def not_convertible(layer: Any) -> str | None:
     """Why a layer cannot be :class:`ReAttention`; None if it can."""
-    if type(layer).forward is not nn.MultiheadAttention.forward or "forward" in vars(layer):
+    if type(layer).forward is not nn.MultiheadAttention.forward:
         return "it has a forward pass of its own"
     if layer.in_proj_weight is None:
         return "key and value must be as wide as query, got kdim or vdim"
@@ -127,6 +130,11 @@ def output(layer: Any, x: Tensor) -> Tensor:
     x = x if layer.batch_first else x.transpose(0, 1)
     out = layer.forward(x, x, x, need_weights=False)[0]
     return out if layer.batch_first else out.transpose(0, 1)
+
+
+def tokens_and_mask(layer: Any, arguments: dict[str, Any]) -> tuple[Tensor, None, bool]:
+    """The argument ``query`` of a layer that attends to itself without a mask, as ReAttention takes it."""
+    return arguments["query"], None, False
 
 
 def prepare(model: nn.Module) -> None:

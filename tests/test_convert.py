@@ -371,6 +371,15 @@ def test_calibration_finds_the_statistics_of_the_maps():
     torch.testing.assert_close(norm.bias, mean)
 
 
+def test_calibration_takes_batches_of_transformers():
+    found, expected = to_re_attention(vit()), to_re_attention(vit())
+    calibrate(found, [{"pixel_values": tokens(), "labels": torch.zeros(4)}])
+    calibrate(expected, tokens())
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
+    with pytest.raises(ValueError, match="images must be a tensor, or an iterable .* got a batch of type dict"):
+        calibrate(found, [{"input_ids": tokens()}])
+
+
 def test_calibration_counts_what_is_visible():
     """The same statistics from padded sequences as from each without its padding."""
     masks = torch.arange(10) < torch.tensor([10, 6, 3, 8])[:, None, None, None]
@@ -471,6 +480,13 @@ class Hooked(Attention):
         self.attn_drop.register_forward_hook(lambda *_: None)
 
 
+class HookedElsewhere(Attention):
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Identity()
+        self.maps.register_forward_hook(lambda *_: None)
+
+
 class Compiled(nn.Module):
     """As torch.compile and peft wrap a module: what it holds can be read from it."""
 
@@ -496,6 +512,7 @@ class Compiled(nn.Module):
         ),
         (DropsItsOwn, "attn_drop must be a torch.nn.Dropout, got test_convert.DropsItsOwn.Dropout"),
         (Hooked, "its attn_drop, an Identity, has hooks"),
+        (HookedElsewhere, "its maps, an Identity, has hooks"),
         (Compiled, "it wraps another attention layer: convert first"),
         (Grouped, "qkv must put out three times what proj takes in, for 3 heads, not 48 and 24"),
     ],
@@ -625,6 +642,20 @@ def test_weights_that_are_read_must_be_all_there_is(change, found):
         if isinstance(changed, nn.Module):
             setattr(model[1].attn, part, changed)
     with pytest.raises(ValueError, match=rf"1.attn \(talking_heads.CaitAttention\): proj_l must be {found}"):
+        to_re_attention(model)
+
+
+def test_shared_weights_that_are_read_are_refused():
+    model = vit(CaitAttention)
+    model[1].attn.proj_l.weight = model[0].attn.proj_l.weight
+    with pytest.raises(
+        ValueError, match=r"0.attn and 1 more .*: weights of its proj_l are shared, and would no longer"
+    ):
+        to_re_attention(model)
+    assert len(layers(to_re_attention(model, [2]))) == 1
+    model = vit_of_separate()
+    model[1].to_q = model[0].to_q
+    with pytest.raises(ValueError, match=r"0 and 1 more .*: weights of its to_q are shared, and would no longer be"):
         to_re_attention(model)
 
 

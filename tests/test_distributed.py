@@ -249,7 +249,13 @@ def work(rank, names, folder):
     wrapped = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make_model("cpu", "auto")))
     if rank == 0:
         # Alone: nobody answers if it asks.
-        results["measured"] = measure_attention(wrapped, images("cpu")), wrapped.training
+        for name, model in {
+            "itself": wrapped,
+            "inside": nn.Sequential(wrapped),
+            "compiled": torch.compile(wrapped),
+        }.items():
+            results["measured", name] = measure_attention(model, images("cpu")), wrapped.training
+        results["synchronises"] = wrapped.require_forward_param_sync
         for called in (False, True):
             results["maps", called] = looked_at(
                 nn.SyncBatchNorm.convert_sync_batchnorm(make_attention("cpu", "auto")), called
@@ -360,11 +366,12 @@ def test_maps_are_those_of_one_rank(called, ranks):
     assert abs(maps[1].mean()) < 1e-4 and maps[1].std() == pytest.approx(1, abs=0.02)
 
 
-def test_one_rank_measures_alone(ranks):
+@pytest.mark.parametrize("where", ["itself", "inside", "compiled"])
+def test_one_rank_measures_alone(where, ranks):
     """DistributedDataParallel sends buffers at every call, in eval mode too."""
-    measured, training = ranks[0]["measured"]
+    measured, training = ranks[0]["measured", where]
     expected = measure_attention(make_model("cpu", "auto"), images("cpu"))
-    assert training and measured.images == 4
+    assert training and measured.images == 4 and ranks[0]["synchronises"]
     torch.testing.assert_close(measured.blocks, expected.blocks)
 
 

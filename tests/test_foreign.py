@@ -1,7 +1,10 @@
 """Attention of other libraries, known by its parts: maps, values, and conversion that changes nothing."""
 
 import copy
+import functools
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,14 +15,18 @@ from reattn import ReAttention
 from reattn.analysis import (
     attention_hooks,
     attention_rollout,
+    attentions,
     describe_blocks,
     find_attentions,
     measure_attention,
+    register_attention,
+    timm_maps,
+    timm_values,
     token_grid,
     visit_blocks,
 )
 from reattn.convert import calibrate, to_re_attention
-from reattn.foreign import JoinedLinear, unread_arguments
+from reattn.foreign import JoinedLinear
 
 DIM, HEADS = 24, 3
 # Rounding of float32 in a map, or an output, relative to its size.
@@ -228,19 +235,209 @@ class Biased(Copied):
 
 
 def test_an_argument_that_changes_the_maps_is_refused():
-    """One that is never read does not."""
-    assert unread_arguments(Official.forward) == {"atten"}
-    assert unread_arguments(Residual.forward) == set()
+    """One that is never read does not: :func:`test_maps_of_copies`."""
     model = far_from_uniform(Blocks(Residual))
     with pytest.raises(ValueError, match=r"atten must not be given to a test_foreign.Residual whose maps are measured"):
         visited(model, random(2, 10, DIM))
+
+
+class Decorated(Copied):
+    """Its forward pass reads nothing, what is around it does."""
+
+    def around(forward):
+        @functools.wraps(forward)
+        def call(self, x, *args, **kwargs):
+            return forward(self, x + sum(value for value in (*args, *kwargs.values()) if value is not None))
+
+        return call
+
+    @around
+    def forward(self, x, atten=None):
+        return self.attend(x)[0]
+
+
+class ByNames(Copied):
+    def inner(self, x, atten=None):
+        return self.attend(x if atten is None else x + atten)[0]
+
+    def forward(self, x, atten=None):
+        return self.inner(**{name: value for name, value in locals().items() if name in ("x", "atten")})
+
+
+class ByPosition(Copied):
+    def forward(self, x, *others):
+        return self.attend(sum(others, x))[0]
+
+
+@pytest.mark.parametrize("kind", [Decorated, ByNames, ByPosition])
+def test_arguments_are_tried(kind):
+    """What is read cannot be told by looking at a function."""
+    layer, x = far_from_uniform(Wrapper(kind())), random(2, 10, DIM)
+    layer.forward = lambda *args, **kwargs: layer.layer(*args, **kwargs)
+    close(visited(layer, x, *([] if kind is ByPosition else [None]))[0], [layer.layer.seen])
+    name = "argument 2 by position" if kind is ByPosition else "atten"
+    with pytest.raises(ValueError, match=f"{name} must not be given to a test_foreign.{kind.__name__} whose maps are"):
+        visited(layer, x, random(2, 10, DIM, seed=2))
+
+
+class Local(Copied):
+    """Attends to neighbours alone: to all of a few tokens."""
+
+    def maps(self, q, k):
+        scores, at = q @ k.transpose(-2, -1) * self.scale, torch.arange(q.shape[2])
+        return scores.masked_fill((at[:, None] - at).abs() > 8, float("-inf")).softmax(-1)
+
+
+def test_local_attention_is_told_from_full_attention():
+    for call in (find_attentions, to_re_attention):
+        with pytest.raises(ValueError, match=r"for an input of shape \(1, 260, 24\) is not that of softmax attention"):
+            call(nn.Sequential(Local()))
+
+
+def test_a_layer_is_probed_once():
+    lengths = []
+
+    class Counted(Copied):
+        def forward(self, x):
+            lengths.append(x.shape[1])
+            return self.attend(x)[0]
+
+    model, x = nn.Sequential(Counted()), random(2, 10, DIM)
+    visited(model, x)
+    assert lengths == [7, 260, 10]
+    visited(model, x)
+    assert lengths == [7, 260, 10, 10]
+    model[0].scale = 1.0
+    visited(model, x)
+    assert lengths == [7, 260, 10, 10, 7, 260, 10]
+    forgotten = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert forgotten() is None
+
+
+class FloatDropout(Copied):
+    def __init__(self):
+        super().__init__()
+        self.dropout = 0.5
+
+    def maps(self, q, k):
+        return nn.functional.dropout(super().maps(q, k), self.dropout, self.training)
+
+
+class DropKey(Copied):
+    def maps(self, q, k):
+        scores = q @ k.transpose(-2, -1) * self.scale
+        return (scores - 1e9 * torch.bernoulli(torch.full_like(scores, 0.3 * self.training))).softmax(-1)
+
+
+class Normalised(Copied):
+    """Its parts have statistics, and draw numbers; so has what takes its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_norm, self.attn_drop, self.proj_drop = Statistics(), nn.Dropout(0.3), nn.Dropout(0.4)
+
+    def maps(self, q, k):
+        return super().maps(self.q_norm(q), k)
+
+
+class Statistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(DIM // HEADS), nn.Dropout(0.1)
+
+    def forward(self, q):
+        return self.drop(self.norm(q.flatten(0, 2)).view(q.shape))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_random_in_training_mode_is_kept_or_refused(training):
+    for kind in (FloatDropout, DropKey):
+        message = rf"0 \(test_foreign.{kind.__name__}\): in training mode it does more than attn_drop and proj_drop"
+        with pytest.raises(ValueError, match=message):
+            to_re_attention(nn.Sequential(kind()).train(training))
+    model = nn.Sequential(Normalised()).train(training)
+    model[0].q_norm.norm.eval()
+    buffers, state = copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
+    norm = model[0].q_norm.norm
+    to_re_attention(model, norm=None)
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model[0].attn_drop.p, model[0].proj_drop.p, model[0].training, norm.training) == (0.3, 0.4, training, False)
+
+
+def test_hooks_do_not_see_the_probe():
+    model, x, seen = far_from_uniform(nn.Sequential(Copied())), random(2, 10, DIM), []
+    model[0].attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = model(x)
+    visited(model, x)
+    to_re_attention(model, norm=None)
+    assert [maps.shape for maps in seen] == [(2, HEADS, 10, 10)] * 2
+    close([model(x)], [expected])
+    close(seen[2:], seen[:1])
+
+
+def replaced(layer, factor):
+    """``layer`` with another forward pass on the instance: on ``factor`` times its query."""
+    forward = layer.forward
+    layer.forward = lambda x, *args, **kwargs: forward(factor * x, *args, **kwargs)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["Copied", "Layer", "Multihead", "timm"])
+def test_a_forward_of_the_instance(kind, monkeypatch):
+    """As accelerate has it: seen by the analysis, refused by the conversion."""
+    if kind == "timm":
+        owner = f"{__name__}", "Copied"
+        monkeypatch.setattr(attentions, "_TIMM_ATTENTIONS", {owner})
+
+    def build():
+        return far_from_uniform({"Layer": Layer, "Multihead": Multihead}.get(kind, Copied)())
+
+    x = random(2, 10, DIM)
+    plain = nn.ModuleList([build()])
+    expected = visited_layer(plain, x)
+    close(visited_layer(nn.ModuleList([replaced(build(), 1)]), x), expected)
+    with pytest.raises(ValueError, match="its output for an input of shape .* is not that of softmax attention"):
+        find_attentions(nn.ModuleList([replaced(build(), 2)]))
+    with pytest.raises(ValueError, match="its forward was replaced on the instance, which would be lost"):
+        to_re_attention(nn.ModuleList([replaced(build(), 1)]))
+
+
+def Multihead():
+    return nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+
+
+def visited_layer(model, x):
+    found = []
+    with torch.no_grad(), attention_hooks(model, lambda block: found.append(block.maps())):
+        model[0](*[x] * (3 if isinstance(model[0], nn.MultiheadAttention) else 1))
+    assert len(found) == 1
+    return found
+
+
+class AttentionPoolOfMine(Copied):
+    pass
+
+
+def test_what_is_left_out_as_pooling_is_named(monkeypatch):
+    model = nn.Sequential(AttentionPoolOfMine())
+    for call in (find_attentions, to_re_attention):
+        message = r"; left out, as what pools tokens by the name of its class: 0 \(test_foreign.AttentionPoolOfMine\)"
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    monkeypatch.setattr(attentions, "_registered", {})
+    register_attention(AttentionPoolOfMine, timm_maps, timm_values)
+    assert list(find_attentions(model)) == ["0"]
 
 
 def test_conversion_of_copies():
     x = random(2, 10, DIM)
     model = far_from_uniform(Blocks(Copied))
     expected = model(x)
-    close([to_re_attention(model, norm=None)(x)], [expected])
+    scale = expected.abs().max()
+    close([to_re_attention(model, norm=None)(x) / scale], [expected / scale])
     for kind, reason in (
         (Dino, "its forward returns a tuple, and ReAttention, which stores no maps, the output alone: have it"),
         (Official, "its forward takes atten"),
@@ -316,7 +513,7 @@ def test_converted_multihead():
     close([*converted(x, x, x)], [out, averaged])
     converted._forward_hooks.clear()  # which cannot be pickled
     close([*pickle.loads(pickle.dumps(converted))(x, x, x)], [out, averaged])
-    with pytest.raises(ValueError, match="query, key and value must be one tensor for re-attention, got several"):
+    with pytest.raises(ValueError, match="query, key and value must be one tensor .* got several: convert the other"):
         converted(x, x + 1, x)
     with pytest.raises(ValueError, match="attn_mask must be given with is_causal=True, got None"):
         converted(x, x, x, is_causal=True)
@@ -334,6 +531,19 @@ def test_multihead_that_has_no_equivalent(options, reason):
     model = nn.ModuleList([nn.MultiheadAttention(DIM, HEADS, **options)])
     with pytest.raises(ValueError, match=rf"0 \(torch.nn.modules.activation.MultiheadAttention\): {reason}"):
         to_re_attention(model)
+
+
+def test_cross_attention_is_refused():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 16, 0.0, batch_first=True), 2)
+    x, memory = random(2, 6, DIM), random(2, 5, DIM)
+    message = (
+        r"equivalent in re-attention: layers.0.multihead_attn and 1 more \(torch.nn.modules.activation.Multihead"
+        r"Attention\): it attends from one sequence to another: convert the other layers alone, by to_re_attention"
+    )
+    with pytest.raises(ValueError, match=message):
+        to_re_attention(model)
+    expected = far_from_uniform(model)(x, memory)
+    close([to_re_attention(model, blocks=[0, 2], norm=None)(x, memory)], [expected])
 
 
 def test_multihead_that_pools_is_not_counted():
@@ -522,6 +732,43 @@ def test_arguments_of_transformers_that_are_refused(converted):
             visited(model, x, **given)
 
 
+def weights(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+
+
+def test_tied_projections_stay_tied():
+    """Within a layer, between layers, and with what is no layer."""
+    x = random(2, 10, DIM)
+    for tie in (
+        lambda first, second: setattr(first.k_proj, "weight", first.q_proj.weight),
+        lambda first, second: setattr(first, "k_proj", first.q_proj),
+        lambda first, second: setattr(first, "v_proj", second.v_proj),
+        lambda first, second: setattr(first.o_proj, "weight", second.v_proj.weight),
+    ):
+        model = far_from_uniform(nn.Sequential(Wrapper(Layer()), Wrapper(Layer())))
+        tie(model[0].layer, model[1].layer)
+        expected, count = model(x), weights(model)
+        to_re_attention(model, norm=None)
+        close([model(x)], [expected])
+        assert weights(model) == count + 2 * HEADS**2
+    once = Wrapper(far_from_uniform(Layer()))
+    to_re_attention(nn.ModuleList([once, once]))
+    assert type(once.layer.attention.qkv) is nn.Linear
+
+
+def test_part_of_a_state_dict_of_transformers():
+    model, x = Wrapper(far_from_uniform(Layer())), random(2, 10, DIM)
+    saved = model.state_dict()
+    to_re_attention(model, norm=None)
+    expected = model(x)
+    del saved["layer.k_proj.weight"]
+    found = model.load_state_dict(saved, strict=False)
+    assert "layer.attention.qkv.weight" in found.missing_keys and "layer.q_proj.weight" in found.unexpected_keys
+    close([model(x)], [expected])
+    with pytest.raises(TypeError, match="forward takes 2 arguments by position, got 3"):
+        model(x, None, random(2, 10, DIM))
+
+
 SIZES = {"hidden_size": DIM, "num_hidden_layers": 3, "num_attention_heads": HEADS, "intermediate_size": 16}
 VIT = {**SIZES, "image_size": 16, "patch_size": 4}
 # Model, its configuration's arguments, tokens in front of the patches.
@@ -630,7 +877,8 @@ def test_other_models_of_transformers_are_refused(model, config, options, reason
 
 @pytest.mark.libraries
 def test_saving_a_converted_model_of_transformers(tmp_path):
-    """Its state dict is loaded after conversion alone: transformers would build the plain model."""
+    """Its state dict is loaded after conversion alone: transformers would build the plain model. It can be pickled,
+    with what records its maps."""
     model, images = to_re_attention(build("ViT")), random(2, 3, 16, 16)
     calibrate(model, images)
     expected = model(images)[0]
@@ -638,6 +886,14 @@ def test_saving_a_converted_model_of_transformers(tmp_path):
     fresh = to_re_attention(build("ViT"))
     fresh.load_state_dict(torch.load(tmp_path / "converted.pth"))
     close([fresh(images)[0]], [expected])
+    model.set_attn_implementation("eager")
+    maps = model(images, output_attentions=True).attentions
+    torch.save(model, tmp_path / "pickled.pth")
+    pickled = torch.load(tmp_path / "pickled.pth", weights_only=False)
+    for copied in (pickled, copy.deepcopy(pickled)):
+        again = copied(images, output_attentions=True, output_hidden_states=True)
+        close([again[0], *again.attentions], [expected, *maps])
+        assert (len(again.attentions), len(again.hidden_states)) == (3, 4)
     model.save_pretrained(tmp_path)
     _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert {key for key in report["missing_keys"] if "attention" in key}

@@ -64,22 +64,28 @@ def attention_functions(module: nn.Module) -> AttentionFunctions | None:
     In this order: what was registered for its class or the nearest base; a method ``attention_maps``;
     ``torch.nn.MultiheadAttention`` and timm's ``Attention``, but for subclasses with a forward pass of their own; what
     has the parts of softmax attention as timm, copies of it, transformers or x-transformers lay them out, and computes
-    on a probe what these parts say.
+    on a probe what these parts say. So must the former two where ``forward`` was replaced on the instance.
     """
-    for base in type(module).__mro__:
-        if base in _registered:
-            return _registered[base]
+    if functions := registered_functions(module):
+        return functions
     if callable(getattr(module, "attention_maps", None)):
         return AttentionFunctions(_method_maps, _own_values(module))
     # The class that the forward pass comes from.
     owner = next((base for base in type(module).__mro__ if "forward" in vars(base)), nn.Module)
     if owner is nn.MultiheadAttention:
-        return AttentionFunctions(multihead_maps, multihead_values)
-    if (owner.__module__, owner.__name__) in _TIMM_ATTENTIONS:
-        return AttentionFunctions(timm_maps, timm_values)
+        functions = AttentionFunctions(multihead_maps, multihead_values)
+    elif (owner.__module__, owner.__name__) in _TIMM_ATTENTIONS:
+        functions = AttentionFunctions(timm_maps, timm_values)
+    if functions and "forward" not in vars(module):
+        return functions
     if convert.is_attention(module) and convert.unlike_attention(module) is None:
-        return AttentionFunctions(maps_by_parts, values_by_parts)
+        return functions or AttentionFunctions(maps_by_parts, values_by_parts)
     return None
+
+
+def registered_functions(module: nn.Module) -> AttentionFunctions | None:
+    """What :func:`register_attention` was given for the module's class or its nearest base."""
+    return next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
 
 
 def check_kind(kind: str) -> None:

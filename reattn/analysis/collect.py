@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reattn import convert
-from reattn.analysis.attentions import AttentionFunctions, MapKind, Maps, attention_functions, check_kind
+from reattn.analysis.attentions import (
+    AttentionFunctions,
+    MapKind,
+    Maps,
+    attention_functions,
+    check_kind,
+    registered_functions,
+)
 
 Batches = Tensor | Iterable[Any]
 
@@ -103,8 +110,9 @@ class AttentionBlock:
 def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The attentions of ``model`` whose maps can be computed: path -> module, in the order of ``named_modules``.
 
-    What a known attention holds inside is its own affair and not listed, nor is what pools tokens. The model itself
-    counts where nothing inside it does: a whole transformer may well have a method ``attention_maps``.
+    What a known attention holds inside is its own affair and not listed, nor is what pools tokens, by "AttentionPool"
+    in the name of its class, unless that is registered. The model itself counts where nothing inside it does: a whole
+    transformer may well have a method ``attention_maps``.
 
     Raises:
         ValueError: there is none; the message names those that are not known.
@@ -118,13 +126,14 @@ def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionF
     def search(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             child_path = f"{path}.{name}" if path else name
-            if any(child is known for known, _ in found.values()) or convert.pools_tokens(child):
+            if any(child is known for known, _ in found.values()):
                 continue
-            functions = attention_functions(child)
-            if functions is None:
-                search(child, child_path)
-            else:
+            pools = convert.pools_tokens(child)
+            functions = registered_functions(child) if pools else attention_functions(child)
+            if functions is not None:
                 found[child_path] = child, functions
+            elif not pools:
+                search(child, child_path)
 
     search(model, "")
     functions = None if found else attention_functions(model)
@@ -137,6 +146,7 @@ def _known_attentions(model: nn.Module) -> dict[str, tuple[nn.Module, AttentionF
             "those of timm, transformers or x-transformers, or of a class given to register_attention, got none in "
             + type(model).__name__
             + (f": {unknown}" if unknown else "")
+            + convert.left_out(model)
         )
     return found
 
@@ -231,9 +241,12 @@ def visit_blocks(model: nn.Module, images: Tensor, visit: Callable[[AttentionBlo
         ValueError: ``model`` holds no known attention.
     """
     # DistributedDataParallel would send buffers to other ranks, in eval mode too.
-    alone = model.module if isinstance(model, DistributedDataParallel) else model
-    with attention_hooks(model, visit), evaluation(model):
-        alone(images)
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    with attention_hooks(model, visit), evaluation(model), ExitStack() as stack:
+        for wrapper in wrappers:
+            stack.callback(setattr, wrapper, "require_forward_param_sync", wrapper.require_forward_param_sync)
+            wrapper.require_forward_param_sync = False
+        model(images)
 
 
 def visit_attention_maps(
@@ -254,30 +267,3 @@ def visit_attention_maps(
     """
     check_kind(kind)
     visit_blocks(model, images, lambda block: visit(block.maps(kind)))
-
-
-def iterate_batches(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The images of each batch, on the device of the model's first parameter.
-
-    Args:
-        batches: images, one batch; or an iterable of batches, such as a DataLoader, each a tensor, or a tuple or list
-            whose first entry is one, or, as transformers has it, a mapping with one under ``"pixel_values"``. It is
-            iterated once and never held.
-
-    Raises:
-        ValueError: a batch is anything else, or holds no image.
-    """
-    parameter = next(model.parameters(), None)
-    for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
-        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if isinstance(batch, Mapping):
-            images = batch.get("pixel_values")
-        if not isinstance(images, Tensor):
-            raise ValueError(
-                "batches must be a tensor, or an iterable of tensors, of tuples that begin with one or of mappings "
-                "with one under 'pixel_values', "
-                f"got a batch of type {type(batch).__name__}"
-            )
-        if not len(images):
-            raise ValueError(f"batches must hold at least one image each, got a batch of shape {tuple(images.shape)}")
-        yield images if parameter is None else images.to(parameter.device)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from reattn.analysis.attentions import MapKind
-from reattn.analysis.collect import AttentionBlock, Batches, iterate_batches, visit_blocks
+from reattn.analysis.collect import AttentionBlock, Batches, visit_blocks
 from reattn.analysis.features import block_features, token_similarity
 from reattn.analysis.similarity import HELD_BLOCKS, RunningMean, batch_head_similarity, batch_matrices
+from reattn.foreign import iterate_batches
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reattn.analysis.attentions import MapKind, check_kind
-from reattn.analysis.collect import AttentionBlock, Batches, iterate_batches, visit_attention_maps, visit_blocks
+from reattn.analysis.collect import AttentionBlock, Batches, visit_attention_maps, visit_blocks
+from reattn.foreign import iterate_batches
 
 HELD_BLOCKS = 8
 
@@ -76,7 +77,8 @@ def block_similarity(
 
     Args:
         model, kind: as in :func:`visit_attention_maps`, which leaves the model as it was.
-        images: the model's input, or an iterable of batches, such as a DataLoader, see :func:`iterate_batches`.
+        images: the model's input, or an iterable of batches, such as a DataLoader, see
+            :func:`reattn.foreign.iterate_batches`.
         distances: positive ints, smaller than the number of blocks.
 
     Returns:
