@@ -154,11 +154,10 @@ class Run:
         size = self.preprocessing.height, self.preprocessing.width
         image = torch.randn(1, self.preprocessing.channels, *size, device=self.device)
         blocks = describe_blocks(self.model, image)
-        # A query's row for each block, which tells tokens that were shuffled or masked.
-        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for seen in rows:
-            visit_attention_maps(self.model, image, lambda maps, seen=seen: seen.append(maps[:, :, -1].clone()))  # type: ignore[misc]
-        if any(a.shape != b.shape or (a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(*rows, strict=True)):
+        first, second = self._last_rows(image), self._last_rows(image)
+        if len(first) != len(second) or any(
+            a.shape != b.shape or (a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(first, second, strict=True)
+        ):
             raise ValueError(
                 "must see an image the same way each time, but draws at random in eval mode, as ViTMAE's masks do. "
                 "Of ViTMAE a function def vit(): return transformers.ViTModel.from_pretrained(FOLDER), given as "
@@ -171,6 +170,12 @@ class Run:
                 f"got {len(blocks)} with (heads, tokens) {sorted(shapes)}"
             )
         return blocks, token_grid(self.model, blocks[0].seqlen, input_size=size)
+
+    def _last_rows(self, image: Tensor) -> list[Tensor]:
+        """The last token's row of each block's maps: another one where tokens are shuffled or masked."""
+        rows: list[Tensor] = []
+        visit_attention_maps(self.model, image, lambda maps: rows.append(maps[:, :, -1].clone()))
+        return rows
 
     def _select_blocks(self, parser: argparse.ArgumentParser) -> list[int]:
         depth = len(self.blocks)

@@ -66,7 +66,8 @@ def token_grid(
         prefix = _count_tokens(model, _PREFIX) if own and prefix is None else prefix
     prefixes = [prefix] if isinstance(prefix, int) else [0, 1]
     suffix = _count_tokens(model, _SUFFIX)
-    fed_its_own = own and input_size and tuple(input_size) == (image_size(model) or getattr(embed, "img_size", None))
+    own_size = image_size(model) or getattr(embed, "img_size", None) or getattr(model, "img_size", None)
+    fed_its_own = own and input_size and tuple(input_size) == own_size
     for size in (grid_size,) if grid_size is not None else (own,) if fed_its_own else (own, None):
         for count in prefixes if size is None or num_prefix_tokens is not None else [*prefixes, 0]:
             side = round(max(seqlen - count - suffix, 0) ** 0.5)

@@ -173,7 +173,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Pillow's image of a file; whatever goes wrong while it is read names the file."""
     image_module = import_pillow()
     try:
-        with image_module.open(path) as opened:
+        # By its path some TIFF files would be mapped into memory, which Pillow forgets to turn.
+        with open(path, "rb") as file, image_module.open(file) as opened:
             yield opened
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise UnreadableImageError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
