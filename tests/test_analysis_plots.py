@@ -114,13 +114,11 @@ def test_features_of_plain_attention_are_drawn_once():
     assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "plain attention"
 
 
-EVEN = torch.ones(1, 6, 4, 4)
-
-
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plot_feature_maps(IMAGE, {index: FeatureMaps(EVEN, EVEN) for index in range(4)}),
+        # Up to 1.01 there was room for ticks like 0.5, and others like 0.25 were drawn.
+        lambda: plots.plot_feature_strengths(IMAGE, {"plain attention": {0: torch.full((4, 4), 1.01)}}),
         lambda: plot_similarity_matrix({"a": MATRIX}),
         lambda: plot_query_maps(IMAGE, {0: torch.rand(1, 2, 4, 4)}),
         lambda: plot_rollout(IMAGE[None], {"softmax": torch.rand(1, 4, 4)}),
