@@ -401,6 +401,7 @@ def test_transformers_folder_in_the_command(start, tmp_path, capsys):
         ({"rescale_offset": True, "crop_pct": 0.5}, r"rescale_offset, crop_pct must be .*, got \[True, 0.5\]"),
         ({"resample": None}, "'resample' is missing or unknown"),
         ({"size": None}, "'size' is missing or unknown"),
+        ({"size": SQUARE, "crop_size": None}, "'crop_size' is missing or unknown"),
         ({"rescale_factor": 1 / 127.5}, "pixels must be rescaled by 1 / 255"),
         ({"resample": 5}, "5 is missing or unknown"),
         ({"image_mean": None}, "'image_mean' is missing or unknown"),
@@ -414,6 +415,9 @@ def test_preprocessing_that_is_not_followed(changes, message, tmp_path):
     assert as_transformers_says(path) == Preprocessing(3, 32, 32, crop_pct=0.8)
     path.write_text(json.dumps(config | {"do_grayscale": None, "do_pad": False, "do_convert_rgb": True}))
     assert as_transformers_says(path) == Preprocessing(3, 32, 32, crop_pct=0.8)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="preprocessor_config.json cannot be followed: 'list' object"):
+        as_transformers_says(path)
     path.write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=f"preprocessor_config.json cannot be followed: .*({message})"):
         as_transformers_says(path)

@@ -182,7 +182,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _with_white(opened: Any, channels: int) -> tuple[Any, float]:
     """An image of ``channels`` channels of 8 bits, or of one of floats, and the number that is white in it."""
-    mode, tags, transparent = opened.mode, dict(getattr(opened, "tag_v2", {})), opened.info.get("transparency")
+    mode, tags, transparent = opened.mode, getattr(opened, "tag_v2", {}), opened.info.get("transparency")
     if mode.startswith("I;16") or mode in ("I", "F"):
         image = (opened if mode in ("I", "F") else opened.convert("I")).convert("F")
         numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)

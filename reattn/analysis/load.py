@@ -23,7 +23,7 @@ FORMS = "timm:NAME, hf:FOLDER, torchvision:NAME or MODULE:FUNCTION"
 # Where a head that counts classes lies: the parts of a model that no attention depends on.
 _CLASSIFIERS = ("head", "classifier", "heads.head")
 _WITHOUT_EFFECT = ("classifier.", "pooler.")
-# What a preprocessor_config.json may ask for, and other steps that it may.
+# Steps of a preprocessor_config.json that are done or change no pixel, and what else would change them.
 _FOLLOWED = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
 _NOT_FOLLOWED = ("crop_pct", "keep_aspect_ratio", "rescale_offset")
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -184,7 +184,7 @@ def as_transformers_says(path: Path) -> Preprocessing:
                 raise ValueError(f"{step} must be true or missing, got {config[step]}")
         # What is null is missing, and not there to fall back on in transformers either.
         config = {key: value for key, value in config.items() if value is not None or key.startswith("do_")}
-        size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
+        size, crop = config["size"], config["crop_size"] if config.get("do_center_crop") else None
         if isinstance(size, int):
             kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
             size = {"shortest_edge": size} if "CLIP" in kind else {"height": size, "width": size}
@@ -212,7 +212,7 @@ def as_transformers_says(path: Path) -> Preprocessing:
             mean=tuple(mean),
             std=tuple(std),
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} cannot be followed: {reason}") from error
 
