@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reattn import ReAttention
 from reattn.analysis import (
+    TokenGrid,
     at_distances,
     attention_hooks,
     attention_rollout,
@@ -570,7 +571,17 @@ def test_token_grid():
     assert (grid.num_prefix_tokens, grid.height, grid.width) == (1, 3, 3)
     # Images of another size: the model's own grid does not fit.
     assert token_grid(MODELS["batch"](), 26).height == 5
+    # Images of the model's own size: tokens went missing, and no smaller square is made up.
+    assert token_grid(MODELS["batch"](), 5).height == 2
+    with pytest.raises(ValueError, match=r"must make 5 tokens, got \(3, 3\) and 1"):
+        token_grid(MODELS["batch"](), 5, input_size=(12, 12))
+    assert token_grid(MODELS["batch"](), 26, input_size=(20, 20)).height == 5
+    # A class token that joins later, but not where it was counted.
+    assert token_grid(MODELS["batch"](), 9) == TokenGrid(0, 3, 3)
+    with pytest.raises(ValueError, match="must make 9 tokens"):
+        token_grid(MODELS["batch"](), 9, (3, 3), num_prefix_tokens=1)
     grid = token_grid(nn.Identity(), 8, grid_size=(2, 3), num_prefix_tokens=2)
+    assert [grid.place(token) for token in (1, 2, 6, 8)] == [None, (0, 0), (1, 1), None]
     assert grid.to_image(torch.arange(8)).tolist() == [[2, 3, 4], [5, 6, 7]]
 
 
@@ -605,6 +616,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("call, message", ERRORS.values(), ids=ERRORS)
 def test_errors(call, message):
+    torch.manual_seed(0)
     with pytest.raises(ValueError, match=message):
         call()
 

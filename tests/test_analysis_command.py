@@ -203,6 +203,53 @@ class Vit(torch.nn.Module):
         return self.encoder(self.embed(images).flatten(2).mT)
 
 
+class Shuffled(Vit):
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        return self.encoder(tokens[:, torch.randperm(tokens.shape[1])])
+
+
+def test_model_that_draws_at_random_is_refused(start, capsys):
+    with pytest.raises(SystemExit):
+        start(model="test_analysis_command:Shuffled", model_args=[])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "test_analysis_command:Shuffled: must see an image the same way each time, but draws at random" in error
+
+
+def vit_of_folder(folder):
+    return library("transformers").ViTModel.from_pretrained(folder)
+
+
+@pytest.mark.libraries
+def test_masked_autoencoder(start, tmp_path, capsys):
+    """Its patches are shuffled and masked at random; the same weights in a ViT see all of them in their places."""
+    transformers = library("transformers")
+    sizes = {f"decoder_{name}": value for name, value in HF.items() if name != "patch_size"}
+    # 14 x 14 patches, of which a quarter is a square, too.
+    config = transformers.ViTMAEConfig(**HF, image_size=112, **sizes)
+    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    for model_args in ([], ["mask_ratio=0.0"]):
+        with pytest.raises(SystemExit):
+            start(model=f"hf:{tmp_path}", model_args=model_args)
+        error = " ".join(capsys.readouterr().err.split())
+        assert "draws at random in eval mode, as ViTMAE's masks do. Of ViTMAE a function def vit()" in error
+    record, _ = start("--limit", 1, model="test_analysis_command:vit_of_folder", model_args=[f"folder={tmp_path}"])
+    assert record["grid"] == {"num_prefix_tokens": 1, "height": 14, "width": 14}
+
+
+@pytest.mark.libraries
+def test_tokens_that_join_late_or_stand_last(start, tmp_path):
+    library("timm")
+    arguments = ["img_size=32", "embed_dim=12", "depth=2", "num_heads=3"]
+    record, _ = start("--limit", 1, model="timm:cait_xxs24_224", model_args=arguments)
+    assert record["grid"] == {"num_prefix_tokens": 0, "height": 2, "width": 2}
+    transformers = library("transformers")
+    config = transformers.YolosConfig(**HF, image_size=[16, 32], num_detection_tokens=3)
+    transformers.YolosModel(config).save_pretrained(tmp_path)
+    record, _ = start("--limit", 1, "--query", 10, model=f"hf:{tmp_path}", model_args=[])
+    assert record["grid"] == {"num_prefix_tokens": 1, "height": 2, "width": 4} and record["blocks"][0]["seqlen"] == 12
+
+
 def test_function_that_makes_a_model(start):
     record, output = start("--limit", 2, model="test_analysis_command:Vit", model_args=["width=12"])
     assert [block["name"] for block in record["blocks"]] == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
@@ -217,8 +264,15 @@ def test_figures_name_model_images_and_what_is_compared(start, run, monkeypatch)
     )
     start("--compare", run[1] / "analysis.json", "--query", 6, model="test_analysis_command:Vit", model_args=[])
     assert set(figures) == set(FIGURES)
-    for figure in figures.values():
-        assert figure.get_suptitle().startswith("test_analysis_command:Vit, 5 images")
+    for name, figure in figures.items():
+        # Not where some of them are drawn.
+        number = "" if name in ("feature_maps", "query_maps", "rollout") else ", 5 images"
+        assert figure.get_suptitle().split("\n")[0].startswith(f"test_analysis_command:Vit{number}")
+        assert ("5 images" in figure.get_suptitle().split("compared")[0]) == bool(number)
+    # The patch of --query, of 4 x 4 pixels, in the one image of each block and in those above the rollouts.
+    images = [axes for name in ("query_maps", "rollout") for axes in figures[name].axes if axes.patches]
+    assert len(images) == 2 + 4
+    assert all(frame.get_bbox().bounds == (3.5, 3.5, 4, 4) for axes in images for frame in axes.patches)
     assert (
         figures["query_maps"]
         .get_suptitle()
@@ -308,6 +362,13 @@ def test_transformers_folder_in_the_command(start, tmp_path, capsys):
     assert [block["heads"] for block in record["blocks"]] == [3, 3] and record["grid"]["height"] == 4
     assert "How to prepare images is not known: Preprocessing(channels=3, height=16" in output.err
     assert "random" not in output.err
+    # A processor of transformers 5 writes one file for text and images.
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    whole = transformers.CLIPProcessor(image_processor=processor, tokenizer=transformers.CLIPTokenizer())
+    whole.save_pretrained(tmp_path / "clip")
+    assert not (tmp_path / "clip" / "preprocessor_config.json").exists()
+    prepared = build_model(f"hf:{tmp_path / 'clip'}", {}).preprocessing
+    assert (prepared.height, prepared.crop_pct, prepared.mean) == (16, 0.8, tuple(processor.image_mean))
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((tmp_path / "clip" / "config.json").read_text())
     record, output = start("--limit", 2, model=f"hf:{tmp_path / 'bare'}", model_args=())
@@ -331,10 +392,19 @@ def test_transformers_folder_in_the_command(start, tmp_path, capsys):
     [
         ({"do_center_crop": False}, "images must be cropped to one size, got shortest_edge without do_center_crop"),
         ({"crop_size": 50}, r"images must be resized to no less than the crop, got \(40, 40\) and \(50, 50\)"),
-        ({"do_resize": False}, "images must be resized to no less than the crop"),
+        ({"do_resize": False}, "do_resize must be true or missing, got False"),
+        ({"do_resize": None}, "do_resize must be true or missing, got None"),
+        ({"do_rescale": None}, "do_rescale must be true or missing, got None"),
+        ({"do_flip_channel_order": True}, r"do_flip_channel_order must be false or missing, got \[True\]"),
+        ({"do_grayscale": True}, "do_grayscale must be false or missing"),
+        ({"do_pad": True, "pad_size": {"height": 64, "width": 64}}, "do_pad must be false or missing"),
+        ({"rescale_offset": True, "crop_pct": 0.5}, r"rescale_offset, crop_pct must be .*, got \[True, 0.5\]"),
+        ({"resample": None}, "'resample' is missing or unknown"),
+        ({"size": None}, "'size' is missing or unknown"),
+        ({"size": SQUARE, "crop_size": None}, "'crop_size' is missing or unknown"),
         ({"rescale_factor": 1 / 127.5}, "pixels must be rescaled by 1 / 255"),
         ({"resample": 5}, "5 is missing or unknown"),
-        ({"image_mean": None}, "TypeError|object of type 'NoneType' has no len"),
+        ({"image_mean": None}, "'image_mean' is missing or unknown"),
     ],
 )
 def test_preprocessing_that_is_not_followed(changes, message, tmp_path):
@@ -343,9 +413,26 @@ def test_preprocessing_that_is_not_followed(changes, message, tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(config))
     assert as_transformers_says(path) == Preprocessing(3, 32, 32, crop_pct=0.8)
+    path.write_text(json.dumps(config | {"do_grayscale": None, "do_pad": False, "do_convert_rgb": True}))
+    assert as_transformers_says(path) == Preprocessing(3, 32, 32, crop_pct=0.8)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="preprocessor_config.json cannot be followed: 'list' object"):
+        as_transformers_says(path)
     path.write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=f"preprocessor_config.json cannot be followed: .*({message})"):
         as_transformers_says(path)
+
+
+@pytest.mark.libraries
+def test_null_is_what_it_is_in_transformers(images, tmp_path):
+    """A step that is null is not done."""
+    transformers = library("transformers")
+    config = transformers.ViTImageProcessor(size=SQUARE, resample=3).to_dict() | {"do_normalize": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    prepared = as_transformers_says(tmp_path / "preprocessor_config.json")
+    with Image.open(images / "0.png") as opened:
+        expected = transformers.ViTImageProcessor.from_pretrained(tmp_path)(opened, return_tensors="pt")
+    torch.testing.assert_close(prepared.read(images / "0.png"), expected["pixel_values"][0], rtol=0, atol=1.01 / 255)
 
 
 def bad_checkpoint(tmp_path):
@@ -397,6 +484,11 @@ BAD = {
     ),
     "no-folder": ({"images": "/nonexistent"}, [], r"--images: images must be a folder, got /nonexistent"),
     "no-file": ({}, ["--checkpoint", "/nonexistent"], r"--checkpoint must be a file, got /nonexistent"),
+    "checkpoint-and-folder": (
+        {"model": "hf:folder"},
+        bad_checkpoint,
+        r"--checkpoint must not be given with --model hf:FOLDER: put the weights into the folder",
+    ),
     "checkpoint": ({}, bad_checkpoint, r"--checkpoint: .*bad.pth: checkpoint must be a state dict"),
     "misfit": ({}, other_checkpoint, r"--checkpoint: .*other.pth: .*unexpected: blocks.4"),
     "device": ({}, ["--device", "nothing"], r"--device must be one that torch can use here, got 'nothing'"),
@@ -500,7 +592,16 @@ MODES = {
     "opaque palette": ("ramp.tif", GREY.convert("PA"), {}),
     "opaque table": ("ramp.png", GREY.convert("P"), {"transparency": bytes([255] * 256)}),
     "print": ("ramp.tif", GREY.convert("CMYK"), {}),
+    # Tag 262 is 0: white is. Pillow inverts pixels of 8 bits as it writes them, and no others.
+    "white is 0": ("ramp.tif", GREY, {"tiffinfo": {262: 0}}),
+    "16 bits, white is 0": (
+        "ramp.tif",
+        Image.fromarray(((1 - RAMP) * 65535).astype(np.uint16)),
+        {"tiffinfo": {262: 0}},
+    ),
+    "floats, white is 0": ("ramp.tif", Image.fromarray((1 - RAMP).astype(np.float32)), {"tiffinfo": {262: 0}}),
 }
+PRECISE = [mode for mode in MODES if mode.startswith(("16 bits", "floats"))]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -517,7 +618,7 @@ def test_brightness_is_kept_in_every_mode(mode, channels, tmp_path):
     # Bilinear resizing to the half weighs four pixels: what lies around the middle of two is linear but at the border.
     expected = torch.from_numpy(RAMP).float().view(32, 2, 32, 2).mean((1, 3))
     assert pixels.shape == (channels, 32, 32)
-    rounding = 1e-4 if mode in ("16 bits", "16 bits, big-endian", "16 bits, widened", "floats") else 0.01
+    rounding = 1e-4 if mode in PRECISE else 0.01
     torch.testing.assert_close(
         pixels[:, 1:-1, 1:-1], expected[1:-1, 1:-1].expand(channels, -1, -1), rtol=0, atol=rounding
     )
@@ -532,6 +633,7 @@ def test_brightness_is_kept_in_every_mode(mode, channels, tmp_path):
         ("x.png", Image.merge("LA", [GREY, GREY]), {}, "got transparent pixels in mode LA: lay it on a background"),
         ("x.png", GREY.convert("P"), {"transparency": 0}, "got transparent pixels in mode P"),
         ("x.png", GREY.convert("RGB"), {"transparency": (9, 9, 9)}, "got transparent pixels in mode RGB"),
+        ("x.png", MODES["16 bits"][1], {"transparency": 65535}, "got transparent pixels in mode I"),
     ],
     ids=lambda value: value if isinstance(value, str) and "mode" in value else "",
 )
@@ -539,6 +641,30 @@ def test_images_of_no_certain_brightness(name, image, options, message, tmp_path
     image.save(tmp_path / name, **options)
     with pytest.raises(UnreadableImageError, match=f"{name} cannot be read as an image: .*{message}"):
         check_images([tmp_path / name])
+
+
+def test_colour_that_no_pixel_has_is_not_transparent(tmp_path):
+    Image.new("I;16", (8, 8), 65535).save(tmp_path / "white.png", transparency=3)
+    assert Preprocessing(3, 8, 8).read(tmp_path / "white.png").unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, -1), (8, 1)])
+def test_images_are_upright(name, mode, orientation, turns, tmp_path):
+    """As EXIF says that they are to be turned: once, in whatever format."""
+    if mode == "I;16" and name in ("x.jpg", "x.webp"):
+        pytest.skip("the format has 8 bits alone")
+    image = Image.new(mode, (32, 16), 65535 if mode == "I;16" else "white")
+    image.paste(0 if mode == "I;16" else "black", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / name, **({"tiffinfo": {274: orientation}} if name == "x.tif" else {"exif": exif}))
+    stored = torch.ones(16, 32)
+    stored[:, :16] = 0
+    height, width = (16, 32) if turns == 0 else (32, 16)
+    prepared = Preprocessing(1, height, width, crop_pct=1.0, interpolation="nearest", mean=(0.0,), std=(1.0,))
+    torch.testing.assert_close(prepared.read(tmp_path / name)[0], stored.rot90(turns), rtol=0, atol=0.05)
 
 
 def test_limit_is_spread(images):

@@ -1,5 +1,6 @@
 """The figures of reattn.analysis: what is drawn, that files are whole, and that matplotlib is needed for them alone."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib import colormaps  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from reattn.analysis import (  # noqa: E402
     FeatureMaps,
@@ -78,7 +80,7 @@ def test_what_is_drawn():
     assert [list(left.lines[0].get_xdata()), list(left.lines[0].get_ydata())] == [[16, 32], [2, 9]]
     assert list(right.lines[0].get_ydata()) == [0.1, 0.3]
     heads = plot_head_similarity({"block 3": MATRIX}).axes[0]
-    assert heads.get_title() == "block 3\n1 pairs (33%) above 0.5"
+    assert heads.get_title() == "block 3\n1 pair (33%) above 0.5"
     assert heads.images[0].get_array().tolist() == [pytest.approx(row) for row in MATRIX.tolist()]
     shown = plot_feature_maps(IMAGE, FEATURES, sample=1).axes
     lengths = FEATURES[3].softmax[1].norm(dim=0)
@@ -110,6 +112,45 @@ def test_features_of_plain_attention_are_drawn_once():
     same = {index: FeatureMaps(maps.softmax, maps.softmax) for index, maps in FEATURES.items()}
     figure = plot_feature_maps(IMAGE, same)
     assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "plain attention"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        # Up to 1.01 there was room for ticks like 0.5, and others like 0.25 were drawn.
+        lambda: plots.plot_feature_strengths(IMAGE, {"plain attention": {0: torch.full((4, 4), 1.01)}}),
+        lambda: plot_similarity_matrix({"a": MATRIX}),
+        lambda: plot_query_maps(IMAGE, {0: torch.rand(1, 2, 4, 4)}),
+        lambda: plot_rollout(IMAGE[None], {"softmax": torch.rand(1, 4, 4)}),
+    ],
+)
+def test_nothing_is_cut_off(draw):
+    """No ink reaches the border of the picture, where the label of a colour bar stands."""
+    file = io.BytesIO()
+    name_figure(draw(), "a model", "features").savefig(file, format="png", dpi=150)
+    with Image.open(file) as picture:
+        grey = torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).view(picture.size[::-1])
+    assert all((edge == 255).all() for edge in (grey[:, 0], grey[:, -1], grey[0], grey[-1]))
+    assert grey.min() == 0
+
+
+def test_the_patch_of_the_query_is_framed():
+    for figure, images in (
+        (plot_query_maps(IMAGE, {0: torch.rand(1, 2, 4, 2)}, place=(3, 1)), [0]),
+        (plot_rollout(IMAGE.expand(2, 3, 8, 8), {"softmax": torch.rand(2, 4, 2)}, place=(3, 1)), [0, 1]),
+    ):
+        # Patches of 2 x 4 pixels, the last of them; a pixel's centre is a whole number.
+        assert [index for index, axes in enumerate(figure.axes) if axes.patches] == images
+        assert {frame.get_bbox().bounds for index in images for frame in figure.axes[index].patches} == {
+            (3.5, 5.5, 4, 2)
+        }
+    assert not any(axes.patches for axes in plot_query_maps(IMAGE, {0: torch.rand(1, 2, 4, 2)}).axes)
+
+
+def test_equal_points_are_all_seen():
+    for axes in plot_similar_blocks({name: [(16, 2, 0.1)] for name in "abc"}).axes:
+        assert len({line.get_markersize() for line in axes.lines}) == 3
+        assert {line.get_fillstyle() for line in axes.lines} == {"none"}
 
 
 def test_names_fit():

@@ -18,6 +18,7 @@ from torch import Tensor
 import reattn
 from reattn.analysis import plots
 from reattn.analysis.attentions import MapKind
+from reattn.analysis.collect import visit_attention_maps
 from reattn.analysis.features import FeatureMaps, feature_maps, query_maps
 from reattn.analysis.grid import TokenGrid, token_grid
 from reattn.analysis.images import Preprocessing, UnreadableImageError, check_images, find_images, image_batches
@@ -130,6 +131,8 @@ class Run:
             self.model_args = parse_arguments(args.model_args)
         except ValueError as error:
             parser.error(f"--model-args {error}")
+        if args.checkpoint is not None and args.model.startswith("hf:"):
+            parser.error("--checkpoint must not be given with --model hf:FOLDER: put the weights into the folder")
         torch.manual_seed(0)
         try:
             source = build_model(args.model, self.model_args)
@@ -147,16 +150,32 @@ class Run:
         return source
 
     def _try_out(self) -> tuple[list[BlockInfo], TokenGrid]:
-        """The model's blocks, from a forward pass with a grey image."""
-        size = (1, self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
-        blocks = describe_blocks(self.model, torch.zeros(size, device=self.device))
+        """The model's blocks, from forward passes with a random image."""
+        size = self.preprocessing.height, self.preprocessing.width
+        image = torch.randn(1, self.preprocessing.channels, *size, device=self.device)
+        blocks = describe_blocks(self.model, image)
+        first, second = self._last_rows(image), self._last_rows(image)
+        if len(first) != len(second) or any(
+            a.shape != b.shape or (a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(first, second, strict=True)
+        ):
+            raise ValueError(
+                "must see an image the same way each time, but draws at random in eval mode, as ViTMAE's masks do. "
+                "Of ViTMAE a function def vit(): return transformers.ViTModel.from_pretrained(FOLDER), given as "
+                "--model MODULE:vit, works"
+            )
         shapes = {(block.heads, block.seqlen) for block in blocks}
         if len(blocks) < 2 or len(shapes) > 1:
             raise ValueError(
                 "must have two attention blocks or more, all with as many heads and tokens, "
                 f"got {len(blocks)} with (heads, tokens) {sorted(shapes)}"
             )
-        return blocks, token_grid(self.model, blocks[0].seqlen)
+        return blocks, token_grid(self.model, blocks[0].seqlen, input_size=size)
+
+    def _last_rows(self, image: Tensor) -> list[Tensor]:
+        """The last token's row of each block's maps: another one where tokens are shuffled or masked."""
+        rows: list[Tensor] = []
+        visit_attention_maps(self.model, image, lambda maps: rows.append(maps[:, :, -1].clone()))
+        return rows
 
     def _select_blocks(self, parser: argparse.ArgumentParser) -> list[int]:
         depth = len(self.blocks)
@@ -249,8 +268,13 @@ def look_at_samples(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     mixes = len(run.kinds) > 1
     drawn = {
         "features": (shown[0], features),
-        "query": (shown[0], rows),
-        "rollout": (shown, {_label(name, mixes): maps for name, maps in rollouts.items()}, names),
+        "query": (shown[0], rows, "", 0, run.grid.place(run.query)),
+        "rollout": (
+            shown,
+            {_label(name, mixes): maps for name, maps in rollouts.items()},
+            names,
+            run.grid.place(run.query),
+        ),
         "titles": {
             "feature_maps": f"Features of {names[0]}, maps times values",
             "query_maps": f"What {_token(run)} attends to in {names[0]}, {_label(kind, mixes)}",
@@ -300,7 +324,8 @@ def draw(run: Run, measured: Measurements, record: dict[str, Any], drawn: dict[s
         "rollout": plots.plot_rollout(*drawn["rollout"]),
     }
     for name, figure in figures.items():
-        plots.name_figure(figure, _headline(record), drawn["titles"].get(name, ""))
+        of_samples = name in ("feature_maps", "query_maps", "rollout")
+        plots.name_figure(figure, _headline(record, not of_samples), drawn["titles"].get(name, ""))
     return figures
 
 
@@ -316,11 +341,11 @@ def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
     return turns[:count]
 
 
-def _headline(record: dict[str, Any]) -> str:
+def _headline(record: dict[str, Any], all_images: bool = True) -> str:
     """What a figure is of: the model, its weights, how many images."""
-    weights = "random weights, " if record["weights"] == "random" else ""
-    number = record["images"]["number"]
-    return f"{_model_name(record)}, {weights}{number} image{'s' if number != 1 else ''}"
+    weights = ["random weights"] if record["weights"] == "random" else []
+    number = [plots.counted(record["images"]["number"], "image")] if all_images else []
+    return ", ".join([_model_name(record), *weights, *number])
 
 
 def _model_name(record: dict[str, Any]) -> str:
@@ -343,13 +368,10 @@ def _shown(path: Path) -> str:
 
 
 def _token(run: Run) -> str:
-    prefix = run.grid.num_prefix_tokens
-    if run.query == 0 and prefix:
+    if run.query == 0 and run.grid.num_prefix_tokens:
         return "the class token"
-    if run.query < prefix:
-        return f"token {run.query}"
-    row, column = divmod(run.query - prefix, run.grid.width)
-    return f"the patch in row {row}, column {column}"
+    place = run.grid.place(run.query)
+    return f"the patch in row {place[0]}, column {place[1]}" if place else f"token {run.query}"
 
 
 def describe(run: Run, measured: Measurements) -> dict[str, Any]:
@@ -376,14 +398,15 @@ def describe(run: Run, measured: Measurements) -> dict[str, Any]:
 
 
 def print_summary(record: dict[str, Any]) -> None:
-    print(f"{record['model']}, {len(record['blocks'])} blocks, {record['images']['number']} images")
+    images = plots.counted(record["images"]["number"], "image")
+    print(f"{record['model']}, {plots.counted(len(record['blocks']), 'block')}, {images}")
     for kind, numbers in record["maps"].items():
         label = _label(kind, mixes="re_attention" in record["maps"])
         neighbours = numbers["block_similarity"]["1"].mean().item()
         similar = numbers["similar_blocks"]["1"]
         print(
             f"{label:16} similarity to the next block {neighbours:.3f} on average, "
-            f"{similar['number']} blocks ({similar['share']:.0%}) above {BLOCK_THRESHOLD}"
+            f"{plots.counted(similar['number'], 'block')} ({similar['share']:.0%}) above {BLOCK_THRESHOLD}"
         )
 
 

@@ -58,7 +58,7 @@ def feature_maps(
     def visit(block: AttentionBlock) -> None:
         if wanted is not None and block.index not in wanted:
             return
-        grid = token_grid(model, block.maps().shape[-2], grid_size, num_prefix_tokens)
+        grid = token_grid(model, block.maps().shape[-2], grid_size, num_prefix_tokens, images.shape[-2:])
         features[block.index] = FeatureMaps(
             *(grid.to_image(block_features(block, kind).mT) for kind in ("re_attention", "softmax"))
         )
@@ -137,7 +137,7 @@ def query_maps(
         maps = block.maps(kind)
         if not 0 <= query < maps.shape[-2]:
             raise ValueError(f"query must be a token, at least 0 and below {maps.shape[-2]}, got {query}")
-        grid: TokenGrid = token_grid(model, maps.shape[-1], grid_size, num_prefix_tokens)
+        grid: TokenGrid = token_grid(model, maps.shape[-1], grid_size, num_prefix_tokens, images.shape[-2:])
         # A copy: a view would keep the whole maps.
         rows[block.index] = grid.to_image(maps[:, :, query].clone())
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Preprocessing:
         )
 
     def read(self, path: str | os.PathLike[str]) -> Tensor:
-        """The image in a file as ``(channels, height, width)``, float32.
+        """The image in a file as ``(channels, height, width)``, float32, turned upright as its EXIF says.
 
         Greyscale of 16 bits and of floating numbers in [0, 1] keeps its precision.
 
@@ -102,6 +103,8 @@ class Preprocessing:
         image_module = import_pillow()
         with _opened(path) as opened:
             image, white = _with_white(opened, self.channels)
+            if opened.format != "TIFF":  # which Pillow turns itself
+                image = import_module("PIL.ImageOps").exif_transpose(image)
         wanted = math.floor(self.width / self.crop_pct), math.floor(self.height / self.crop_pct)
         if not self.squash:
             # The side that is relatively shorter gets exactly what is wanted.
@@ -170,7 +173,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Pillow's image of a file; whatever goes wrong while it is read names the file."""
     image_module = import_pillow()
     try:
-        with image_module.open(path) as opened:
+        # By its path some TIFF files would be mapped into memory, which Pillow forgets to turn.
+        with open(path, "rb") as file, image_module.open(file) as opened:
             yield opened
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise UnreadableImageError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
@@ -178,30 +182,37 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _with_white(opened: Any, channels: int) -> tuple[Any, float]:
     """An image of ``channels`` channels of 8 bits, or of one of floats, and the number that is white in it."""
-    if opened.mode.startswith("I;16"):
-        # TIFF has twelve bits, too.
-        bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]
-        return opened.convert("I").convert("F"), 2.0**bits - 1
-    if opened.mode == "I" and opened.format in ("PNG", "PPM"):
-        # 16 bits, which some releases of Pillow widen.
-        return opened.convert("F"), 65535.0
-    if opened.mode in ("I", "F"):
-        numbers = torch.frombuffer(bytearray(opened.convert("F").tobytes()), dtype=torch.float32)
+    mode, tags, transparent = opened.mode, getattr(opened, "tag_v2", {}), opened.info.get("transparency")
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        image = (opened if mode in ("I", "F") else opened.convert("I")).convert("F")
+        numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
         low, high = (extreme.item() for extreme in numbers.aminmax())
-        if opened.mode == "F" and 0 <= low <= high <= 1:  # which NaN is not
-            return opened.copy(), 1.0
-        raise ValueError(
-            f"which number is white must be known, got pixels from {low:g} to {high:g} in mode {opened.mode}: save it "
-            "with 8 or 16 bits, or as floating numbers in [0, 1]"
-        )
-    if opened.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in opened.info:
-        mode, opened = opened.mode, opened.convert("RGBA")
-        if opened.getchannel("A").getextrema()[0] < 255:
+        if mode == "F" and 0 <= low <= high <= 1:  # which NaN is not
+            white = 1.0
+        # 16 bits, which some releases of Pillow widen; TIFF has twelve, too.
+        elif mode.startswith("I;16") or mode == "I" and opened.format in ("PNG", "PPM"):
+            white = 2.0 ** tags.get(258, (16,))[0] - 1
+        else:
             raise ValueError(
-                f"what is transparent has no colour, got transparent pixels in mode {mode}: lay it on a background, "
-                'such as Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))'
+                f"which number is white must be known, got pixels from {low:g} to {high:g} in mode {mode}: save it "
+                "with 8 or 16 bits, or as floating numbers in [0, 1]"
             )
+        if transparent is not None and (numbers == transparent).any():
+            raise _transparent(mode)
+        # White is 0 in some TIFF files; of 8 bits Pillow turns them itself.
+        return image.point(lambda pixel: pixel * -1 + white) if tags.get(262) == 0 else image, white
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent is not None:
+        opened = opened.convert("RGBA")
+        if opened.getchannel("A").getextrema()[0] < 255:
+            raise _transparent(mode)
     return opened.convert(_MODES[channels]), 255.0
+
+
+def _transparent(mode: str) -> ValueError:
+    return ValueError(
+        f"what is transparent has no colour, got transparent pixels in mode {mode}: lay it on a background, "
+        'such as Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))'
+    )
 
 
 def image_batches(paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

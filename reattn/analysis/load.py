@@ -23,6 +23,9 @@ FORMS = "timm:NAME, hf:FOLDER, torchvision:NAME or MODULE:FUNCTION"
 # Where a head that counts classes lies: the parts of a model that no attention depends on.
 _CLASSIFIERS = ("head", "classifier", "heads.head")
 _WITHOUT_EFFECT = ("classifier.", "pooler.")
+# Steps of a preprocessor_config.json that are done or change no pixel, and what else would change them.
+_FOLLOWED = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
+_NOT_FOLLOWED = ("crop_pct", "keep_aspect_ratio", "rescale_offset")
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -148,24 +151,40 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> Source:
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(_WITHOUT_EFFECT)) if weights else []
     if missing:
         raise ValueError(f"{weights[0]} must hold every weight of {class_name(model)}, got none for {missing[:5]}")
-    prepared = folder / "preprocessor_config.json"
+    # The second is what a CLIPProcessor of transformers 5 writes.
+    names = ("preprocessor_config.json", "processor_config.json")
+    prepared = next((folder / name for name in names if (folder / name).is_file()), None)
     return Source(
         # Of CLIP and its like the part that sees.
         getattr(model, "vision_model", model) if not classifies else model,
         str(folder) if weights else None,
-        as_transformers_says(prepared) if prepared.is_file() else None,
+        as_transformers_says(prepared) if prepared else None,
     )
 
 
 def as_transformers_says(path: Path) -> Preprocessing:
-    """The preprocessing in a preprocessor_config.json.
+    """The preprocessing in a preprocessor_config.json, or in the ``image_processor`` of a processor_config.json.
+
+    A step that is null is not done, as in transformers.
 
     Raises:
         ValueError: the file cannot be read, or asks for what :class:`Preprocessing` does not do.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
+        if path.name == "processor_config.json":
+            config = config["image_processor"]
+        others = [
+            k for k, v in config.items() if v and (k in _NOT_FOLLOWED or k.startswith("do_") and k not in _FOLLOWED)
+        ]
+        if others:
+            raise ValueError(f"{', '.join(others)} must be false or missing, got {[config[name] for name in others]}")
+        for step in ("do_resize", "do_rescale"):
+            if not config.get(step, True):
+                raise ValueError(f"{step} must be true or missing, got {config[step]}")
+        # What is null is missing, and not there to fall back on in transformers either.
+        config = {key: value for key, value in config.items() if value is not None or key.startswith("do_")}
+        size, crop = config["size"], config["crop_size"] if config.get("do_center_crop") else None
         if isinstance(size, int):
             kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
             size = {"shortest_edge": size} if "CLIP" in kind else {"height": size, "width": size}
@@ -175,9 +194,9 @@ def as_transformers_says(path: Path) -> Preprocessing:
             raise ValueError("images must be cropped to one size, got shortest_edge without do_center_crop")
         height, width = resized if crop is None else (crop, crop) if isinstance(crop, int) else _sides(crop)
         shares = {height / resized[0], width / resized[1]}
-        if len(shares) > 1 or max(shares) > 1 or not config.get("do_resize", True):
+        if len(shares) > 1 or max(shares) > 1:
             raise ValueError(f"images must be resized to no less than the crop, got {resized} and {height, width}")
-        if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise ValueError("pixels must be rescaled by 1 / 255, got another factor")
         normalizes = config.get("do_normalize", True)
         mean, std = (config["image_mean"], config["image_std"]) if normalizes else ((0.0,) * 3, (1.0,) * 3)
@@ -188,12 +207,12 @@ def as_transformers_says(path: Path) -> Preprocessing:
             width=width,
             # The share is of whole pixels, and what it leaves is rounded down.
             crop_pct=share if int(height / share) == resized[0] else height / (resized[0] + 0.5),
-            interpolation=_PILLOW[config.get("resample", 2)],
+            interpolation=_PILLOW[config["resample"]],
             squash=squash,
             mean=tuple(mean),
             std=tuple(std),
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} cannot be followed: {reason}") from error
 

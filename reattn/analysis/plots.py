@@ -121,7 +121,9 @@ def plot_similar_blocks(counts: Mapping[str, Sequence[tuple[int, int, float]]], 
     _check_not_empty(counts, "counts")
     figure = new_figure(10, 4.4)
     left, right = figure.subplots(1, 2)
-    for style, (label, models) in zip(line_styles(len(counts)), counts.items(), strict=True):
+    for index, (style, (label, models)) in enumerate(zip(line_styles(len(counts)), counts.items(), strict=True)):
+        # Hollow and of different sizes: points in one place do not hide each other.
+        style |= {"markersize": 5 + 3 * (index % len(_STYLES)), "fillstyle": "none"}
         depths, numbers, shares = zip(*sorted(models), strict=True)
         left.plot(depths, numbers, label=label, **style)
         right.plot(depths, shares, label=label, **style)
@@ -155,7 +157,7 @@ def plot_similarity_matrix(matrices: Mapping[str, Tensor], label: str = "block")
         axes.set(xlabel=label, ylabel=label, title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=list(panels), label="similarity (mean cosine of columns)")
+    _shared_bar(figure, image, list(panels), "similarity (mean cosine of columns)")
     return figure
 
 
@@ -172,7 +174,7 @@ def plot_head_similarity(similarities: Mapping[str, Tensor], threshold: float = 
     titles = {}
     for title, similarity in similarities.items():
         number, share = similar_heads(similarity, threshold)
-        titles[f"{title}\n{number} pairs ({share:.0%}) above {threshold:g}"] = similarity
+        titles[f"{title}\n{counted(number, 'pair')} ({share:.0%}) above {threshold:g}"] = similarity
     figure = plot_similarity_matrix(titles, label="head")
     for axes, similarity in zip(figure.axes, similarities.values(), strict=False):
         if len(similarity) > _ANNOTATED_HEADS:
@@ -239,11 +241,17 @@ def plot_feature_strengths(image: Tensor, strengths: Mapping[str, Mapping[int, T
         for axes, (index, strength) in zip(axes_row[1:], row.items(), strict=True):
             drawn = axes.imshow(_list(strength), cmap=_COLOUR_MAP, vmin=0.0, vmax=highest)
             axes.set(title=f"block {index}", xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=grid, label="length / mean length")
+    _shared_bar(figure, drawn, grid, "length / mean length")
     return figure
 
 
-def plot_query_maps(image: Tensor, maps: Mapping[int, Tensor], title: str = "", sample: int = 0) -> Figure:
+def plot_query_maps(
+    image: Tensor,
+    maps: Mapping[int, Tensor],
+    title: str = "",
+    sample: int = 0,
+    place: tuple[int, int] | None = None,
+) -> Figure:
     """What one token attends to: a row for each block, a column for each head, the image at the left.
 
     The heads of a block have one scale, which stands at the right.
@@ -253,6 +261,7 @@ def plot_query_maps(image: Tensor, maps: Mapping[int, Tensor], title: str = "", 
         maps: what :func:`query_maps` returns.
         title: of the figure.
         sample: which of its batch.
+        place: row and column of the token's patch, framed in the image; None: it has no place.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -263,6 +272,7 @@ def plot_query_maps(image: Tensor, maps: Mapping[int, Tensor], title: str = "", 
     grid, bars = _with_bars(figure, len(maps), heads + 1)
     for axes_row, bar, (index, rows) in zip(grid, bars, maps.items(), strict=True):
         _show_image(axes_row[0], image)
+        _frame(axes_row[0], rows, place)
         axes_row[0].set_ylabel(f"block {index}")
         low, high = (float(extreme) for extreme in rows[sample].aminmax())
         for head, axes in enumerate(axes_row[1:]):
@@ -274,7 +284,12 @@ def plot_query_maps(image: Tensor, maps: Mapping[int, Tensor], title: str = "", 
     return name_figure(figure, title)
 
 
-def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], titles: Sequence[str] = ()) -> Figure:
+def plot_rollout(
+    images: Tensor,
+    rollouts: Mapping[str, Tensor],
+    titles: Sequence[str] = (),
+    place: tuple[int, int] | None = None,
+) -> Figure:
     """Where a token's rollout comes from: the images above, below them a row for each kind of maps, each with a scale
     of its own.
 
@@ -282,6 +297,7 @@ def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], titles: Sequenc
         images: ``(batch, channels, height, width)`` in [0, 1].
         rollouts: a row's label -> ``(batch, height, width)``, a row of :func:`attention_rollout` on the image's grid.
         titles: of the images.
+        place: row and column of the token's patch, framed in the images; None: it has no place.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -292,6 +308,7 @@ def plot_rollout(images: Tensor, rollouts: Mapping[str, Tensor], titles: Sequenc
     bars[0].set_axis_off()
     for axes, image in zip(grid[0], images, strict=True):
         _show_image(axes, image)
+        _frame(axes, next(iter(rollouts.values())), place)
     for axes, title in zip(grid[0], titles, strict=False):
         axes.set_title(title, fontsize=8)
     for axes_row, bar, (label, maps) in zip(grid[1:], bars[1:], rollouts.items(), strict=True):
@@ -334,6 +351,10 @@ def _check_not_empty(argument: Mapping[Any, Any], name: str) -> None:
         raise ValueError(f"{name} must hold something to draw in every entry, got the entries {list(argument)}")
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def line_styles(count: int) -> list[dict[str, Any]]:
     return [{**_STYLES[index % len(_STYLES)], "markersize": 4} for index in range(count)]
 
@@ -362,6 +383,11 @@ def _with_bars(figure: Figure, rows: int, columns: int) -> tuple[Any, Any]:
     return axes[:, :-1], axes[:, -1]
 
 
+def _shared_bar(figure: Figure, drawn: Any, axes: Any, label: str) -> None:
+    # So many ticks whatever its size: others would come, and be wider, when the room for them is already found.
+    figure.colorbar(drawn, ax=axes, label=label).ax.locator_params(nbins=5)
+
+
 def _colour_bar(figure: Figure, drawn: Any, axes: Any, label: str) -> None:
     bar = figure.colorbar(drawn, cax=axes)
     bar.set_label(label, fontsize=8)
@@ -377,3 +403,16 @@ def _show_image(axes: Any, image: Tensor) -> None:
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
     axes.imshow(shown.tolist(), cmap="gray", vmin=0.0, vmax=1.0)
     axes.set(xticks=[], yticks=[])
+
+
+def _frame(axes: Any, maps: Tensor, place: tuple[int, int] | None) -> None:
+    """A frame around one patch of the image that was shown, white in black, so that it is seen on any ground."""
+    if place is None:
+        return
+    from matplotlib.patches import Rectangle
+
+    (bottom, top), (left, right) = axes.get_ylim(), axes.get_xlim()
+    height, width = (bottom - top) / maps.shape[-2], (right - left) / maps.shape[-1]
+    for line, colour in ((3.0, "black"), (1.2, "white")):
+        corner = left + place[1] * width, top + place[0] * height
+        axes.add_patch(Rectangle(corner, width, height, fill=False, linewidth=line, edgecolor=colour))
