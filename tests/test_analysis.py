@@ -45,7 +45,8 @@ except ImportError:
     timm = None
 
 KINDS = ("softmax", "re_attention")
-needs_timm = pytest.mark.skipif(timm is None, reason="needs timm")
+skip_without_timm = pytest.mark.skipif(timm is None, reason="needs timm")
+needs_timm = [pytest.mark.libraries, skip_without_timm]
 
 
 class Encoder(nn.Module):
@@ -519,7 +520,8 @@ def test_multihead_unbatched():
     torch.testing.assert_close(module.out_proj((maps @ values).transpose(1, 2).flatten(2))[0], out)
 
 
-@needs_timm
+@pytest.mark.libraries
+@skip_without_timm
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("call", [{}, {"is_causal": True}, {"attn_mask": torch.tril(torch.ones(5, 5)).bool()}])
 def test_timm_attention(fused, call):
