@@ -7,8 +7,6 @@ They are known by these parts; transformers need not be installed. Rotary positi
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import sys
 from typing import Any
 
@@ -25,8 +23,6 @@ _HEADS = ("num_attention_heads", "num_heads")
 _SCALES = ("scaling", "scale")
 _DROPOUTS = ("attention_dropout", "dropout", "dropout_prob")
 _ARGUMENTS = ("hidden_states", "attention_mask", "head_mask", "output_attentions")
-# Where transformers installs its hooks, and by what, as it spells it.
-_CAPTURING, _INSTALL = "transformers.utils.output_capturing", "install_output_capuring_hook"
 # What changes nothing in a map, or is seen to.
 _WITHOUT_EFFECT = (
     "is_causal",
@@ -168,38 +164,15 @@ def tokens_and_mask(layer: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tens
 
 def prepare(model: nn.Module) -> None:
     """Has transformers install the hooks that record maps and hidden states, which it else does by class, at the first
-    call that asks for them. Once alone: twice would record everything twice. They are made fit to be pickled."""
-    install: Any = getattr(sys.modules.get(_CAPTURING), "maybe_install_capturing_hooks", None)
+    call that asks for them. Once alone: twice would record everything twice."""
+    install: Any = getattr(
+        sys.modules.get("transformers.utils.output_capturing"), "maybe_install_capturing_hooks", None
+    )
     base: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
     for part in model.modules() if install else ():
         done = any(getattr(inner, "_output_capturing_hooks_installed", False) for inner in part.modules())
         if isinstance(part, base) and not done:
             install(part)
-    for part in model.modules():
-        for at, hook in part._forward_hooks.items():
-            if getattr(hook, "__module__", None) == _CAPTURING and hook.__qualname__.startswith(f"{_INSTALL}.<locals>"):
-                part._forward_hooks[at] = _Recorder(hook)
-
-
-class _Recorder:
-    """A hook of transformers, which is a closure, as what can be pickled."""
-
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
-
-    def __call__(self, *args: Any) -> None:
-        self.hook(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        names = inspect.signature(getattr(sys.modules[_CAPTURING], _INSTALL)).parameters
-        enclosed = inspect.getclosurevars(self.hook).nonlocals
-        return _recorder, ({name: enclosed[name] for name in names if name in enclosed},)
-
-
-def _recorder(settings: dict[str, Any]) -> _Recorder:
-    module = nn.Module()
-    getattr(importlib.import_module(_CAPTURING), _INSTALL)(module, **settings)
-    return _Recorder(next(iter(module._forward_hooks.values())))
 
 
 def _projections(module: Any) -> tuple[str, ...]:
