@@ -15,7 +15,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format bench bench-quick aot gpu clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 # Always run: ninja, not make, knows what has to be compiled again.
 extension: $(STAMP) ## compile the CPU backend's kernels where they changed
