@@ -365,7 +365,7 @@ def _log_scripting(name: str) -> None:
 class _ScriptTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # TorchScript compiles them as they are: their mode may change.
-        return getattr(m, "scriptable", False) or super().is_leaf_module(m, module_qualified_name)
+        return getattr(m, "script_as_is", False) or super().is_leaf_module(m, module_qualified_name)
 
 
 @fx.wrap

@@ -144,7 +144,7 @@ class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's input is zeroed with probability ``drop_prob``, and scaled by
     ``1 / (1 - drop_prob)`` otherwise; the identity in eval (Huang et al., 2016, arXiv 1603.09382)."""
 
-    scriptable = True
+    script_as_is = True
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class PatchDropout(nn.Module):
     the ``num_prefix_tokens`` before them always stay. The identity in eval (FLIP, Li et al., 2022, arXiv 2212.00794).
     """
 
-    scriptable = True
+    script_as_is = True
 
     def __init__(self, drop_prob: float, num_prefix_tokens: int) -> None:
         super().__init__()
