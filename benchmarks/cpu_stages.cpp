@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "driver.h"
 #include "kernels.cpp"
 
 using namespace reattn;
@@ -23,23 +24,26 @@ double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-// Operations a second of independent multiply-adds, the best of several tries.
-double peak() {
+// Operations a second of independent multiply-adds out of registers, as A's products do them: the best of several tries.
+template <class A>
+double peak(double terms) {
   double best = 0;
   for (int trial = 0; trial < 10; trial++) {
-    constexpr int kChains = 12, kRounds = 2000000;
-    const Vec factor = broadcast(0.999f), term = broadcast(1e-3f);
-    Vec sums[kChains];
-    for (int c = 0; c < kChains; c++) sums[c] = broadcast(float(c));
+    constexpr int kChains = 12, kRounds = 1000000;
+    Vec sums[kChains] = {};
+    typename A::Words left{}, right{};
     const double start = seconds();
     for (int i = 0; i < kRounds; i++)
 #pragma GCC unroll 12
-      for (int c = 0; c < kChains; c++) sums[c] = sums[c] * factor + term;
+      for (int c = 0; c < kChains; c++) {
+        asm volatile("" : "+v"(left));  // not the same product for all
+        sums[c] = A::add(sums[c], left, right);
+      }
     Vec total = sums[0];
     for (int c = 1; c < kChains; c++) total += sums[c];
     volatile float used = total[0];
     (void)used;
-    best = std::max(best, 2.0 * kLanes * kChains * kRounds / (seconds() - start));
+    best = std::max(best, 2.0 * terms * kLanes * kChains * kRounds / (seconds() - start));
   }
   return best;
 }
@@ -47,12 +51,15 @@ double peak() {
 // Name of a stage -> the least time it took, over repetitions, in the order of first use.
 class Stages {
  public:
+  // Without what stages within it take.
   template <class Work>
   void time(const std::string& name, double operations, Work work) {
     if (!now_.count(name)) order_.push_back(name);
-    const double start = seconds();
+    const double start = seconds(), before = within_;
     work();
-    now_[name] += seconds() - start;
+    const double all = seconds() - start;
+    now_[name] += all - (within_ - before);
+    within_ = before + all;
     operations_[name] = operations;
   }
   void end_repetition() {
@@ -83,6 +90,7 @@ class Stages {
 
   std::vector<std::string> order_;
   std::map<std::string, double> now_, best_, operations_;
+  double within_ = 0;
 };
 
 std::vector<float> random_values(int64_t count) {
@@ -93,117 +101,178 @@ std::vector<float> random_values(int64_t count) {
   return values;
 }
 
-char* zeros(int64_t bytes) {
-  char* memory = static_cast<char*>(std::aligned_alloc(64, size_t(round_up(bytes, 64))));
-  std::memset(memory, 0, size_t(bytes));
-  return memory;
+Stages stages;
+// Operations of a product of all maps with query, key or value, and with the weights.
+double in_products, in_mixing;
+
+// The units of kernels.cpp, stage by stage.
+template <class E>
+void timed_forward(const Job& job, int64_t index, char* memory) {
+  const Session<E> session;
+  const Unit unit(job, index);
+  Scratch<E> scratch(job, false, memory);
+  Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
+  const int64_t heads_out = job.problem.heads_out;
+  std::memset(scratch.norm_sums, 0, size_t(2 * heads_out) * sizeof(Vec));
+  stages.time("load queries", 0, [&] { block.load_queries(false); });
+  const bool lse_known = !whole_rows(job, block);
+  if (lse_known) stages.time("sweep for the LSE", in_products, [&] { find_lse(job, block); });
+  double* partial = job.work.partial + index * job.partial_size;
+  for (int64_t key = 0; key < block.end_key(); key += job.plan.block_keys) {
+    block.set_keys(key);
+    stages.time("scores", in_products, [&] { block.compute_scores(); });
+    for (int64_t r = 0; r < unit.rows; r++) {
+      const float* weights = nullptr;
+      stages.time("softmax", 0, [&] {
+        block.softmax(r, lse_known, false);
+        weights = block.weights(lse_known);
+      });
+      stages.time("mixing and norm", in_mixing, [&] {
+        block.mix(r, weights);
+        if (!job.mixing.sum_maps) return;
+        block.add_counts(partial + 2 * heads_out);
+        if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1) flush(scratch.norm_sums, 2 * heads_out, partial);
+      });
+    }
+    stages.time("product with values", in_products, [&] { block.multiply_values(); });
+  }
+  stages.time("store the output", 0, [&] { block.store_outs(job.problem.out, heads_out); });
+}
+
+template <class E>
+void timed_backward(const Job& job, int64_t index, char* memory) {
+  const Session<E> session;
+  const Problem& p = job.problem;
+  const Plan& plan = job.plan;
+  const int64_t part = index / plan.groups, group = index % plan.groups, products = (p.heads + 1) * p.heads_out,
+                column = p.head_dim * plan.ld_keys, first = group > 0 ? plan.group_ends[group - 1] : 0,
+                end = plan.group_ends[group];
+  Scratch<E> scratch(job, true, memory);
+  std::memset(scratch.products, 0, size_t(products) * sizeof(Vec));
+  std::memset(scratch.norm_sums, 0, size_t(2 * p.heads_out) * sizeof(Vec));
+  double* partial = job.work.partial + index * job.partial_size;
+  for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
+    const int64_t at = (sample * plan.groups + group) * column;
+    for (int64_t row = first; row < end; row += plan.block_rows) {
+      const int64_t rows = smaller(plan.block_rows, end - row);
+      Block<E> block(job, scratch, job.first + sample, row, rows);
+      stages.time("load queries and gradients", 0, [&] { block.load_queries(true); });
+      const bool whole = whole_rows(job, block);
+      for (int sweep = whole ? 1 : 0; sweep < 2; sweep++)
+        for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
+          block.set_keys(key);
+          stages.time("scores", in_products, [&] { block.compute_scores(); });
+          stages.time("gradients of the maps", in_products, [&] { block.compute_grad_maps(); });
+          stages.time("softmax, mixing, norm and back", 3 * in_mixing, [&] {
+            for (int64_t r = 0; r < rows; r++) {
+              block.backward_row(r, whole || sweep == 0, sweep == 1);
+              if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
+                flush(scratch.products, products, partial);
+                flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
+              }
+            }
+          });
+          if (sweep == 0) continue;
+          stages.time("gradients of keys and values", 2 * in_products, [&] {
+            block.add_grad_columns(job.work.grad_key + at * p.heads, job.work.grad_value + at * p.heads_out,
+                                   row == first);
+          });
+          stages.time("gradient of queries", in_products, [&] { block.multiply_keys(); });
+        }
+      stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query, p.heads); });
+    }
+  }
+}
+
+template <class E>
+void timed_pack(const Job& job, int64_t unit, bool backward) {
+  stages.time("pack keys and values", 0, [&] { pack<E>(job, unit, backward); });
+}
+void timed_reduce(const Job& job, int64_t unit) {
+  stages.time("store gradients of keys, values", 0, [&] { reduce(job, unit); });
+}
+void timed_finish(const Job& job, int64_t unit) {
+  stages.time("finish the output", 0, [&] { finish(job, unit); });
+}
+void timed_grad_sums(const Job& job, int64_t unit) {
+  stages.time("sums for the statistics", 0, [&] { grad_sums(job, unit); });
+}
+
+template <class E>
+Kernels timed(Kernels kernels) {
+  kernels.pack = timed_pack<E>, kernels.reduce = timed_reduce;
+  kernels.forward = timed_forward<E>, kernels.backward = timed_backward<E>;
+  kernels.finish = timed_finish, kernels.grad_sums = timed_grad_sums;
+  return kernels;
+}
+
+void run(Call call, const char* direction, void (*work)(const Call&), double rate, int repetitions) {
+  stages = {};
+  for (int i = 0; i < repetitions; i++) {
+    stages.time("all but the stages", 0, [&] { work(call); });
+    stages.end_repetition();
+  }
+  stages.print(direction, rate);
 }
 
 }  // namespace
 
-// Arguments: batch heads seqlen head_dim, rows of a forward and of a backward block.
+// Arguments: dtype, norm, batch, heads, seqlen, head_dim, repetitions.
 int main(int count, char** arguments) {
-  if (count != 7) return 2;
+  if (count != 8) return 2;
+  const std::string dtype = arguments[1], norm = arguments[2];
   const auto argument = [&](int i) { return int64_t(std::atoll(arguments[i])); };
-  const int64_t batch = argument(1), heads = argument(2), seqlen = argument(3), dim = argument(4);
-  const double rate = peak(), maps = double(batch * heads * seqlen * seqlen);
-  std::printf("%ldx%ldx%ldx%ld float32, layer norm, one thread; multiply-adds out of registers: %.1f GFLOP/s\n",
-              long(batch), long(heads), long(seqlen), long(dim), 1e-9 * rate);
+  const int64_t batch = argument(3), heads = argument(4), seqlen = argument(5), dim = argument(6);
+  const double maps = double(batch * heads * seqlen * seqlen);
+  in_products = 2 * maps * double(dim), in_mixing = 2 * maps * double(heads);
 
-  const std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim),
-                           weight = random_values(heads * heads), vector = random_values(heads);
-  std::vector<float> out(size_t(batch * seqlen * heads * dim)), grads(3 * out.size()),
-      lse(size_t(batch * heads * seqlen));
-  const auto view = [&](const float* data, int64_t parts, int64_t part) {
-    return Tensor{const_cast<float*>(data) + part * heads * dim, seqlen * parts * heads * dim, dim, parts * heads * dim,
-                  1};
+  Kernels kernels = timed<Float32>(kFloat32);
+  double rate = peak<Floats>(1);
+  const bool half = dtype == "bfloat16";
+#if defined(REATTN_BFLOAT16)
+#if defined(REATTN_AMX)
+  using Products = BFloat16Tiles;
+#else
+  using Products = BFloat16Dots;
+#endif
+  if (half) kernels = timed<Products>(kBFloat16), rate = peak<BFloat16Pairs>(2);
+#endif
+  std::printf("%ldx%ldx%ldx%ld %s, %s norm, one thread; multiply-adds out of registers: %.1f GFLOP/s\n", long(batch),
+              long(heads), long(seqlen), long(dim), dtype.c_str(), norm.c_str(), 1e-9 * rate);
+
+  std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim),
+                     theta = random_values(heads * heads), vector(size_t(heads), 1.0f);
+  if (half)
+    for (size_t i = 0; i < projection.size(); i += kLanes)
+      store_as(reinterpret_cast<uint16_t*>(projection.data()) + i, to_bfloat16(load(projection.data() + i)));
+  const size_t elements = size_t(batch * seqlen * heads * dim);
+  std::vector<float> out(elements), grads(3 * elements), lse(size_t(batch * heads * seqlen)),
+      value_sum(size_t(batch * heads * dim)), grad_theta(theta), grad_vectors(3 * vector.size());
+  const auto view = [&](std::vector<float>& data, int64_t parts, int64_t part) {
+    const int64_t row = parts * heads * dim, first = part * heads * dim;
+    char* address = reinterpret_cast<char*>(data.data()) + first * (half ? 2 : 4);
+    return Tensor{address, seqlen * row, dim, row, 1};
   };
-  Problem p{};
-  p.dtype = Dtype::kFloat32;
-  p.batch = batch, p.heads = heads, p.seqlen = p.seqlen_k = seqlen, p.head_dim = dim;
+  Call call{};
+  call.kernels = &kernels, call.threads = 1;
+  Problem& p = call.problem;
+  p.dtype = half ? Dtype::kBFloat16 : Dtype::kFloat32;
+  p.batch = batch, p.heads = p.heads_out = heads, p.seqlen = p.seqlen_k = seqlen, p.head_dim = dim;
   p.scale = 1.0f / __builtin_sqrtf(float(dim));
-  p.query = view(projection.data(), 4, 0), p.key = view(projection.data(), 4, 1),
-  p.value = view(projection.data(), 4, 2);
-  p.grad = view(projection.data(), 4, 3), p.out = view(out.data(), 1, 0);
-  p.grad_query = view(grads.data(), 3, 0), p.grad_key = view(grads.data(), 3, 1),
-  p.grad_value = view(grads.data(), 3, 2);
-  p.lse = lse.data();
-  Mixing mixing{};
-  mixing.weight = weight.data(), mixing.shift = mixing.gamma = mixing.beta = vector.data();
-  mixing.over_heads = true, mixing.eps = 1e-5f;
-
-  for (const bool backward : {false, true}) {
-    Plan plan{};
-    plan.keys = round_up(seqlen, kLanes);
-    plan.packed_keys = round_up(plan.keys, kPanel);
-    plan.ld_keys = plan.ld_block = 16 * ((plan.keys + 15) / 16 | 1);
-    plan.ld_dim = round_up(dim, kLanes);
-    plan.depth = dim;
-    plan.block_rows = argument(backward ? 6 : 5);
-    plan.block_keys = seqlen;
-    plan.tile_keys = round_up(smaller(plan.keys, 12 * 1024 / 4 / heads), kLanes);
-    plan.groups = 1;
-    plan.group_ends[0] = seqlen;
-    plan.wave = batch;
-    Job job{p, mixing, plan, {}, 0, batch, 0};
-    const int64_t columns = batch * heads * plan.packed_keys * dim * 4,
-                  rows = batch * heads * plan.keys * plan.ld_dim * 4;
-    const int64_t gradient = heads * dim * plan.ld_keys;
-    job.work.key_columns = zeros(columns), job.work.value_rows = zeros(rows);
-    if (backward) {
-      job.work.value_columns = zeros(columns), job.work.key_rows = zeros(rows);
-      job.work.grad_key = reinterpret_cast<float*>(zeros(4 * batch * gradient));
-      job.work.grad_value = reinterpret_cast<float*>(zeros(4 * batch * gradient));
-    }
-    Scratch<Float32> scratch(job, backward, zeros(int64_t(scratch_bytes<Float32>(job, backward))));
-    if (backward) std::memset(scratch.products, 0, size_t((heads + 1) * heads) * sizeof(Vec));
-    std::memset(scratch.norm_sums, 0, size_t(2 * heads) * sizeof(Vec));
-    const int64_t stretches = batch * ((plan.keys + kStretch - 1) / kStretch);
-
-    Stages stages;
-    for (int repetition = 0; repetition < 20; repetition++) {
-      stages.time("pack keys and values", 0, [&] {
-        for (int64_t i = 0; i < stretches; i++) pack<Float32>(job, i, backward);
-      });
-      for (int64_t sample = 0; sample < batch; sample++)
-        for (int64_t row = 0; row < seqlen; row += plan.block_rows) {
-          const int64_t height = smaller(plan.block_rows, seqlen - row);
-          Block<Float32> block(job, scratch, sample, row, height);
-          stages.time(backward ? "load queries and gradients" : "load queries", 0,
-                      [&] { block.load_queries(backward); });
-          block.set_keys(0);
-          stages.time("scores", 2 * maps * double(dim), [&] { block.compute_scores(); });
-          if (!backward) {
-            const float* weights = nullptr;
-            for (int64_t r = 0; r < height; r++) {
-              stages.time("softmax", 0, [&] {
-                block.softmax(r, false, false);
-                weights = block.weights(false);
-              });
-              stages.time("mixing and norm", 2 * maps * double(heads), [&] { block.mix(r, weights); });
-            }
-            stages.time("product with values", 2 * maps * double(dim), [&] { block.multiply_values(); });
-            stages.time("store the output", 0, [&] { block.store_outs(p.out); });
-            continue;
-          }
-          stages.time("gradients of the maps", 2 * maps * double(dim), [&] { block.compute_grad_maps(); });
-          stages.time("softmax, mixing, norm and back", 6 * maps * double(heads), [&] {
-            for (int64_t r = 0; r < height; r++) block.backward_row(r, true, true);
-          });
-          stages.time("gradients of keys and values", 4 * maps * double(dim), [&] {
-            block.add_grad_columns(job.work.grad_key + sample * gradient, job.work.grad_value + sample * gradient,
-                                   row == 0);
-          });
-          stages.time("gradient of queries", 2 * maps * double(dim), [&] { block.multiply_keys(); });
-          stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query); });
-        }
-      if (backward)
-        stages.time("store gradients of keys, values", 0, [&] {
-          for (int64_t i = 0; i < stretches; i++) reduce(job, i);
-        });
-      stages.end_repetition();
-    }
-    stages.print(backward ? "backward" : "forward", rate);
-  }
+  p.query = view(projection, 4, 0), p.key = view(projection, 4, 1), p.value = view(projection, 4, 2);
+  p.grad = view(projection, 4, 3), p.out = view(out, 1, 0);
+  p.grad_query = view(grads, 3, 0), p.grad_key = view(grads, 3, 1), p.grad_value = view(grads, 3, 2);
+  p.lse = lse.data(), p.value_sum = value_sum.data();
+  Parameters& parameters = call.parameters;
+  std::vector<double> statistics(size_t(3 * heads));
+  parameters.theta = theta.data(), parameters.bias = parameters.norm_weight = parameters.norm_bias = vector.data();
+  parameters.statistics = statistics.data();
+  parameters.norm = norm == "layer" ? Norm::kLayer : norm == "batch" ? Norm::kBatch : Norm::kNone;
+  parameters.training = true, parameters.heads = parameters.heads_out = int(heads);
+  parameters.output_scale = parameters.unit_scale = 1, parameters.eps = 1e-5f;
+  call.grad_theta = grad_theta.data(), call.grad_bias = grad_vectors.data();
+  call.grad_norm_weight = call.grad_bias + heads, call.grad_norm_bias = call.grad_norm_weight + heads;
+  run(call, "forward", run_forward, rate, int(argument(7)));
+  run(call, "backward", run_backward, rate, int(argument(7)));
   return 0;
 }

@@ -26,8 +26,8 @@ def compile_program(isa: str, target: pathlib.Path) -> None:
     from build_extensions import CPU_FLAGS, X86_FLAGS
 
     flags = ["-O3", *CPU_FLAGS.split(), *X86_FLAGS.get(isa, "").split(), f"-DREATTN_ISA={isa}", f"-I{ROOT}/csrc/cpu"]
-    source = ROOT / "benchmarks" / "cpu_stages.cpp"
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(target)], check=True)
+    sources = [ROOT / "benchmarks" / "cpu_stages.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "parallel"))]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *map(str, sources), "-ldl", "-o", str(target)], check=True)
 
 
 def main() -> None:
@@ -35,14 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("BATCH", "HEADS", "SEQLEN", "DIM")
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 12, 197, 32), metavar=names)
-    parser.add_argument("--rows", type=int, nargs=2, default=(36, 42), help="query rows of a block: forward, backward")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--norm", choices=("layer", "batch", "none"), default="layer")
+    parser.add_argument("--repetitions", type=int, default=20, help="the least time of so many counts")
     args = parser.parse_args()
     machine = machine_info(torch.device("cpu"))
     print(f"{machine['device']}, {machine['instruction_set']}, commit {machine['commit']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         program = pathlib.Path(folder) / "cpu_stages"
         compile_program(machine["instruction_set"], program)
-        subprocess.run([program, *map(str, (*args.shape, *args.rows))], check=True)
+        subprocess.run([program, args.dtype, args.norm, *map(str, (*args.shape, args.repetitions))], check=True)
 
 
 if __name__ == "__main__":
