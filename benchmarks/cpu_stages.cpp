@@ -144,43 +144,41 @@ void timed_backward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t part = index / plan.groups, group = index % plan.groups, products = (p.heads + 1) * p.heads_out,
-                column = p.head_dim * plan.ld_keys, first = group > 0 ? plan.group_ends[group - 1] : 0,
-                end = plan.group_ends[group];
+  const int64_t at_work = job.end_group - job.first_group, sample = index / at_work,
+                number = job.first_group + index % at_work, products = (p.heads + 1) * p.heads_out,
+                at = (sample * plan.slots + job.slot(number)) * p.head_dim * plan.ld_keys;
+  const Group group(plan, number);
   Scratch<E> scratch(job, true, memory);
   std::memset(scratch.products, 0, size_t(products) * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, size_t(2 * p.heads_out) * sizeof(Vec));
-  double* partial = job.work.partial + index * job.partial_size;
-  for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
-    const int64_t at = (sample * plan.groups + group) * column;
-    for (int64_t row = first; row < end; row += plan.block_rows) {
-      const int64_t rows = smaller(plan.block_rows, end - row);
-      Block<E> block(job, scratch, job.first + sample, row, rows);
-      stages.time("load queries and gradients", 0, [&] { block.load_queries(true); });
-      const bool whole = whole_rows(job, block);
-      for (int sweep = whole ? 1 : 0; sweep < 2; sweep++)
-        for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
-          block.set_keys(key);
-          stages.time("scores", in_products, [&] { block.compute_scores(); });
-          stages.time("gradients of the maps", in_products, [&] { block.compute_grad_maps(); });
-          stages.time("softmax, mixing, norm and back", 3 * in_mixing, [&] {
-            for (int64_t r = 0; r < rows; r++) {
-              block.backward_row(r, whole || sweep == 0, sweep == 1);
-              if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
-                flush(scratch.products, products, partial);
-                flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
-              }
+  for (int64_t b = group.first; b < group.end; b++) {
+    const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
+    double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
+    Block<E> block(job, scratch, job.first + sample, row, rows);
+    stages.time("load queries and gradients", 0, [&] { block.load_queries(true); });
+    const bool whole = whole_rows(job, block);
+    for (int sweep = whole ? 1 : 0; sweep < 2; sweep++)
+      for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
+        block.set_keys(key);
+        stages.time("scores", in_products, [&] { block.compute_scores(); });
+        stages.time("gradients of the maps", in_products, [&] { block.compute_grad_maps(); });
+        stages.time("softmax, mixing, norm and back", 3 * in_mixing, [&] {
+          for (int64_t r = 0; r < rows; r++) {
+            block.backward_row(r, whole || sweep == 0, sweep == 1);
+            if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
+              flush(scratch.products, products, partial);
+              flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
             }
-          });
-          if (sweep == 0) continue;
-          stages.time("gradients of keys and values", 2 * in_products, [&] {
-            block.add_grad_columns(job.work.grad_key + at * p.heads, job.work.grad_value + at * p.heads_out,
-                                   row == first);
-          });
-          stages.time("gradient of queries", in_products, [&] { block.multiply_keys(); });
-        }
-      stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query, p.heads); });
-    }
+          }
+        });
+        if (sweep == 0) continue;
+        stages.time("gradients of keys and values", 2 * in_products, [&] {
+          block.add_grad_columns(job.work.grad_key + at * p.heads, job.work.grad_value + at * p.heads_out,
+                                 b == group.first);
+        });
+        stages.time("gradient of queries", in_products, [&] { block.multiply_keys(); });
+      }
+    stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query, p.heads); });
   }
 }
 

@@ -38,21 +38,24 @@ constexpr int64_t kTileBytes = 12 << 10;
 constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
 // Units of work that the gradient of a mask which samples share is summed by, if memory for the parts suffices.
 constexpr int64_t kMaskUnits = 32;
-// Units of work for threads to share, and the fewest query rows of a group: its sums are work as well.
-constexpr int64_t kForwardUnits = 16, kBackwardUnits = 8, kGroupRows = 48;
-static_assert(kBackwardUnits <= kGroupRows, "rounding up the rows of a group would leave the last one empty");
-static_assert(kBackwardUnits <= kMostGroups);
+// The blocks that a call has at least, if these do not become too low.
+constexpr int64_t kFewestBlocks = 16;
+// Units of work for each thread, so that all end at about one time.
+constexpr int64_t kUnitsPerThread = 4;
 
-// Cuts query rows into groups that take about the same time: with a causal mask a row takes as long as it sees keys.
-void cut_groups(const Problem& p, int64_t multiple, Plan& plan) {
+// Cuts the blocks of a sample into groups that take about the same time: with a causal mask a row takes as long as it
+// sees keys.
+void cut_groups(const Problem& p, Plan& plan) {
   const double rows = double(p.seqlen), keys = double(p.seqlen_k), triangle = keys * keys / 2;
   const double work = rows < keys ? rows * rows / 2 : triangle + (rows - keys) * keys;
   for (int64_t group = 1; group <= plan.groups; group++) {
     const double before = work * double(group) / double(plan.groups);
     const double row = before < triangle ? std::sqrt(2 * before) : keys / 2 + before / keys;
-    const int64_t end = p.mask.causal ? round_up(int64_t(row), multiple) : group * ceil_div(p.seqlen, plan.groups);
-    plan.group_ends[group - 1] = group == plan.groups ? p.seqlen : std::min(end, p.seqlen);
+    int64_t end = group * plan.blocks / plan.groups;
+    if (p.mask.causal) end = std::max(int64_t(row) / plan.block_rows, group > 1 ? plan.group_ends[group - 2] + 1 : 1);
+    plan.group_ends[group - 1] = std::min(end, plan.blocks - plan.groups + group);
   }
+  plan.group_ends[plan.groups - 1] = plan.blocks;
 }
 
 // Whether the gradient of the mask can be written in place: each element is of one position.
@@ -61,7 +64,7 @@ bool grad_mask_in_place(const Problem& p) {
   return sizes[0] == p.batch && sizes[2] == p.seqlen && sizes[3] == p.seqlen_k;
 }
 
-Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
+Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t threads) {
   Plan plan{};
   plan.keys = round_up(p.seqlen_k, std::max(kernels.lanes, kernels.depth_multiple));
   plan.packed_keys = round_up(plan.keys, kernels.column_tile);
@@ -84,28 +87,35 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward) {
   const int64_t vectors = ceil_div(plan.block_keys, kernels.lanes);
   const int64_t tile_vectors = std::max<int64_t>(kTileBytes / (most_heads * kernels.lanes * int64_t(sizeof(float))), 1);
   plan.tile_keys = ceil_div(vectors, ceil_div(vectors, tile_vectors)) * kernels.lanes;
+  plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kFewestBlocks), fewest, plan.block_rows);
+  plan.blocks = ceil_div(p.seqlen, plan.block_rows);
+  plan.block_rows = round_up(ceil_div(p.seqlen, plan.blocks), tile);
+  plan.blocks = ceil_div(p.seqlen, plan.block_rows);
+  // A row of one head ends, in the sets of the L1 cache, where that of the next begins.
+  constexpr int64_t kSets = 1024;  // floats
+  plan.ld_head = plan.block_rows * plan.ld_block;
+  plan.ld_head += (plan.ld_block + kSets - plan.ld_head % kSets) % kSets;
 
   const int64_t both_heads = p.heads + p.heads_out;
   const int64_t packed_bytes = both_heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
-  int64_t sample_bytes = packed_bytes;
-  plan.groups = 1;
-  if (backward) {
-    const int64_t grad_bytes = both_heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float));
-    // What sums the gradient of the mask over samples takes these one after the other.
-    const bool one_by_one = p.mask.grad && p.mask.sizes[0] < p.batch;
-    const int64_t wanted = ceil_div(kBackwardUnits, one_by_one ? 1 : p.batch), affordable = kGroupBytes / grad_bytes;
-    plan.groups = std::max<int64_t>(std::min({wanted, affordable, p.seqlen / kGroupRows}), 1);
-    sample_bytes = 2 * packed_bytes + plan.groups * grad_bytes;
-  } else {
-    plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kForwardUnits), fewest, plan.block_rows);
+  const int64_t grad_bytes = backward ? both_heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
+  const bool sums_mask = backward && p.mask.grad && !grad_mask_in_place(p);
+  // Threads that would wait while others take their last sample are an eighth of all at most.
+  plan.alone = !sums_mask && 8 * ceil_div(p.batch, threads) * threads <= 9 * p.batch;
+  plan.groups = plan.slots = 1;
+  if (sums_mask) {
+    plan.groups = plan.slots = std::clamp(kGroupBytes / grad_bytes, int64_t(1), std::min(plan.blocks, kMostGroups));
+    cut_groups(p, plan);
+  } else if (backward && !plan.alone) {
+    plan.groups = plan.blocks;
+    plan.slots = std::clamp(kGroupBytes / grad_bytes, int64_t(2), kUnitsPerThread * threads + 1);
+    plan.slots = std::min(plan.slots, plan.blocks);
   }
-  // Groups, and the blocks of each, of about one size.
-  const int64_t group_rows = ceil_div(p.seqlen, plan.groups), blocks = ceil_div(group_rows, plan.block_rows);
-  plan.block_rows = round_up(ceil_div(group_rows, blocks), tile);
-  cut_groups(p, tile, plan);
-  plan.wave = std::clamp<int64_t>(kWaveBytes / sample_bytes, 1, p.batch);
+  const int64_t sample_bytes = (backward ? 2 : 1) * packed_bytes + plan.slots * grad_bytes;
+  const int64_t wanted = std::max(kWaveBytes / sample_bytes, ceil_div(kUnitsPerThread * threads, plan.blocks));
+  plan.wave = plan.alone ? 1 : std::clamp<int64_t>(std::min(wanted, kGroupBytes / sample_bytes), 1, p.batch);
   plan.parts = plan.wave;
-  if (backward && p.mask.grad && p.mask.sizes[0] < p.batch) {
+  if (sums_mask && p.mask.sizes[0] < p.batch) {
     const int64_t affordable = kGroupBytes / (int64_t(sizeof(double)) * elements_of_mask(p));
     plan.parts = std::clamp<int64_t>(std::min(ceil_div(kMaskUnits, plan.groups), affordable), 1, plan.wave);
   }
@@ -231,73 +241,91 @@ class Folded {
   std::vector<float> memory_;
 };
 
-// Work on one wave of samples after the other.
+// Work on one wave of samples after the other; or, where each thread takes whole samples, on as many as threads.
 class Run {
  public:
   Run(const Call& call, const Mixing& mixing, bool backward)
-      : kernels_(*call.kernels),
-        job_{call.problem, mixing, make_plan(kernels_, call.problem, backward), {}, 0, 0, 0},
-        backward_(backward),
-        threads_(call.threads) {}
+      : kernels_(*call.kernels), backward_(backward), threads_(std::max(call.threads, 1)) {
+    job_.problem = call.problem, job_.mixing = mixing;
+    job_.plan = make_plan(kernels_, call.problem, backward, threads_);
+  }
 
-  const Plan& plan() const { return job_.plan; }
-
-  // sums: numbers that a unit leaves; values: sums of the values are wanted, and all queries see the same.
-  void run(int64_t sums, bool values, int64_t units_per_sample, void (*work)(const Job&, int64_t, char*)) {
+  // sums: numbers that a block leaves; values: sums of the values are wanted, and all queries see the same.
+  void run(int64_t sums, bool values) {
     const Problem& p = job_.problem;
     const Plan& plan = job_.plan;
+    const int64_t stretches_of_keys = ceil_div(plan.keys, kernels_.stretch);
+    const int64_t threads = std::min<int64_t>(threads_, plan.alone ? p.batch : plan.wave * plan.blocks);
     // Of a head of every sample.
     const int64_t columns = plan.wave * plan.packed_keys * plan.depth * kernels_.operand_bytes;
     const int64_t rows = plan.wave * plan.keys * plan.ld_dim * kernels_.operand_bytes;
-    const int64_t grads = backward_ ? plan.wave * plan.groups * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
-    const int64_t most = plan.wave * units_per_sample, threads = std::min<int64_t>(threads_, most);
-    const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
-    const int64_t stretches_of_keys = ceil_div(plan.keys, kernels_.stretch);
-    const int64_t value_sums =
-        values ? p.batch * stretches_of_keys * p.heads_out * p.head_dim * int64_t(sizeof(float)) : 0;
-    const int64_t spoilt = p.mask.any() && !backward_ ? plan.wave * p.heads_out * plan.keys : 0;
+    const int64_t grads = backward_ ? plan.wave * plan.slots * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t sizes[] = {p.heads * columns,
                              p.heads_out * rows,
                              backward_ ? p.heads_out * columns : 0,
                              backward_ ? p.heads * rows : 0,
                              p.heads * grads,
                              p.heads_out * grads,
-                             scratch * threads,
-                             value_sums,
-                             spoilt};
+                             p.mask.any() && !backward_ ? plan.wave * p.heads_out * plan.keys : 0};
     constexpr int kParts = sizeof sizes / sizeof *sizes;
-    int64_t total = 0;
-    for (int64_t size : sizes) total += round_up(size, 64);
-    Memory memory{size_t(total)};
-    char* parts[kParts];
-    char* at = memory.data();
-    for (int i = 0; i < kParts; i++) {
-      parts[i] = sizes[i] ? at : nullptr;
-      at += round_up(sizes[i], 64);
-    }
+    int64_t wave_bytes = 0;
+    for (int64_t size : sizes) wave_bytes += round_up(size, 64);
+    wave_bytes = round_up(wave_bytes, 4096) + 64;
+    const int64_t scratch = round_up(int64_t(kernels_.scratch_bytes(job_, backward_)), 4096) + 64;
+    const int64_t value_sums =
+        values ? p.batch * stretches_of_keys * p.heads_out * p.head_dim * int64_t(sizeof(float)) : 0;
+    const int64_t waves = plan.alone ? threads : 1;
+    Memory memory{size_t(waves * wave_bytes + threads * scratch + value_sums)};
+    char* const scratches = memory.data() + waves * wave_bytes;
     job_.partial_size = sums;
-    partial_.resize(size_t(p.batch * units_per_sample * sums));
-    job_.work = {parts[0],
-                 parts[3],
-                 parts[2],
-                 parts[1],
-                 reinterpret_cast<float*>(parts[4]),
-                 reinterpret_cast<float*>(parts[5]),
-                 reinterpret_cast<float*>(parts[7]),
-                 partial_.data(),
-                 reinterpret_cast<uint8_t*>(parts[8]),
-                 p.mask.grad && !grad_mask_in_place(p) ? make_grad_masks() : nullptr};
-    for (job_.first = 0; job_.first < p.batch; job_.first += plan.wave) {
-      job_.samples = std::min(plan.wave, p.batch - job_.first);
-      const auto scratch_of = [&](int thread) { return parts[6] + thread * scratch; };
-      const int64_t stretches = job_.samples * stretches_of_keys;
-      const int64_t units = std::min(job_.samples, plan.parts) * units_per_sample;
-      parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.pack(job_, unit, backward_); });
-      parallel_for(int(threads), units, [&](int thread, int64_t unit) { work(job_, unit, scratch_of(thread)); });
-      if (backward_) parallel_for(threads_, stretches, [&](int, int64_t unit) { kernels_.reduce(job_, unit); });
-      job_.work.partial += units * sums;
-    }
-    if (values) add_up_values(stretches_of_keys);
+    partial_.resize(size_t(p.batch * plan.blocks * sums));
+    float* const all_values = values ? reinterpret_cast<float*>(scratches + threads * scratch) : nullptr;
+    double* const grad_mask = p.mask.grad && !grad_mask_in_place(p) ? make_grad_masks() : nullptr;
+
+    // A job for the samples from first on, in one of the memories of a wave.
+    const auto wave_from = [&](int64_t first, int64_t wave) {
+      char* parts[kParts];
+      char* at = memory.data() + wave * wave_bytes;
+      for (int i = 0; i < kParts; i++) {
+        parts[i] = sizes[i] ? at : nullptr;
+        at += round_up(sizes[i], 64);
+      }
+      Job job = job_;
+      job.first = first, job.samples = std::min(plan.wave, p.batch - first);
+      job.work = {parts[0],
+                  parts[3],
+                  parts[2],
+                  parts[1],
+                  reinterpret_cast<float*>(parts[4]),
+                  reinterpret_cast<float*>(parts[5]),
+                  all_values,
+                  partial_.data() + first * plan.blocks * sums,
+                  reinterpret_cast<uint8_t*>(parts[6]),
+                  grad_mask};
+      return job;
+    };
+    const auto run_wave = [&](Job job, int threads_of_wave, char* first_scratch) {
+      const int64_t stretches = job.samples * stretches_of_keys, parts = std::min(job.samples, plan.parts);
+      const auto scratch_of = [&](int thread) { return first_scratch + thread * scratch; };
+      parallel_for(threads_of_wave, stretches, [&](int, int64_t unit) { kernels_.pack(job, unit, backward_); });
+      if (!backward_)
+        return parallel_for(threads_of_wave, job.samples * plan.blocks, [&](int thread, int64_t unit) {
+          kernels_.forward(job, unit, scratch_of(thread));
+        });
+      for (job.first_group = 0; job.first_group < plan.groups; job.first_group = job.end_group) {
+        job.end_group = std::min(job.first_group + plan.slots - (job.first_group > 0), plan.groups);
+        parallel_for(threads_of_wave, parts * (job.end_group - job.first_group),
+                     [&](int thread, int64_t unit) { kernels_.backward(job, unit, scratch_of(thread)); });
+        parallel_for(threads_of_wave, stretches, [&](int, int64_t unit) { kernels_.reduce(job, unit); });
+      }
+    };
+    if (plan.alone)
+      parallel_for(int(threads), p.batch, [&](int thread, int64_t sample) {
+        run_wave(wave_from(sample, thread), 1, scratches + thread * scratch);
+      });
+    else
+      for (int64_t first = 0; first < p.batch; first += plan.wave) run_wave(wave_from(first, 0), threads_, scratches);
+    if (values) add_up_values(all_values, stretches_of_keys);
     if (!grad_masks_.empty()) add_up_grad_masks();
   }
 
@@ -308,7 +336,7 @@ class Run {
                  [&](int, int64_t unit) { kernels_.sum_values(job_, unit); });
   }
 
-  // The units' sums, added in their order.
+  // The blocks' sums, added in their order.
   std::vector<double> sums() const {
     std::vector<double> total(size_t(job_.partial_size));
     for (size_t i = 0; i < partial_.size(); i++) total[i % total.size()] += partial_[i];
@@ -316,11 +344,11 @@ class Run {
   }
 
  private:
-  void add_up_values(int64_t stretches) const {
+  void add_up_values(const float* of_stretches, int64_t stretches) const {
     const Problem& p = job_.problem;
     const int64_t size = p.heads_out * p.head_dim;
     for (int64_t sample = 0; sample < p.batch; sample++) {
-      const float* from = job_.work.value_sums + sample * stretches * size;
+      const float* from = of_stretches + sample * stretches * size;
       float* to = p.value_sum + sample * size;
       std::copy_n(from, size, to);
       for (int64_t stretch = 1; stretch < stretches; stretch++)
@@ -348,7 +376,7 @@ class Run {
   }
 
   const Kernels& kernels_;
-  Job job_;
+  Job job_{};
   bool backward_;
   int threads_;
   std::vector<double> partial_, grad_masks_;
@@ -357,7 +385,8 @@ class Run {
 // Sums by head over work on parts of the batch: sums[which * heads + head].
 void sum_by_head(const Call& call, int64_t numbers, void (*work)(const Job&, int64_t), double* sums) {
   const Problem& p = call.problem;
-  Job job{p, {}, {}, {}, 0, 0, numbers};
+  Job job{};
+  job.problem = p, job.partial_size = numbers;
   const int64_t heads = p.heads_out;
   std::vector<double> partial(size_t(p.batch * heads * numbers));
   job.work.partial = partial.data();
@@ -378,8 +407,7 @@ void run_forward(const Call& call) {
   std::vector<double> found(size_t(3 * heads));
   if (p.batch * p.seqlen > 0) {
     Run run(call, folded.mixing, false);
-    run.run(sums ? 3 * heads : 0, sums && p.value_rows == 1, ceil_div(p.seqlen, run.plan().block_rows),
-            call.kernels->forward);
+    run.run(sums ? 3 * heads : 0, sums && p.value_rows == 1);
     if (sums && p.value_rows > 1) run.sum_seen_values();
     if (sums) found = run.sums();
   } else if (sums) {
@@ -410,7 +438,8 @@ void run_finish(const Call& call) {
   if (parameters.num_batches_tracked) ++*parameters.num_batches_tracked;
   Folded folded(call, false);
   folded.set_output();
-  const Job job{p, folded.mixing, {}, {}, 0, 0, 0};
+  Job job{};
+  job.problem = p, job.mixing = folded.mixing;
   parallel_for(call.threads, p.batch * ceil_div(p.seqlen, call.kernels->stretch),
                [&](int, int64_t unit) { call.kernels->finish(job, unit); });
 }
@@ -429,7 +458,7 @@ void run_backward(const Call& call) {
   }
   const Folded folded(given, true);
   Run run(given, folded.mixing, true);
-  run.run(gradient_sums(p, folded.mixing), false, run.plan().groups, call.kernels->backward);
+  run.run(gradient_sums(p, folded.mixing), false);
   const std::vector<double> sums = run.sums();
   const Fold fold{given.parameters, true};
   const double *of_theta = sums.data(), *of_shift = of_theta + p.heads * heads_out, *of_gamma = of_shift + heads_out,

@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include "bfloat16.h"
+#include "mixing.h"
 #include "products.h"
 #include "rows.h"
 #include "scores.h"
@@ -51,16 +52,16 @@ struct Scratch {
 
   Operand *queries, *grads;      // [block_rows, depth]; grads after mixing
   Operand *queries_t, *grads_t;  // the same transposed, where products need it
-  float* maps;                   // [block_rows, ld_block]: scores, then mixed maps, after mixing
+  float* maps;                   // [block_rows, ld_block], heads ld_head apart: scores, then mixed maps, after mixing
   float* grad_maps;              // gradients of the mixed maps, after mixing, then of the scores
   float* unmixed;                // a row of scores before they are mixed, then of their gradients [heads, ld_block]
   float* probs;                  // a row of softmax maps [heads, ld_block], of ones, and before dropout again [heads]
   float* grad_probs;             // gradients of a row of softmax maps [heads, ld_block]
   float* terms;                  // of the mask, for a row [heads, ld_block]; of one head where all have the same
-  float *mixed, *grad_mixed;     // [heads_out, tile_keys]
   float* weight;                 // of this row, [heads, heads_out]
   float* outs;                   // [block_rows, ld_dim]
-  float *largest, *sums;         // [heads, block_rows]; in the backward pass, delta
+  float *shifts, *row_sums;      // of a row: what is taken from its exponents, and the sum of its exponentials [heads]
+  float *largest, *sums;         // [heads, block_rows]; in the backward pass, mass and delta
   float *products, *norm_sums;   // a vector each: [heads + 1, heads_out]; [2, heads_out], forward of A and A^2
   float* score_products;         // a vector each: [heads, heads]
   Operand* paired;               // a head's maps, rows in the order that products need
@@ -73,25 +74,25 @@ struct Scratch {
     const bool mixes_scores = job.mixing.of_scores;
     Layout layout(base);
     queries = layout.take<Operand>(heads * rows * plan.depth);
-    maps = layout.take<float>(most_heads * rows * plan.ld_block);
+    maps = layout.take<float>(most_heads * plan.ld_head);
     probs = layout.take<float>((2 * heads + 1) * plan.ld_block);
     const int64_t heads_of_mask = !job.problem.mask.any() ? 0 : Mask(job.problem).by_head() ? heads : 1;
     terms = layout.take<float>(heads_of_mask * plan.ld_block);
     unmixed = layout.take<float>(mixes_scores ? heads * plan.ld_block : 0);
-    mixed = layout.take<float>(heads_out * plan.tile_keys);
     weight = layout.take<float>(heads * heads_out);
     outs = layout.take<float>(most_heads * rows * plan.ld_dim);
+    shifts = layout.take<float>(heads);
+    row_sums = layout.take<float>(heads);
     largest = layout.take<float>(heads * rows);
     sums = layout.take<float>(heads * rows);
     norm_sums = layout.take<float>(2 * heads_out * kLanes);
     grads = queries_t = grads_t = paired = nullptr;
-    grad_maps = grad_mixed = grad_probs = products = score_products = nullptr;
+    grad_maps = grad_probs = products = score_products = nullptr;
     if (backward) {
       products = layout.take<float>((heads + 1) * heads_out * kLanes);
       score_products = layout.take<float>(mixes_scores ? heads * heads * kLanes : 0);
       grads = layout.take<Operand>(heads_out * rows * plan.depth);
-      grad_maps = layout.take<float>(most_heads * rows * plan.ld_block);
-      grad_mixed = layout.take<float>(heads_out * plan.tile_keys);
+      grad_maps = layout.take<float>(most_heads * plan.ld_head);
       grad_probs = layout.take<float>(heads * plan.ld_block);
       if (E::kGroup > 1) {
         queries_t = layout.take<Operand>(heads * E::transposed_size(rows, plan.depth));
@@ -195,42 +196,46 @@ class Block {
         // While all scores are -infinity the sum is zero; where they stay so, the LSE is -infinity and all maps are
         // NaN.
         const float shift = next == -kInfinity ? 0.0f : next;
-        exponents().exponentiate(scores, s_.probs, span_, shift);
-        sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + sum_row(s_.probs, span_.vecs);
+        const float share = exponents().exponentiate(scores, s_.probs, span_, shift);
+        sum = (first ? 0.0f : sum * __builtin_exp2f(largest - shift)) + share;
         largest = next;
       }
     }
   }
   void store_lse() {
-    for (int64_t h = 0; h < heads_; h++)
-      for (int64_t r = 0; r < rows_; r++)
-        lse(h, r) = log_sum(h, r, s_.largest[h * plan_.block_rows + r], s_.sums[h * plan_.block_rows + r]);
+    for (int64_t r = 0; r < rows_; r++) {
+      for (int64_t h = 0; h < heads_; h++) {
+        s_.shifts[h] = s_.largest[h * plan_.block_rows + r];
+        s_.row_sums[h] = s_.sums[h * plan_.block_rows + r];
+      }
+      store_row_of_lse(r, s_.shifts, s_.row_sums);
+    }
   }
 
-  // A row's softmax maps, from its scores; not yet divided by their sums, which are in sums, unless the LSE is known.
+  // A row's softmax maps, from its scores; not yet divided by their sums, which are in row_sums, unless the LSE is known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
     if (by_row_) load_terms(r);
     mix_scores(r);
+    const int64_t ld = plan_.ld_block;
     for (int64_t h = 0; h < heads_; h++) {
       float* scores = row(s_.maps, h, r);
-      float* probs = s_.probs + h * plan_.ld_block;
-      if (lse_known) {
-        if (masked_) products_.apply(terms(h), scores, span_);
-        // Of a query that sees no key it is -infinity, and all maps are zero.
-        const float shift = lse(h, r);
-        exponents().exponentiate(scores, probs, span_, p_.mask.any() && shift == -kInfinity ? 0.0f : shift);
-      } else {
-        const float largest = largest_exponent(h, scores), shift = masked_ && largest == -kInfinity ? 0 : largest;
-        exponents().exponentiate(scores, probs, span_, shift);
-        s_.sums[h] = sum_row(probs, span_.vecs);
-        lse(h, r) = log_sum(h, r, shift, s_.sums[h]);
-        if (lse(h, r) == -kInfinity && masked_) s_.sums[h] = 1;
-      }
-      if (p_.dropout_p > 0) {
-        float* undropped = probs + (heads_ + 1) * plan_.ld_block;
-        if (keep_undropped) std::memcpy(undropped, probs, span_.vecs * sizeof(Vec));
-        dropout_.apply(probs, probs, span_.vecs * kLanes, sample_, h, first_row_ + r, first_key_);
-      }
+      if (lse_known && masked_) products_.apply(terms(h), scores, span_);
+      const float shift = lse_known ? lse(h, r) : largest_exponent(h, scores);
+      // Where a query sees no key all maps are zero.
+      const bool may_see_nothing = lse_known ? p_.mask.any() : masked_;
+      s_.shifts[h] = may_see_nothing && shift == -kInfinity ? 0.0f : shift;
+    }
+    for (int64_t h = 0; h < heads_; h++)
+      s_.row_sums[h] = exponents().exponentiate(row(s_.maps, h, r), s_.probs + h * ld, span_, s_.shifts[h]);
+    if (!lse_known) {
+      store_row_of_lse(r, s_.shifts, s_.row_sums);
+      for (int64_t h = 0; h < heads_ && masked_; h++)
+        if (lse(h, r) == -kInfinity) s_.row_sums[h] = 1;
+    }
+    for (int64_t h = 0; h < heads_ && p_.dropout_p > 0; h++) {
+      float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld;
+      if (keep_undropped) std::memcpy(undropped, probs, span_.vecs * sizeof(Vec));
+      dropout_.apply(probs, probs, span_.vecs * kLanes, sample_, h, first_row_ + r, first_key_);
     }
   }
 
@@ -241,7 +246,7 @@ class Block {
     const float *weight = m_.weight, kept = kept_;
     float* scaled = s_.weight;
     for (int64_t h = 0; h < heads; h++) {
-      const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.sums[h]);
+      const float factor = kept * (lse_known ? 1.0f : 1.0f / s_.row_sums[h]);
       for (int64_t g = 0; g < heads_out; g++) scaled[h * heads_out + g] = weight[h * heads_out + g] * factor;
     }
     return scaled;
@@ -249,18 +254,14 @@ class Block {
 
   // The row's mixed and normalised maps, over its scores.
   void mix(int64_t r, const float* weight) {
-    for (int64_t vec = 0; vec < span_.vecs; vec += plan_.tile_keys / kLanes) {
-      const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - vec), key = vec * kLanes;
-      if (m_.over_heads) {
-        mix_tile(key, vecs, weight, s_.mixed, plan_.tile_keys);
-        Operand* maps = operands(s_.maps, r) + key;
-        if (masked_)
-          normalise<true>(key, vecs, maps);
-        else
-          normalise<false>(key, vecs, maps);
-      } else {
-        mix_tile_into_maps(r, key, vecs, weight);
-      }
+    if (m_.over_heads) {
+      if (masked_)
+        mix_and_normalise<true>(r, weight);
+      else
+        mix_and_normalise<false>(r, weight);
+    } else {
+      for (int64_t vec = 0; vec < span_.vecs; vec += plan_.tile_keys / kLanes)
+        mix_tile(r, vec * kLanes, smaller(plan_.tile_keys / kLanes, span_.vecs - vec), weight, true);
     }
     if (spoilt_) spoil_maps(r);
     pad_maps(s_.maps, r);
@@ -323,7 +324,7 @@ class Block {
     const bool dropped = p_.dropout_p > 0;
     softmax(r, true, true);
     const float kept = kept_;
-    const int64_t ld = plan_.ld_block, stride = plan_.block_rows * ld;
+    const int64_t ld = plan_.ld_block, stride = plan_.ld_head;
     if (masked_) hide(row(s_.grad_maps, 0, r), stride, 0, span_.vecs);
     if (dropped)
       for (int64_t h = 0; h < heads_; h++)
@@ -331,48 +332,35 @@ class Block {
           put(s_.probs + i, vec(s_.probs + i) * kept);
     for (int64_t v = 0; v < span_.vecs; v += plan_.tile_keys / kLanes) {
       const int64_t vecs = smaller(plan_.tile_keys / kLanes, span_.vecs - v), key = v * kLanes;
-      const float* grad_mixed = row(s_.grad_maps, 0, r) + key;
-      int64_t ld_mixed = stride;
-      if (m_.gamma && !m_.over_heads) {
-        mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
-        Operand* maps = second_sweep ? operands(s_.maps, r) + key : nullptr;
-        const bool last = v + vecs == span_.vecs;
-        if (masked_)
-          scale_backward<true>(key, vecs, grad_mixed, first_sweep, maps, last);
-        else
-          scale_backward<false>(key, vecs, grad_mixed, first_sweep, maps, last);
-        grad_mixed = s_.grad_mixed;
-        ld_mixed = plan_.tile_keys;
-      } else if (m_.gamma) {
-        mix_tile(key, vecs, m_.weight, s_.mixed, plan_.tile_keys);
-        if (v + vecs == span_.vecs) {
-          // Without eps the norm of padding, all zeros, would be NaN.
-          float* last = s_.mixed + (vecs - 1) * kLanes;
-          put(last, span_.tail ? vec(last) : broadcast(1.0f));
+      float* grad_mixed = row(s_.grad_maps, 0, r) + key;
+      const bool last = v + vecs == span_.vecs;
+      if (m_.gamma) {
+        mix_tile(r, key, vecs, m_.weight, false);
+        // Beyond the keys: for batch norm nothing, that is not summed; for layer norm ones, since without eps the norm of
+        // zeros would be NaN.
+        for (int64_t g = 0; g < heads_out_ && last; g++) {
+          float* end = row(s_.maps, g, r) + key + (vecs - 1) * kLanes;
+          put(end, span_.tail ? vec(end) : broadcast(m_.over_heads ? 1.0f : 0.0f));
         }
-        Operand* maps = second_sweep ? operands(s_.maps, r) + key : nullptr;
         if (masked_)
-          normalise_backward<true>(key, vecs, grad_mixed, first_sweep, maps);
+          norm_backward<true>(r, key, vecs, first_sweep, second_sweep);
         else
-          normalise_backward<false>(key, vecs, grad_mixed, first_sweep, maps);
-        grad_mixed = s_.grad_mixed;
-        ld_mixed = plan_.tile_keys;
+          norm_backward<false>(r, key, vecs, first_sweep, second_sweep);
       } else if (second_sweep) {
-        mix_tile_into_maps(r, key, vecs, m_.weight);
+        mix_tile(r, key, vecs, m_.weight, true);
       }
       if (first_sweep)
-        dot_rows(heads_ + 1, heads_out_, vecs, s_.probs + key, ld, grad_mixed, ld_mixed, s_.products, heads_out_);
+        dot_rows(heads_ + 1, heads_out_, vecs, s_.probs + key, ld, grad_mixed, stride, s_.products, heads_out_);
       // dP = W dA
-      product<Order::kRows, Start::kZero>(heads_, vecs * kLanes, heads_out_, m_.weight, heads_out_, grad_mixed,
-                                          ld_mixed, s_.grad_probs + key, ld);
+      mix_to<Order::kRows>(heads_, {m_.weight, heads_out_, heads_out_, nullptr}, grad_mixed, stride, vecs * kLanes,
+                           s_.grad_probs + key, ld);
     }
     for (int64_t h = 0; h < heads_; h++) {
       const float *probs = s_.probs + h * ld, *undropped = probs + (heads_ + 1) * ld;
       float* grad_probs = s_.grad_probs + h * ld;
       float &delta = s_.sums[h * plan_.block_rows + r], &mass = s_.largest[h * plan_.block_rows + r];
       if (first_sweep) {
-        const float sum = dot_row(probs, grad_probs, span_.vecs),
-                    share = sum_row(dropped ? undropped : probs, span_.vecs);
+        const float sum = dot_row(probs, grad_probs, span_.vecs), share = s_.row_sums[h];
         delta = first_key_ == 0 ? sum : delta + sum;
         mass = first_key_ == 0 ? share : mass + share;
       }
@@ -433,7 +421,7 @@ class Block {
   static Vec vec(const float* from) { return reattn::REATTN_ISA::load(from); }
   static void put(float* to, Vec v) { reattn::REATTN_ISA::store(to, v); }
 
-  float* row(float* maps, int64_t head, int64_t r) { return maps + (head * plan_.block_rows + r) * plan_.ld_block; }
+  float* row(float* maps, int64_t head, int64_t r) { return maps + head * plan_.ld_head + r * plan_.ld_block; }
   float& lse(int64_t head, int64_t r) { return p_.lse[(sample_ * heads_ + head) * p_.seqlen + first_row_ + r]; }
   // Of the maps: a query that sees no key in any head.
   bool sees_nothing(int64_t r) {
@@ -479,10 +467,16 @@ class Block {
     for (int64_t h = 1; h < heads_ && ld_terms_ > 0; h++) any |= is_visible(vec(terms(h) + key));
     return any;
   }
-  // -infinity if the query sees no key; NaN if of those that it sees none has a finite score.
-  float log_sum(int64_t h, int64_t r, float shift, float sum) const {
-    if (sum == 0 && p_.mask.any() && mask_.sees(sample_, h, h + 1, first_row_ + r, 0, p_.seqlen_k)) return kNaN;
-    return shift + __builtin_log2f(sum);
+  // The LSE of a row whose exponentials, less shifts, sum up to sums. -infinity if the query sees no key; NaN if of those
+  // that it sees none has a finite score.
+  void store_row_of_lse(int64_t r, const float* shifts, const float* sums) {
+    for (int64_t first = 0; first < heads_; first += kLanes) {
+      const Vec all = vec(shifts + first) + log2(vec(sums + first));
+      for (int64_t h = first; h < smaller(first + kLanes, heads_); h++) {
+        const bool none = sums[h] == 0 && p_.mask.any();
+        lse(h, r) = none && mask_.sees(sample_, h, h + 1, first_row_ + r, 0, p_.seqlen_k) ? kNaN : all[h - first];
+      }
+    }
   }
   // NaN for the keys that the row sees and whose values, taken for zeros, are not finite.
   void spoil_maps(int64_t r) {
@@ -563,8 +557,8 @@ class Block {
     if (!m_.of_scores) return;
     const int64_t ld = plan_.ld_block;
     for (int64_t h = 0; h < heads_; h++) std::memcpy(s_.unmixed + h * ld, row(s_.maps, h, r), span_.vecs * sizeof(Vec));
-    product<Order::kColumns, Start::kZero>(heads_, span_.vecs * kLanes, heads_, m_.of_scores, heads_, s_.unmixed, ld,
-                                           row(s_.maps, 0, r), plan_.block_rows * ld);
+    mix_to<Order::kColumns>(heads_, {m_.of_scores, heads_, heads_, nullptr}, s_.unmixed, ld, span_.vecs * kLanes,
+                            row(s_.maps, 0, r), plan_.ld_head);
   }
   // From the gradients of the row's mixed scores, in grad_probs, to those of the products of query and key; and the
   // sums for the gradient of of_scores.
@@ -576,8 +570,8 @@ class Block {
       for (int64_t h = 0; h < heads_; h++) put(s_.unmixed + h * ld + i, visible ? vec(s_.unmixed + h * ld + i) : Vec{});
     }
     dot_rows(heads_, heads_, span_.vecs, s_.unmixed, ld, s_.grad_probs, ld, s_.score_products, heads_);
-    product<Order::kRows, Start::kZero>(heads_, span_.vecs * kLanes, heads_, m_.of_scores, heads_, s_.grad_probs, ld,
-                                        s_.unmixed, ld);
+    mix_to<Order::kRows>(heads_, {m_.of_scores, heads_, heads_, nullptr}, s_.grad_probs, ld, span_.vecs * kLanes,
+                         s_.unmixed, ld);
     const float scale = p_.scale;
     for (int64_t h = 0; h < heads_; h++) {
       Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
@@ -586,31 +580,25 @@ class Block {
     }
   }
 
-  // A = W^T P + c for some keys of the row.
-  void mix_tile(int64_t key, int64_t vecs, const float* weight, float* mixed, int64_t ld) {
-    product<Order::kColumns, Start::kBias>(heads_out_, vecs * kLanes, heads_, weight, heads_out_, s_.probs + key,
-                                           plan_.ld_block, mixed, ld, m_.shift);
-  }
-
-  void mix_tile_into_maps(int64_t r, int64_t key, int64_t vecs, const float* weight) {
-    constexpr bool kInPlace = E::kGroup == 1;
-    float* mixed = kInPlace ? row(s_.maps, 0, r) + key : s_.mixed;
-    const int64_t ld = kInPlace ? plan_.block_rows * plan_.ld_block : plan_.tile_keys;
-    mix_tile(key, vecs, weight, mixed, ld);
+  // A = W^T P + c for some keys of the row, over their scores. final: as operands, hidden where the mask hides, summed.
+  void mix_tile(int64_t r, int64_t key, int64_t vecs, const float* weight, bool final) {
+    float* mixed = row(s_.maps, 0, r) + key;
+    const int64_t ld = plan_.ld_head;
+    mix_to<Order::kColumns>(heads_out_, {weight, heads_out_, heads_, m_.shift}, s_.probs + key, plan_.ld_block,
+                            vecs * kLanes, mixed, ld);
+    if (!final) return;
     if (masked_) hide(mixed, ld, key, vecs);
     if (m_.sum_maps) add_moments(mixed, ld, key / kLanes, vecs);
-    if constexpr (!kInPlace) {
+    if constexpr (E::kGroup > 1) {
+      Operand* maps = operands(s_.maps, r) + key;
       for (int64_t g = 0; g < heads_out_; g++)
-        for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
-          E::store(operands(s_.maps, r) + g * operand_stride() + key + i, vec(s_.mixed + g * plan_.tile_keys + i));
+        for (int64_t i = 0; i < vecs * kLanes; i += kLanes) E::store(maps + g * operand_stride() + i, vec(mixed + g * ld + i));
     }
   }
 
   // A row of maps as an operand of products, in the place of its float32 values; heads are operand_stride apart.
   Operand* operands(float* maps, int64_t r) { return reinterpret_cast<Operand*>(row(maps, 0, r)); }
-  int64_t operand_stride() const {
-    return plan_.block_rows * plan_.ld_block * int64_t(sizeof(float) / sizeof(Operand));
-  }
+  int64_t operand_stride() const { return plan_.ld_head * int64_t(sizeof(float) / sizeof(Operand)); }
 
   // Sums over keys run on to a whole group: nothing may stand there.
   void pad_maps(float* maps, int64_t r) {
@@ -621,84 +609,110 @@ class Block {
     }
   }
 
-  // 1 / sqrt(mean over heads of A^2 + eps) for a vector of keys; heads are ld apart.
-  static Vec inverse_root(const float* mixed, int64_t heads, int64_t ld, float eps) {
-    Vec even{}, odd{};
-    int64_t g = 0;
-    for (; g + 1 < heads; g += 2) {
-      const Vec a = vec(mixed + g * ld), b = vec(mixed + (g + 1) * ld);
-      even += a * a;
-      odd += b * b;
-    }
-    if (g < heads) even += vec(mixed + g * ld) * vec(mixed + g * ld);
-    return 1.0f / square_root((even + odd) * (1.0f / float(heads)) + eps);
-  }
-
+  // N = gamma A / sqrt(mean over heads of A^2 + eps) + beta for the row, where A = W^T P + c.
   // What is stored may lie anywhere, for all the compiler knows: hot loops keep pointers and sizes in locals.
   template <bool kMasked>
-  void normalise(int64_t key, int64_t vecs, Operand* maps) {
-    const int64_t stride = operand_stride(), tile = plan_.tile_keys, heads = heads_out_, ld_terms = ld_terms_;
-    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps;
-    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-      const Vec inverse = inverse_root(mixed + i, heads, tile, eps);
+  void mix_and_normalise(int64_t r, const float* weight) {
+    const int64_t stride = operand_stride(), heads = heads_out_, ld_terms = ld_terms_, ld_mixed = plan_.ld_head,
+                  size = span_.vecs * kLanes;
+    const float *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms, eps = m_.eps, share = 1.0f / float(heads);
+    Operand* maps = operands(s_.maps, r);
+    const auto put_normalised = [=](int64_t at, int64_t g, Vec mixed, Vec inverse) {
+      const Vec map = mixed * inverse * gamma[g] + beta[g];
+      E::store(maps + g * stride + at, !kMasked || is_visible(vec(of_mask + g * ld_terms + at)) ? map : Vec{});
+    };
+    const auto normalise = [=](int64_t at, const auto& mixed) {
+      constexpr int kHeads = sizeof mixed / sizeof mixed[0], kVecs = sizeof mixed[0] / sizeof(Vec);
+      Vec even[kVecs] = {}, odd[kVecs] = {}, inverse[kVecs];
+#pragma GCC unroll 16
+      for (int g = 0; g < kHeads; g++)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; v++) (g % 2 == 0 ? even : odd)[v] += mixed[g][v] * mixed[g][v];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v++) inverse[v] = 1.0f / square_root((even[v] + odd[v]) * share + eps);
+#pragma GCC unroll 16
+      for (int g = 0; g < kHeads; g++)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; v++) put_normalised(at + v * kLanes, g, mixed[g][v], inverse[v]);
+    };
+    const Weights weights{weight, heads_out_, heads_, m_.shift};
+    if (reattn::REATTN_ISA::mix<Order::kColumns>(heads, weights, s_.probs, plan_.ld_block, size, normalise)) return;
+    float* mixed = row(s_.maps, 0, r);
+    mix_to<Order::kColumns>(heads, weights, s_.probs, plan_.ld_block, size, mixed, ld_mixed);
+    for (int64_t at = 0; at < size; at += kLanes) {
+      Vec even{}, odd{};
       for (int64_t g = 0; g < heads; g++) {
-        const Vec map = vec(mixed + g * tile + i) * inverse * gamma[g] + beta[g];
-        E::store(maps + g * stride + i, !kMasked || is_visible(vec(of_mask + g * ld_terms + i)) ? map : Vec{});
+        const Vec map = vec(mixed + g * ld_mixed + at);
+        (g % 2 == 0 ? even : odd) += map * map;
       }
+      const Vec inverse = 1.0f / square_root((even + odd) * share + eps);
+      for (int64_t g = 0; g < heads; g++) put_normalised(at, g, vec(mixed + g * ld_mixed + at), inverse);
     }
   }
 
-  // From mixed maps and the gradient of the normalised ones to the gradient of the mixed ones and, unless null, to the
-  // normalised maps. What all heads share is taken away: weight sums to zero over them.
+  // From mixed maps to the normalised ones, with store, and from the gradients of these to those of the mixed ones, both
+  // in place; with sum, sums for the parameters.
   template <bool kMasked>
-  void normalise_backward(int64_t key, int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps) {
-    const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys,
-                  heads = heads_out_, ld_terms = ld_terms_;
-    const float *mixed = s_.mixed, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + key, eps = m_.eps,
+  void norm_backward(int64_t r, int64_t key, int64_t vecs, bool sum, bool store) {
+    if (!m_.over_heads) return scale_backward<kMasked>(r, key, vecs, sum, store);
+    int64_t at = key;
+    for (; at + kLanes < key + vecs * kLanes; at += 2 * kLanes) normalise_backward<kMasked, 2>(r, at, sum, store);
+    if (at < key + vecs * kLanes) normalise_backward<kMasked, 1>(r, at, sum, store);
+  }
+
+  // Layer norm, kVecs vectors of keys at once so that none waits for the other's sums over heads. What all heads share is
+  // taken away: weight sums to zero over them.
+  template <bool kMasked, int kVecs>
+  void normalise_backward(int64_t r, int64_t at, bool sum, bool store) {
+    const int64_t ld = plan_.ld_head, maps_stride = operand_stride(), heads = heads_out_, ld_terms = ld_terms_;
+    const float *mixed = row(s_.maps, 0, r) + at, *gamma = m_.gamma, *beta = m_.beta, *of_mask = s_.terms + at,
                 share = 1.0f / float(heads);
-    float *gamma_sums = s_.norm_sums, *beta_sums = s_.norm_sums + heads * kLanes, *grad_mixed = s_.grad_mixed;
-    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-      Vec inverse = inverse_root(mixed + i, heads, tile, eps);
+    float *grads = row(s_.grad_maps, 0, r) + at, *gamma_sums = s_.norm_sums, *beta_sums = gamma_sums + heads * kLanes;
+    Operand* maps = operands(s_.maps, r) + at;
+    Vec squares[kVecs] = {}, mean[kVecs] = {}, along[kVecs] = {}, inverse[kVecs];
+    for (int64_t g = 0; g < heads; g++)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v++) {
+        const Vec map = vec(mixed + g * ld + v * kLanes), scaled = vec(grads + g * ld + v * kLanes) * gamma[g];
+        squares[v] += map * map;
+        mean[v] += scaled;
+        along[v] += scaled * map;
+      }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; v++) {
+      inverse[v] = 1.0f / square_root(squares[v] * share + m_.eps);
       // Without eps it may be infinite there.
-      if (kMasked) inverse = visible_to_any(key + i) ? inverse : Vec{};
-      Vec mean{}, along{};
-      for (int64_t g = 0; g < heads; g++) {
-        const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
-        const Vec scaled = grad * gamma[g];
-        mean += scaled;
-        along += scaled * unit;
-        if (sum_parameters) {
-          put(gamma_sums + g * kLanes, vec(gamma_sums + g * kLanes) + grad * unit);
-          put(beta_sums + g * kLanes, vec(beta_sums + g * kLanes) + grad);
-        }
-      }
-      mean *= share;
-      along *= share;
-      for (int64_t g = 0; g < heads; g++) {
-        const Vec unit = vec(mixed + g * tile + i) * inverse, grad = vec(grad_maps + g * stride + i);
-        put(grad_mixed + g * tile + i, (grad * gamma[g] - mean - unit * along) * inverse);
+      if (kMasked) inverse[v] = visible_to_any(at + v * kLanes) ? inverse[v] : Vec{};
+      mean[v] *= share;
+      along[v] *= share * inverse[v];
+    }
+    for (int64_t g = 0; g < heads; g++) {
+      Vec gamma_sum{}, beta_sum{};
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v++) {
+        const Vec unit = vec(mixed + g * ld + v * kLanes) * inverse[v], grad = vec(grads + g * ld + v * kLanes);
+        put(grads + g * ld + v * kLanes, (grad * gamma[g] - mean[v] - unit * along[v]) * inverse[v]);
+        gamma_sum += grad * unit;
+        beta_sum += grad;
+        if (!store) continue;
         const Vec map = unit * gamma[g] + beta[g];
-        if (maps)
-          E::store(maps + g * maps_stride + i, !kMasked || is_visible(vec(of_mask + g * ld_terms + i)) ? map : Vec{});
+        E::store(maps + g * maps_stride + v * kLanes,
+                 !kMasked || is_visible(vec(of_mask + g * ld_terms + v * kLanes)) ? map : Vec{});
       }
+      if (!sum) continue;
+      put(gamma_sums + g * kLanes, vec(gamma_sums + g * kLanes) + gamma_sum);
+      put(beta_sums + g * kLanes, vec(beta_sums + g * kLanes) + beta_sum);
     }
   }
 
-  // The same where batch norm left an affine map of every head: A has unit variance, and the statistics' part in its
-  // gradient is known. last: what stands beyond the keys is not summed.
+  // Batch norm left an affine map of every head: A has unit variance, and the statistics' part in its gradient is known.
   template <bool kMasked>
-  void scale_backward(int64_t key, int64_t vecs, const float* grad_maps, bool sum_parameters, Operand* maps,
-                      bool last) {
-    const int64_t stride = plan_.block_rows * plan_.ld_block, maps_stride = operand_stride(), tile = plan_.tile_keys;
-    if (last)
-      for (int64_t g = 0; g < heads_out_; g++) {
-        float* end = s_.mixed + g * tile + (vecs - 1) * kLanes;
-        put(end, span_.tail ? vec(end) : Vec{});
-      }
+  void scale_backward(int64_t r, int64_t key, int64_t vecs, bool sum, bool store) {
+    const bool statistics = m_.common;
     for (int64_t g = 0; g < heads_out_; g++) {
-      const float *mixed = s_.mixed + g * tile, *grads = grad_maps + g * stride, *of_mask = terms(g) + key;
-      float* grad_mixed = s_.grad_mixed + g * tile;
-      const bool statistics = m_.common;
+      const float *mixed = row(s_.maps, g, r) + key, *of_mask = terms(g) + key;
+      float* grads = row(s_.grad_maps, g, r) + key;
+      Operand* maps = operands(s_.maps, r) + g * operand_stride() + key;
       const float gamma = m_.gamma[g], beta = m_.beta[g], common = statistics ? m_.common[g] : 0,
                   along = statistics ? m_.along[g] : 0;
       Vec gamma_sum{}, beta_sum{};
@@ -713,14 +727,13 @@ class Block {
           of_mixed = visible ? of_mixed : Vec{};
           map = visible ? map : Vec{};
         }
-        put(grad_mixed + i, of_mixed);
-        if (maps) E::store(maps + g * maps_stride + i, map);
+        put(grads + i, of_mixed);
+        if (store) E::store(maps + i, map);
       }
-      if (sum_parameters) {
-        float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_out_ * kLanes;
-        put(gamma_sums, vec(gamma_sums) + gamma_sum);
-        put(beta_sums, vec(beta_sums) + beta_sum);
-      }
+      if (!sum) continue;
+      float *gamma_sums = s_.norm_sums + g * kLanes, *beta_sums = gamma_sums + heads_out_ * kLanes;
+      put(gamma_sums, vec(gamma_sums) + gamma_sum);
+      put(beta_sums, vec(beta_sums) + beta_sum);
     }
   }
 
@@ -754,7 +767,7 @@ struct Unit {
   int64_t sample, first_row, rows;
 
   Unit(const Job& job, int64_t unit) {
-    const int64_t blocks = (job.problem.seqlen + job.plan.block_rows - 1) / job.plan.block_rows, block = unit % blocks;
+    const int64_t blocks = job.plan.blocks, block = unit % blocks;
     sample = job.first + unit / blocks;
     // Those that see the most keys come first, so that threads end at one time.
     first_row = (job.problem.mask.causal ? blocks - 1 - block : block) * job.plan.block_rows;
@@ -782,8 +795,7 @@ constexpr int64_t kFlushRows = 8;
 
 // Moves such sums, a vector each, to the unit's in float64.
 void flush(float* sums, int64_t count, double* to) {
-  for (int64_t i = 0; i < count; i++)
-    for (int lane = 0; lane < kLanes; lane++) to[i] += double(sums[i * kLanes + lane]);
+  for (int64_t i = 0; i < count; i++) to[i] += wide_sum(load(sums + i * kLanes));
   std::memset(sums, 0, count * sizeof(Vec));
 }
 
@@ -911,10 +923,21 @@ void finish(const Job& job, int64_t index) {
   }
 }
 
+// The blocks of a group.
+struct Group {
+  int64_t first, end;
+
+  Group(const Plan& plan, int64_t group) {
+    const bool own = plan.groups == plan.blocks;
+    first = group == 0 ? 0 : own ? group : plan.group_ends[group - 1];
+    end = plan.groups == 1 ? plan.blocks : own ? group + 1 : plan.group_ends[group];
+  }
+};
+
 // The keys, to whole vectors, to which a group has gradients: with a causal mask it sees none behind its last query.
 int64_t end_of_columns(const Job& job, int64_t group) {
-  return job.problem.mask.causal ? smaller(round_up(job.plan.group_ends[group], kColumns), job.plan.keys)
-                                 : job.plan.keys;
+  const int64_t end_row = smaller(Group(job.plan, group).end * job.plan.block_rows, job.problem.seqlen);
+  return job.problem.mask.causal ? smaller(round_up(end_row, kColumns), job.plan.keys) : job.plan.keys;
 }
 
 template <class E>
@@ -922,23 +945,24 @@ void backward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t part = index / plan.groups, group = index % plan.groups;
+  const int64_t at_work = job.end_group - job.first_group, part = index / at_work,
+                number = job.first_group + index % at_work;
+  const Group group(plan, number);
   Scratch<E> scratch(job, true, memory);
   const int64_t products = (p.heads + 1) * p.heads_out, score_products = job.mixing.of_scores ? p.heads * p.heads : 0;
   std::memset(scratch.products, 0, products * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, 2 * p.heads_out * sizeof(Vec));
   std::memset(scratch.score_products, 0, score_products * sizeof(Vec));
-  double* partial = job.work.partial + index * job.partial_size;
   const int64_t column = p.head_dim * plan.ld_keys;
-  const int64_t first = group > 0 ? plan.group_ends[group - 1] : 0, end = plan.group_ends[group];
   for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
-    const int64_t at = (sample * plan.groups + group) * column;
+    const int64_t at = (sample * plan.slots + job.slot(number)) * column;
     float *grad_key = job.work.grad_key + at * p.heads, *grad_value = job.work.grad_value + at * p.heads_out;
-    for (int64_t row = first; row < end; row += plan.block_rows) {
-      const int64_t rows = smaller(plan.block_rows, end - row);
+    for (int64_t b = group.first; b < group.end; b++) {
+      const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
+      double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
       Block<E> block(job, scratch, job.first + sample, row, rows);
       block.load_queries(true);
-      block.set_grad_mask(part, group);
+      block.set_grad_mask(part, number);
       const bool whole = whole_rows(job, block);
       for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
         for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
@@ -954,11 +978,11 @@ void backward(const Job& job, int64_t index, char* memory) {
             }
           }
           if (sweep == 0) continue;
-          block.add_grad_columns(grad_key, grad_value, row == first);
+          block.add_grad_columns(grad_key, grad_value, b == group.first);
           block.multiply_keys();
         }
       }
-      if (row == first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, group));
+      if (b == group.first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, number));
       block.store_outs(p.grad_query, p.heads);
     }
   }
@@ -1054,33 +1078,35 @@ void pack(const Job& job, int64_t index, bool backward) {
   }
 }
 
-// Sums the groups' gradients of keys and values, in their order, and stores them.
+// Sums the groups' gradients of keys and values, in their order, and stores them: in slot 0 where more groups follow.
 void reduce(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
   const Stretch stretch(job, index);
+  const bool more = job.end_group < plan.groups;
   const int64_t padded = round_up(p.head_dim, 4), heads[] = {p.heads, p.heads_out};
   float sums[128 * kColumns], rows[kColumns * 128];
   std::memset(sums, 0, sizeof sums);
-  const float* sources[] = {job.work.grad_key, job.work.grad_value};
+  float* sources[] = {job.work.grad_key, job.work.grad_value};
   const Tensor targets[] = {p.grad_key, p.grad_value};
   for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns) {
-    int64_t first_group = 0;
-    while (first_group < plan.groups - 1 && end_of_columns(job, first_group) <= key) first_group++;
-    const bool seen = key < end_of_columns(job, first_group);
+    int64_t first = job.first_group;  // of the groups that reach the key
+    while (first < job.end_group && end_of_columns(job, first) <= key) first++;
+    const bool follows = job.first_group > 0;
+    const int64_t begin = follows ? 0 : job.slot(first), next = job.slot(follows ? first : first + 1),
+                  end = job.slot(job.end_group);
     for (int which = 0; which < 2; which++)
       for (int64_t h = 0; h < heads[which]; h++) {
-        const int64_t group_size = heads[which] * p.head_dim * plan.ld_keys;
-        const float* source =
-            sources[which] + stretch.sample * plan.groups * group_size + h * p.head_dim * plan.ld_keys + key;
+        const int64_t size = heads[which] * p.head_dim * plan.ld_keys;
+        float* source = sources[which] + stretch.sample * plan.slots * size + h * p.head_dim * plan.ld_keys + key;
         for (int64_t d = 0; d < p.head_dim; d++)
           for (int64_t i = 0; i < kColumns; i += kLanes) {
-            const float* from = source + d * plan.ld_keys + i;
-            Vec total = seen ? load(from + first_group * group_size) : Vec{};
-            for (int64_t group = first_group + 1; group < plan.groups; group++)
-              total += load(from + group * group_size);
-            store(sums + d * kColumns + i, total);
+            float* from = source + d * plan.ld_keys + i;
+            Vec total = begin < end ? load(from + begin * size) : Vec{};
+            for (int64_t slot = next; slot < end; slot++) total += load(from + slot * size);
+            store(more ? from : sums + d * kColumns + i, total);
           }
+        if (more) continue;
         transpose(sums, kColumns, padded, kColumns, rows, padded);
         for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++)
           store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i),

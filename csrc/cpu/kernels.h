@@ -58,7 +58,9 @@ struct Mixing {
 constexpr int64_t kMostGroups = 8;
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
-// cache. Depends on the problem and the instruction set alone, never on the number of threads, and so does every sum.
+// cache. What is summed, and in which order, depends on the problem and the instruction set alone, never on the number
+// of threads: the blocks of a sample are summed one after the other, whether one thread does so in place or several
+// leave what theirs add side by side.
 struct Plan {
   int64_t keys;         // seqlen_k in whole vectors, and in whole groups where products sum over them
   int64_t packed_keys;  // seqlen_k in whole panels
@@ -66,13 +68,19 @@ struct Plan {
   int64_t ld_dim;       // row length of what has a column for each element of head_dim
   int64_t depth;        // head_dim as a sum over it is taken, padded where the products need it
   int64_t block_rows;   // query rows of a block
+  int64_t blocks;       // of a sample
   int64_t block_keys;   // keys of a block; all of them where they fit
   int64_t ld_block;     // row length of a block's maps
+  int64_t ld_head;      // from a block's maps of one head to those of the next
   int64_t tile_keys;    // keys mixed at a time: their maps of all heads stay in the L1 cache
-  int64_t groups;       // parts of seqlen that sum the gradients of key, value and weights on their own
-  int64_t parts;        // parts of a wave whose samples a thread takes one after the other, in the backward pass
-  int64_t group_ends[kMostGroups];  // query rows of the groups, up to here
-  int64_t wave;                     // samples whose keys and values are packed at a time
+  bool alone;           // a thread takes whole samples: packs, computes and reduces them
+  int64_t wave;         // else: samples whose keys and values are packed at a time
+  // In the backward pass:
+  int64_t groups;  // parts of a sample's blocks that sum the gradients of key and value in place: 1, or one for each
+                   // block; kMostGroups at most where they sum the gradient of a mask as well
+  int64_t group_ends[kMostGroups];  // in that case, their blocks up to here
+  int64_t slots;                    // sums of groups that are kept at a time
+  int64_t parts;                    // parts of a wave whose samples a thread takes one after the other
 };
 
 // Memory of one call, and of each thread.
@@ -82,10 +90,10 @@ struct Workspace {
   char* key_rows;     // keys as they are
   char* value_columns;
   char* value_rows;
-  float* grad_key;  // by sample of the wave, group and head: head_dim down and keys across
+  float* grad_key;  // by sample of the wave, slot and head: head_dim down and keys across
   float* grad_value;
   float* value_sums;  // by sample, stretch of keys, head: head_dim; null where they are not wanted
-  double* partial;    // sums over one unit of work
+  double* partial;    // sums over a block, by sample of the wave and block
   uint8_t* spoilt;    // with a mask, by sample of the wave, head and key: whether the value is not finite
   double* grad_mask;  // by part and group, as far as the mask is shared between them; null: written in place
 };
@@ -96,7 +104,11 @@ struct Job {
   Plan plan;
   Workspace work;
   int64_t first, samples;  // the wave: samples first .. first + samples - 1
-  int64_t partial_size;    // of a unit's sums
+  // In the backward pass, the groups at work. Of later ones than the first, slot 0 has the sum of those before.
+  int64_t first_group, end_group;
+  int64_t partial_size;  // of a block's sums
+
+  int64_t slot(int64_t group) const { return group - first_group + (first_group > 0); }
 };
 
 // The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
@@ -113,7 +125,7 @@ struct Kernels {
   void (*sum_values)(const Job&, int64_t unit);               // batch * heads_out * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
   void (*grad_sums)(const Job&, int64_t unit);                // batch * heads_out
-  void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups
+  void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups at work
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
 

@@ -14,9 +14,7 @@ constexpr float kLog2e = 1.44269504088896340736f;
 inline VecI is_visible(Vec terms) { return terms != broadcast(-kInfinity); }
 
 inline float largest_lane(Vec v) {
-  float result = v[0];
-  for (int lane = 1; lane < kLanes; lane++) result = v[lane] > result ? v[lane] : result;
-  return result;
+  return reduce(v, [](Vec a, Vec b) { return maximum(a, b); });
 }
 
 // The largest of scores, or with kLargest false the smallest, to which padding does not count.
@@ -146,21 +144,26 @@ class Scores {
     return scale_ >= 0 ? extreme<true>(products, span) * scale_ : extreme<false>(products, span) * scale_;
   }
 
-  // probs = 2^(products * scale - shift), zero in the padding. The product is rounded before shift is taken away, as it
-  // was when shift was made of it: the largest of scores in the millions shall have the exponent zero.
-  void exponentiate(const float* products, float* probs, Span span, float shift) const {
+  // probs = 2^(products * scale - shift), zero in the padding; returns their sum. The product is rounded before shift is
+  // taken away, as it was when shift was made of it: the largest of scores in the millions shall have the exponent zero.
+  float exponentiate(const float* products, float* probs, Span span, float shift) const {
     const float scale = scale_;
     const auto at = [=](int64_t i) { return exp2(rounded(load(products + i * kLanes) * scale) - shift); };
+    Vec even{}, odd{};
     int64_t i = 0;
     for (; i + 1 < span.vecs - 1; i += 2) {
       const Vec a = at(i), b = at(i + 1);
       store(probs + i * kLanes, a);
       store(probs + (i + 1) * kLanes, b);
+      even += a;
+      odd += b;
     }
     for (; i < span.vecs; i++) {
-      const Vec p = at(i);
-      store(probs + i * kLanes, i < span.vecs - 1 ? p : (span.tail ? p : Vec{}));
+      const Vec all = at(i), p = i < span.vecs - 1 ? all : (span.tail ? all : Vec{});
+      store(probs + i * kLanes, p);
+      even += p;
     }
+    return sum(even + odd);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // What the instruction set has; tests emulate what their CPU lacks.
 #if defined(REATTN_EMULATED)
@@ -78,11 +79,41 @@ inline VecI lane_numbers() {
   return v;
 }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+// Lane i of the result is lane i ^ step.
+template <int kStep, int... kLane>
+inline Vec exchanged(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
 }
+
+// All lanes taken together by an operation, in pairs: a chain of four steps instead of sixteen.
+template <int kStep = kLanes / 2, class Operation>
+inline float reduce(Vec v, Operation operation) {
+  v = operation(v, exchanged<kStep>(v, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (kStep > 1)
+    return reduce<kStep / 2>(v, operation);
+  else
+    return v[0];
+}
+
+inline float sum(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
+}
+
+// The same in float64.
+template <int... kLane>
+inline double wide_sum(Vec v, std::integer_sequence<int, kLane...>) {
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  typedef double Wide __attribute__((vector_size(4 * kLanes)));
+  const Half low = __builtin_shufflevector(v, v, kLane...), high = __builtin_shufflevector(v, v, kLanes / 2 + kLane...);
+  Wide sums = __builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide);
+  double total[kLanes / 2];
+  std::memcpy(total, &sums, sizeof sums);
+  for (int width = kLanes / 4; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) total[i] += total[i + width];
+  return total[0];
+}
+inline double wide_sum(Vec v) { return wide_sum(v, std::make_integer_sequence<int, kLanes / 2>()); }
+
 inline Vec square_root(Vec v) {
 #if defined(REATTN_AVX512)
   return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
@@ -112,6 +143,25 @@ inline Vec exp2(Vec x) {
   p = p * f + 0.6931471824645996f;
   p = p * f + 1.0f;
   return p * power;
+}
+
+// The logarithm to base 2 to two units in the last place; of 0 it is -infinity, of less NaN. Not for numbers below the
+// normal ones.
+inline Vec log2(Vec x) {
+  // x = 2^exponent m, m between the roots of 1/2 and 2; s = (m - 1) / (m + 1) and log m = 2 (s + s^3 / 3 + s^5 / 5 ...).
+  const VecU bits = reinterpret_cast<VecU>(x) - 0x3f3504f3u;
+  const VecI exponent = reinterpret_cast<VecI>(bits) >> 23;
+  const Vec m = reinterpret_cast<Vec>((bits & 0x7fffffu) + 0x3f3504f3u);
+  const Vec s = (m - 1.0f) / (m + 1.0f), t = s * s;
+  Vec p = broadcast(2.8853900817779268f / 9);
+  p = p * t + 2.8853900817779268f / 7;
+  p = p * t + 2.8853900817779268f / 5;
+  p = p * t + 2.8853900817779268f / 3;
+  p = p * t + 2.8853900817779268f;
+  const Vec result = s * p + __builtin_convertvector(exponent, Vec);
+  const float infinity = __builtin_inff();
+  const Vec special = x == 0.0f ? broadcast(-infinity) : (x == infinity ? broadcast(infinity) : broadcast(__builtin_nanf("")));
+  return (x > 0.0f) & (x < infinity) ? result : special;
 }
 
 inline Vec from_bfloat16(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
