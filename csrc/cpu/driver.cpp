@@ -31,7 +31,7 @@ int64_t spread(int64_t row) {
 // What the maps of a block should take, with their gradients in the backward pass; and what they may take for the sake
 // of whole rows, which need one sweep over the keys instead of two. Larger blocks are read from farther away, but keys,
 // values and their gradients less often.
-constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 1 << 20, kWholeBytes = 5 << 20;
+constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 512 << 10, kWholeBytes = 5 << 20;
 // Of the L1 cache, the maps that are mixed at a time.
 constexpr int64_t kTileBytes = 12 << 10;
 // Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all groups.
@@ -76,7 +76,7 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   const int64_t most_heads = std::max(p.heads, p.heads_out);
   const int64_t element_bytes = (backward ? 2 : 1) * most_heads * int64_t(sizeof(float));
   const int64_t row_bytes = element_bytes * plan.ld_keys;
-  const int64_t fewest = (backward ? 4 : 2) * tile, most = 8 * tile;
+  const int64_t fewest = (backward ? 3 : 2) * tile, most = 8 * tile;
   plan.block_rows = std::clamp(wanted_bytes / row_bytes, fewest, most);
   plan.block_keys = p.seqlen_k;
   if (plan.block_rows * row_bytes > kWholeBytes) {
@@ -261,7 +261,7 @@ class Run {
     const int64_t rows = plan.wave * plan.keys * plan.ld_dim * kernels_.operand_bytes;
     const int64_t grads = backward_ ? plan.wave * plan.slots * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t sizes[] = {p.heads * columns,
-                             p.heads_out * rows,
+                             backward_ ? 0 : p.heads_out * rows,
                              backward_ ? p.heads_out * columns : 0,
                              backward_ ? p.heads * rows : 0,
                              p.heads * grads,

@@ -27,6 +27,9 @@ inline float* value_sum(const Problem& p, int64_t sample, int64_t head, int64_t 
   return p.value_sum + ((sample * p.heads_out + head) * p.value_rows + (p.value_rows > 1 ? row : 0)) * p.head_dim;
 }
 
+// Rows that are fetched before they are read or written.
+constexpr int64_t kAhead = 2;
+
 // Hands out parts of a buffer, each on cache lines of its own; without a buffer, only counts.
 class Layout {
  public:
@@ -313,9 +316,11 @@ class Block {
   }
   void store_outs(const Tensor& to, int64_t heads) {
     for (int64_t r = 0; r < rows_; r++)
-      for (int64_t h = 0; h < heads; h++)
+      for (int64_t h = 0; h < heads; h++) {
+        if (r + kAhead < rows_) prefetch_row<true>(to, p_.dtype, sample_, h, first_row_ + r + kAhead, p_.head_dim);
         store_row(p_.dtype, row_of(to, p_.dtype, sample_, h, first_row_ + r), to.dim, p_.head_dim,
                   s_.outs + (h * plan_.block_rows + r) * plan_.ld_dim);
+      }
   }
 
   // One row of the backward pass: delta and the sums for the parameters' gradients in the first sweep, the mixed maps
@@ -510,9 +515,11 @@ class Block {
     const int64_t size = plan_.block_rows * plan_.depth;
     // Heads lie side by side in memory, as a rule: rows of all of them are read in one go.
     for (int64_t r = 0; r < rows_; r++)
-      for (int64_t h = 0; h < heads; h++)
+      for (int64_t h = 0; h < heads; h++) {
+        if (r + kAhead < rows_) prefetch_row<false>(from, p_.dtype, sample_, h, first_row_ + r + kAhead, p_.head_dim);
         E::load_row(p_.dtype, row_of(from, p_.dtype, sample_, h, first_row_ + r), from.dim, p_.head_dim,
                     rows + h * size + r * plan_.depth, plan_.depth);
+      }
   }
   void transpose_rows(const Operand* rows, Operand* transposed, int64_t heads) {
     for (int64_t h = 0; h < heads; h++)
@@ -1043,13 +1050,16 @@ void pack(const Job& job, int64_t index, bool backward) {
     const bool finite = !p.mask.any() || are_finite(p.dtype, row(panel), t.row, inside, t.dim, p.head_dim);
     uint8_t* notes = spoilt ? spoilt + (stretch.sample * heads + head) * plan.keys : nullptr;
     if (notes) std::memset(notes + panel, 0, size_t(end - panel));
-    for (int64_t key = panel; key < end; key += 4)
+    for (int64_t key = panel; key < end; key += 4) {
+      for (int64_t next = key; head + 1 < heads && next < smaller(key + 4, p.seqlen_k); next++)
+        prefetch_row<false>(t, p.dtype, job.first + stretch.sample, head + 1, next, p.head_dim);
       if (finite)
         E::pack_four(p.dtype, row(key), t, key, p.seqlen_k, p.head_dim, plan, part(columns, column_size),
                      part(rows, row_size));
       else
         pack_spoilt<E>(p, t, row(key), key, plan, part(columns, column_size), part(rows, row_size),
                        notes ? notes + key : nullptr);
+    }
   };
   for (int64_t panel = stretch.first; panel < stretch.end; panel += kPanel) {
     for (int64_t h = 0; h < p.heads; h++)
@@ -1108,9 +1118,12 @@ void reduce(const Job& job, int64_t index) {
           }
         if (more) continue;
         transpose(sums, kColumns, padded, kColumns, rows, padded);
-        for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++)
-          store_row(p.dtype, row_of(targets[which], p.dtype, job.first + stretch.sample, h, key + i),
-                    targets[which].dim, p.head_dim, rows + i * padded);
+        const int64_t sample = job.first + stretch.sample;
+        for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++) {
+          if (h + 1 < heads[which]) prefetch_row<true>(targets[which], p.dtype, sample, h + 1, key + i, p.head_dim);
+          store_row(p.dtype, row_of(targets[which], p.dtype, sample, h, key + i), targets[which].dim, p.head_dim,
+                    rows + i * padded);
+        }
       }
   }
 }
