@@ -27,7 +27,7 @@ CPU_FLAGS = (
 # GCC takes the undefined registers within its own intrinsics for the caller's oversight.
 AVX512 = (
     "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
-    " -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+    " -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
 )
 # Ascending: where two objects hold the same inline function the linker keeps the first, which then runs everywhere.
 X86_FLAGS = {

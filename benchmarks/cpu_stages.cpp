@@ -144,14 +144,13 @@ void timed_backward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t at_work = job.end_group - job.first_group, sample = index / at_work,
-                number = job.first_group + index % at_work, products = (p.heads + 1) * p.heads_out,
-                at = (sample * plan.slots + job.slot(number)) * p.head_dim * plan.ld_keys;
-  const Group group(plan, number);
+  const BackwardUnit unit(job, index);
+  const int64_t sample = unit.part, products = (p.heads + 1) * p.heads_out,
+                at = (sample * plan.slots + job.slot(unit.number)) * p.head_dim * plan.ld_keys;
   Scratch<E> scratch(job, true, memory);
   std::memset(scratch.products, 0, size_t(products) * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, size_t(2 * p.heads_out) * sizeof(Vec));
-  for (int64_t b = group.first; b < group.end; b++) {
+  for (int64_t b = unit.first; b < unit.end; b++) {
     const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
     double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
     Block<E> block(job, scratch, job.first + sample, row, rows);
@@ -174,7 +173,7 @@ void timed_backward(const Job& job, int64_t index, char* memory) {
         if (sweep == 0) continue;
         stages.time("gradients of keys and values", 2 * in_products, [&] {
           block.add_grad_columns(job.work.grad_key + at * p.heads, job.work.grad_value + at * p.heads_out,
-                                 b == group.first);
+                                 b == unit.first);
         });
         stages.time("gradient of queries", in_products, [&] { block.multiply_keys(); });
       }

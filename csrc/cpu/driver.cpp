@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include "parallel.h"
 
@@ -28,20 +29,32 @@ int64_t spread(int64_t row) {
   return 16 * (sixteens | 1);
 }
 
-// What the maps of a block should take, with their gradients in the backward pass; and what they may take for the sake
-// of whole rows, which need one sweep over the keys instead of two. Larger blocks are read from farther away, but keys,
-// values and their gradients less often.
-constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 512 << 10, kWholeBytes = 5 << 20;
+// What the maps of a block should take, with their gradients in the backward pass. Larger blocks are read from farther
+// away, but keys, values and their gradients less often.
+constexpr int64_t kForwardBytes = 384 << 10, kBackwardBytes = 512 << 10, kLongBytes = 5 << 20;
 // Of the L1 cache, the maps that are mixed at a time.
 constexpr int64_t kTileBytes = 12 << 10;
-// Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all groups.
+// The keys of a block that does not have all: fewer would leave short loops.
+constexpr int64_t kStretchOfKeys = 384;
+// Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all units.
 constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
 // Units of work that the gradient of a mask which samples share is summed by, if memory for the parts suffices.
 constexpr int64_t kMaskUnits = 32;
-// The blocks that a call has at least, if these do not become too low.
-constexpr int64_t kFewestBlocks = 16;
+// The blocks and the groups that a call has at least, if blocks do not become too low.
+constexpr int64_t kFewestBlocks = 16, kFewestGroups = 4;
 // Units of work for each thread, so that all end at about one time.
 constexpr int64_t kUnitsPerThread = 4;
+
+// What the maps of a block may take for the sake of whole rows, which need one sweep over the keys instead of two: a
+// core's share of the L3 cache, at least 5 MB and at most 12.
+int64_t whole_bytes() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t share = sysconf(_SC_LEVEL3_CACHE_SIZE) / std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L);
+  return std::clamp(share, kLongBytes, int64_t(12) << 20);
+#else
+  return kLongBytes;
+#endif
+}
 
 // Cuts the blocks of a sample into groups that take about the same time: with a causal mask a row takes as long as it
 // sees keys.
@@ -76,18 +89,20 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   const int64_t most_heads = std::max(p.heads, p.heads_out);
   const int64_t element_bytes = (backward ? 2 : 1) * most_heads * int64_t(sizeof(float));
   const int64_t row_bytes = element_bytes * plan.ld_keys;
-  const int64_t fewest = (backward ? 3 : 2) * tile, most = 8 * tile;
-  plan.block_rows = std::clamp(wanted_bytes / row_bytes, fewest, most);
+  const int64_t fewest = 2 * tile, most = 8 * tile;
+  const int64_t tall = std::clamp(kLongBytes / row_bytes, fewest, 4 * tile);
+  plan.block_rows = std::clamp(wanted_bytes / row_bytes, tall, most);
   plan.block_keys = p.seqlen_k;
-  if (plan.block_rows * row_bytes > kWholeBytes) {
-    plan.block_rows = most;
-    plan.block_keys = std::max<int64_t>(wanted_bytes / (most * element_bytes) / 96, 1) * 96;
+  if (tall * row_bytes > whole_bytes()) {
+    plan.block_rows = 4 * tile;
+    plan.block_keys = kStretchOfKeys;
   }
   plan.ld_block = spread(round_up(plan.block_keys, kernels.lanes));
   const int64_t vectors = ceil_div(plan.block_keys, kernels.lanes);
   const int64_t tile_vectors = std::max<int64_t>(kTileBytes / (most_heads * kernels.lanes * int64_t(sizeof(float))), 1);
   plan.tile_keys = ceil_div(vectors, ceil_div(vectors, tile_vectors)) * kernels.lanes;
-  plan.block_rows = std::clamp(ceil_div(p.batch * p.seqlen, kFewestBlocks), fewest, plan.block_rows);
+  const int64_t enough = ceil_div(p.batch * p.seqlen, kFewestBlocks), low = (backward ? 3 : 2) * tile;
+  plan.block_rows = std::clamp(enough, std::min(low, plan.block_rows), plan.block_rows);
   plan.blocks = ceil_div(p.seqlen, plan.block_rows);
   plan.block_rows = round_up(ceil_div(p.seqlen, plan.blocks), tile);
   plan.blocks = ceil_div(p.seqlen, plan.block_rows);
@@ -102,18 +117,24 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   const bool sums_mask = backward && p.mask.grad && !grad_mask_in_place(p);
   // Threads that would wait while others take their last sample are an eighth of all at most.
   plan.alone = !sums_mask && 8 * ceil_div(p.batch, threads) * threads <= 9 * p.batch;
-  plan.groups = plan.slots = 1;
-  if (sums_mask) {
-    plan.groups = plan.slots = std::clamp(kGroupBytes / grad_bytes, int64_t(1), std::min(plan.blocks, kMostGroups));
+  plan.groups = 1;
+  if (backward) {
+    // What sums the gradient of a mask over samples takes these one after the other.
+    const int64_t wanted = ceil_div(kFewestGroups, sums_mask && p.mask.sizes[0] < p.batch ? 1 : p.batch);
+    plan.groups = std::clamp(std::min(wanted, kGroupBytes / grad_bytes), int64_t(1), plan.blocks);
     cut_groups(p, plan);
-  } else if (backward && !plan.alone) {
-    plan.groups = plan.blocks;
-    plan.slots = std::clamp(kGroupBytes / grad_bytes, int64_t(2), kUnitsPerThread * threads + 1);
-    plan.slots = std::min(plan.slots, plan.blocks);
+    int64_t largest = 0;
+    for (int64_t g = 0; g < plan.groups; g++)
+      largest = std::max(largest, plan.group_ends[g] - (g > 0 ? plan.group_ends[g - 1] : 0));
+    // Besides the blocks of a group, the sum of the groups before it.
+    const int64_t affordable = kGroupBytes / grad_bytes, least = std::min(largest + 1, plan.blocks);
+    plan.by_block = !sums_mask && !plan.alone && p.batch * plan.groups < 2 * threads && least <= affordable;
+    plan.slots = plan.by_block ? std::min(plan.blocks, affordable) : plan.alone ? std::min<int64_t>(plan.groups, 2) : plan.groups;
   }
   const int64_t sample_bytes = (backward ? 2 : 1) * packed_bytes + plan.slots * grad_bytes;
-  const int64_t wanted = std::max(kWaveBytes / sample_bytes, ceil_div(kUnitsPerThread * threads, plan.blocks));
-  plan.wave = plan.alone ? 1 : std::clamp<int64_t>(std::min(wanted, kGroupBytes / sample_bytes), 1, p.batch);
+  const int64_t units = !backward || plan.by_block ? plan.blocks : plan.groups;
+  const int64_t enough_samples = std::max(kWaveBytes / sample_bytes, ceil_div(kUnitsPerThread * threads, units));
+  plan.wave = plan.alone ? 1 : std::clamp<int64_t>(std::min(enough_samples, kGroupBytes / sample_bytes), 1, p.batch);
   plan.parts = plan.wave;
   if (sums_mask && p.mask.sizes[0] < p.batch) {
     const int64_t affordable = kGroupBytes / (int64_t(sizeof(double)) * elements_of_mask(p));
@@ -313,8 +334,11 @@ class Run {
           kernels_.forward(job, unit, scratch_of(thread));
         });
       for (job.first_group = 0; job.first_group < plan.groups; job.first_group = job.end_group) {
-        job.end_group = std::min(job.first_group + plan.slots - (job.first_group > 0), plan.groups);
-        parallel_for(threads_of_wave, parts * (job.end_group - job.first_group),
+        // As many groups as there are slots for, one at least.
+        for (job.end_group = job.first_group + 1;
+             job.end_group < plan.groups && job.slot(job.units_until(job.end_group + 1)) <= plan.slots;)
+          job.end_group++;
+        parallel_for(threads_of_wave, parts * job.units(),
                      [&](int thread, int64_t unit) { kernels_.backward(job, unit, scratch_of(thread)); });
         parallel_for(threads_of_wave, stretches, [&](int, int64_t unit) { kernels_.reduce(job, unit); });
       }

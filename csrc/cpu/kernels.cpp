@@ -930,46 +930,49 @@ void finish(const Job& job, int64_t index) {
   }
 }
 
-// The blocks of a group.
-struct Group {
-  int64_t first, end;
-
-  Group(const Plan& plan, int64_t group) {
-    const bool own = plan.groups == plan.blocks;
-    first = group == 0 ? 0 : own ? group : plan.group_ends[group - 1];
-    end = plan.groups == 1 ? plan.blocks : own ? group + 1 : plan.group_ends[group];
-  }
-};
-
-// The keys, to whole vectors, to which a group has gradients: with a causal mask it sees none behind its last query.
-int64_t end_of_columns(const Job& job, int64_t group) {
-  const int64_t end_row = smaller(Group(job.plan, group).end * job.plan.block_rows, job.problem.seqlen);
+// The keys, to whole vectors, to which blocks up to end have gradients: with a causal mask a query sees none behind it.
+int64_t end_of_columns(const Job& job, int64_t end_block) {
+  const int64_t end_row = smaller(end_block * job.plan.block_rows, job.problem.seqlen);
   return job.problem.mask.causal ? smaller(round_up(end_row, kColumns), job.plan.keys) : job.plan.keys;
 }
+
+// What a thread does of the backward pass of some samples: the blocks of a group, or one of them.
+struct BackwardUnit {
+  int64_t part, number, group, first, end;
+
+  BackwardUnit(const Job& job, int64_t index) : part(index / job.units()), number(index % job.units()) {
+    group = job.first_group;
+    first = job.first_block(group) + number, end = first + 1;
+    if (job.plan.by_block) {
+      while (job.end_block(group) <= first) group++;
+    } else {
+      group += number;
+      first = job.first_block(group), end = job.end_block(group);
+    }
+  }
+};
 
 template <class E>
 void backward(const Job& job, int64_t index, char* memory) {
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
-  const int64_t at_work = job.end_group - job.first_group, part = index / at_work,
-                number = job.first_group + index % at_work;
-  const Group group(plan, number);
+  const BackwardUnit unit(job, index);
   Scratch<E> scratch(job, true, memory);
   const int64_t products = (p.heads + 1) * p.heads_out, score_products = job.mixing.of_scores ? p.heads * p.heads : 0;
   std::memset(scratch.products, 0, products * sizeof(Vec));
   std::memset(scratch.norm_sums, 0, 2 * p.heads_out * sizeof(Vec));
   std::memset(scratch.score_products, 0, score_products * sizeof(Vec));
   const int64_t column = p.head_dim * plan.ld_keys;
-  for (int64_t sample = part; sample < job.samples; sample += plan.parts) {
-    const int64_t at = (sample * plan.slots + job.slot(number)) * column;
+  for (int64_t sample = unit.part; sample < job.samples; sample += plan.parts) {
+    const int64_t at = (sample * plan.slots + job.slot(unit.number)) * column;
     float *grad_key = job.work.grad_key + at * p.heads, *grad_value = job.work.grad_value + at * p.heads_out;
-    for (int64_t b = group.first; b < group.end; b++) {
+    for (int64_t b = unit.first; b < unit.end; b++) {
       const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
       double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
       Block<E> block(job, scratch, job.first + sample, row, rows);
       block.load_queries(true);
-      block.set_grad_mask(part, number);
+      block.set_grad_mask(unit.part, unit.group);
       const bool whole = whole_rows(job, block);
       for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
         for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
@@ -985,11 +988,11 @@ void backward(const Job& job, int64_t index, char* memory) {
             }
           }
           if (sweep == 0) continue;
-          block.add_grad_columns(grad_key, grad_value, b == group.first);
+          block.add_grad_columns(grad_key, grad_value, b == unit.first);
           block.multiply_keys();
         }
       }
-      if (b == group.first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, number));
+      if (b == unit.first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, unit.end));
       block.store_outs(p.grad_query, p.heads);
     }
   }
@@ -1088,7 +1091,39 @@ void pack(const Job& job, int64_t index, bool backward) {
   }
 }
 
-// Sums the groups' gradients of keys and values, in their order, and stores them: in slot 0 where more groups follow.
+// Which slots are summed for some keys: those of a group first, then the groups.
+struct Slots {
+  int64_t groups = 0, begin[kMostGroups + 1], end[kMostGroups + 1];
+
+  Slots(const Job& job, int64_t key) {
+    if (job.first_group > 0) add(0, 1);
+    int64_t unit = 0;
+    for (int64_t group = job.first_group; group < job.end_group; group++) {
+      const int64_t end = unit + (job.plan.by_block ? job.end_block(group) - job.first_block(group) : 1);
+      // The first ones may not reach the keys.
+      while (unit < end && end_of_columns(job, job.plan.by_block ? job.first_block(job.first_group) + unit + 1
+                                                                 : job.end_block(group)) <= key)
+        unit++;
+      if (unit < end) add(job.slot(unit), job.slot(end));
+      unit = end;
+    }
+  }
+
+  Vec sum(const float* from, int64_t size) const {
+    Vec total{};
+    for (int64_t group = 0; group < groups; group++) {
+      Vec part = load(from + begin[group] * size);
+      for (int64_t slot = begin[group] + 1; slot < end[group]; slot++) part += load(from + slot * size);
+      total = group == 0 ? part : total + part;
+    }
+    return total;
+  }
+
+ private:
+  void add(int64_t first, int64_t last) { begin[groups] = first, end[groups++] = last; }
+};
+
+// Sums the units' gradients of keys and values and stores them: in slot 0 where more groups follow.
 void reduce(const Job& job, int64_t index) {
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
@@ -1100,25 +1135,18 @@ void reduce(const Job& job, int64_t index) {
   float* sources[] = {job.work.grad_key, job.work.grad_value};
   const Tensor targets[] = {p.grad_key, p.grad_value};
   for (int64_t key = stretch.first; key < smaller(stretch.end, p.seqlen_k); key += kColumns) {
-    int64_t first = job.first_group;  // of the groups that reach the key
-    while (first < job.end_group && end_of_columns(job, first) <= key) first++;
-    const bool follows = job.first_group > 0;
-    const int64_t begin = follows ? 0 : job.slot(first), next = job.slot(follows ? first : first + 1),
-                  end = job.slot(job.end_group);
+    const Slots slots(job, key);
     for (int which = 0; which < 2; which++)
       for (int64_t h = 0; h < heads[which]; h++) {
-        const int64_t size = heads[which] * p.head_dim * plan.ld_keys;
+        const int64_t size = heads[which] * p.head_dim * plan.ld_keys, sample = job.first + stretch.sample;
         float* source = sources[which] + stretch.sample * plan.slots * size + h * p.head_dim * plan.ld_keys + key;
         for (int64_t d = 0; d < p.head_dim; d++)
           for (int64_t i = 0; i < kColumns; i += kLanes) {
             float* from = source + d * plan.ld_keys + i;
-            Vec total = begin < end ? load(from + begin * size) : Vec{};
-            for (int64_t slot = next; slot < end; slot++) total += load(from + slot * size);
-            store(more ? from : sums + d * kColumns + i, total);
+            store(more ? from : sums + d * kColumns + i, slots.sum(from, size));
           }
         if (more) continue;
         transpose(sums, kColumns, padded, kColumns, rows, padded);
-        const int64_t sample = job.first + stretch.sample;
         for (int64_t i = 0; i < smaller(kColumns, p.seqlen_k - key); i++) {
           if (h + 1 < heads[which]) prefetch_row<true>(targets[which], p.dtype, sample, h + 1, key + i, p.head_dim);
           store_row(p.dtype, row_of(targets[which], p.dtype, sample, h, key + i), targets[which].dim, p.head_dim,

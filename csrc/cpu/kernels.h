@@ -58,9 +58,9 @@ struct Mixing {
 constexpr int64_t kMostGroups = 8;
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
-// cache. What is summed, and in which order, depends on the problem and the instruction set alone, never on the number
-// of threads: the blocks of a sample are summed one after the other, whether one thread does so in place or several
-// leave what theirs add side by side.
+// cache. What is summed, and in which order, depends on the problem and the machine alone, never on the number of
+// threads: of gradients of keys and values, the blocks of a group are summed one after the other, then the groups,
+// whether one thread does so or several leave what theirs add side by side.
 struct Plan {
   int64_t keys;         // seqlen_k in whole vectors, and in whole groups where products sum over them
   int64_t packed_keys;  // seqlen_k in whole panels
@@ -73,14 +73,14 @@ struct Plan {
   int64_t ld_block;     // row length of a block's maps
   int64_t ld_head;      // from a block's maps of one head to those of the next
   int64_t tile_keys;    // keys mixed at a time: their maps of all heads stay in the L1 cache
-  bool alone;           // a thread takes whole samples: packs, computes and reduces them
-  int64_t wave;         // else: samples whose keys and values are packed at a time
-  // In the backward pass:
-  int64_t groups;  // parts of a sample's blocks that sum the gradients of key and value in place: 1, or one for each
-                   // block; kMostGroups at most where they sum the gradient of a mask as well
-  int64_t group_ends[kMostGroups];  // in that case, their blocks up to here
-  int64_t slots;                    // sums of groups that are kept at a time
-  int64_t parts;                    // parts of a wave whose samples a thread takes one after the other
+  int64_t groups;       // of a sample's blocks, in the backward pass
+  int64_t group_ends[kMostGroups];  // their blocks, up to here
+  // What threads do:
+  bool alone;     // each takes whole samples: packs, computes and reduces them
+  int64_t wave;   // else: samples whose keys and values are packed at a time
+  bool by_block;  // in the backward pass a unit is a block, and not a group
+  int64_t slots;  // gradients of keys and values, each of a unit, that are kept at a time for each sample
+  int64_t parts;  // parts of a wave whose samples a thread takes one after the other
 };
 
 // Memory of one call, and of each thread.
@@ -108,7 +108,15 @@ struct Job {
   int64_t first_group, end_group;
   int64_t partial_size;  // of a block's sums
 
-  int64_t slot(int64_t group) const { return group - first_group + (first_group > 0); }
+  // The blocks of a group.
+  int64_t first_block(int64_t group) const { return group > 0 ? plan.group_ends[group - 1] : 0; }
+  int64_t end_block(int64_t group) const { return plan.group_ends[group]; }
+  // Units at work for each sample, and the slot of one of them.
+  int64_t units() const { return units_until(end_group); }
+  int64_t units_until(int64_t end) const {
+    return plan.by_block ? end_block(end - 1) - first_block(first_group) : end - first_group;
+  }
+  int64_t slot(int64_t unit) const { return unit + (first_group > 0); }
 };
 
 // The kernels for one instruction set and dtype of the products. A unit is what one thread does at a time.
@@ -125,7 +133,7 @@ struct Kernels {
   void (*sum_values)(const Job&, int64_t unit);               // batch * heads_out * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
   void (*grad_sums)(const Job&, int64_t unit);                // batch * heads_out
-  void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * groups at work
+  void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * units of a sample at work
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };
 
