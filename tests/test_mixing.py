@@ -309,7 +309,7 @@ def test_random_problems(backend, seed, monkeypatch):
     draw = random.Random(seed)
     problem, made_of = random_problem(draw, backend)
     if backend == "cpu":  # last, so that the problems are the same on every machine
-        monkeypatch.setenv("REATTN_CPU_ISA", draw.choice([name for name, runs in cpu.INSTRUCTION_SETS if runs]))
+        monkeypatch.setenv("REATTN_CPU_ISA", draw.choice([name for name, runs, _ in cpu.INSTRUCTION_SETS if runs]))
     print(made_of)
     assert_parity(problem, backend)
 

@@ -194,23 +194,23 @@ struct BFloat16Tiles : BFloat16Operands<32> {
   static void add_transposed(int64_t dim, int64_t columns, int64_t rows, const uint16_t*, int64_t,
                              const uint16_t* transposed, const float* maps, int64_t ld_maps, uint16_t* paired, float* c,
                              int64_t ldc, bool first) {
-    const int64_t depth = round_up(rows, kGroup), whole = dim / kTile * kTile;
+    const int64_t depth = round_up(rows, kGroup);
     pair_rows(maps, ld_maps, rows, columns, paired);
-    if (first)
-      product<Start::kZero>(whole, columns, depth, transposed, depth, paired, ld_maps, c, ldc);
-    else
-      product<Start::kAccumulate>(whole, columns, depth, transposed, depth, paired, ld_maps, c, ldc);
-    // The rows below the last whole tile are another head's.
-    float rest[kTile * kTile];
-    for (int64_t column = 0; whole < dim && column < columns; column += kTile) {
-      product<Start::kZero>(kTile, kTile, depth, transposed + whole * depth, depth, paired + 2 * column, ld_maps, rest,
-                            kTile);
-      for (int64_t d = whole; d < dim; d++) {
-        float* to = c + d * ldc + column;
-        const Vec sum = load(rest + (d - whole) * kTile);
-        reattn::REATTN_ISA::store(to, first ? sum : sum + load(to));
+    // By way of a buffer: what these rows add is a sum of its own, whether it is added here or elsewhere, and the rows
+    // below the last whole tile are another head's.
+    float sums[2 * kTile * 2 * kTile];
+    for (int64_t row = 0; row < dim; row += 2 * kTile)
+      for (int64_t column = 0; column < columns; column += 2 * kTile) {
+        const int64_t height = smaller(2 * kTile, dim - row), width = smaller(2 * kTile, columns - column);
+        product<Start::kZero>(height, width, depth, transposed + row * depth, depth, paired + 2 * column, ld_maps, sums,
+                              2 * kTile);
+        for (int64_t d = 0; d < height; d++)
+          for (int64_t i = 0; i < width; i += kTile) {
+            float* to = c + (row + d) * ldc + column + i;
+            const Vec sum = load(sums + d * 2 * kTile + i);
+            reattn::REATTN_ISA::store(to, first ? sum : sum + load(to));
+          }
       }
-    }
   }
 };
 

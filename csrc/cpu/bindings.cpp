@@ -66,11 +66,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "instruction_sets",
       [] {
-        std::vector<std::tuple<std::string, bool>> sets;
-        for (const InstructionSet& set : instruction_sets()) sets.emplace_back(set.name, set.runs_here);
+        std::vector<std::tuple<std::string, bool, bool>> sets;
+        for (const InstructionSet& set : instruction_sets()) sets.emplace_back(set.name, set.runs_here, set.pays);
         return sets;
       },
-      "(name, whether this CPU runs it) of each that was built, the best last.");
+      "(name, whether this CPU runs it, whether it is taken unless named) of each that was built, the best last.");
   m.def("use_openmp_of", &use_openmp_of, "Takes threads from the OpenMP runtime of a loaded library; whether it can.");
   m.def("uses_openmp", &uses_openmp);
   m.def("empty_cache", &empty_cache, "Frees the memory that calls leave for each other.");

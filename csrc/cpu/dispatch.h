@@ -13,6 +13,7 @@ struct InstructionSet {
   const Kernels* float32;   // for tensors of any dtype
   const Kernels* bfloat16;  // products in bfloat16; null where the instruction set has none
   bool runs_here;
+  bool pays = true;  // taken unless another is named
 };
 
 // Every one that was built, from the plainest to the best.

@@ -406,20 +406,6 @@ class Run {
   std::vector<double> partial_, grad_masks_;
 };
 
-// Sums by head over work on parts of the batch: sums[which * heads + head].
-void sum_by_head(const Call& call, int64_t numbers, void (*work)(const Job&, int64_t), double* sums) {
-  const Problem& p = call.problem;
-  Job job{};
-  job.problem = p, job.partial_size = numbers;
-  const int64_t heads = p.heads_out;
-  std::vector<double> partial(size_t(p.batch * heads * numbers));
-  job.work.partial = partial.data();
-  parallel_for(call.threads, p.batch * heads, [&](int, int64_t unit) { work(job, unit); });
-  std::fill_n(sums, numbers * heads, 0.0);
-  for (int64_t unit = 0; unit < p.batch * heads; unit++)
-    for (int64_t i = 0; i < numbers; i++) sums[i * heads + unit % heads] += partial[size_t(unit * numbers + i)];
-}
-
 }  // namespace
 
 void run_forward(const Call& call) {
@@ -468,7 +454,16 @@ void run_finish(const Call& call) {
                [&](int, int64_t unit) { call.kernels->finish(job, unit); });
 }
 
-void run_grad_sums(const Call& call) { sum_by_head(call, 2, call.kernels->grad_sums, call.parameters.grad_sums); }
+void run_grad_sums(const Call& call) {
+  const Problem& p = call.problem;
+  const int64_t units = p.batch * ceil_div(p.seqlen, call.kernels->stretch), numbers = 2 * p.heads_out;
+  std::vector<double> partial(size_t(units * numbers));
+  Job job{};
+  job.problem = p, job.partial_size = numbers, job.work.partial = partial.data();
+  parallel_for(call.threads, units, [&](int, int64_t unit) { call.kernels->grad_sums(job, unit); });
+  std::fill_n(call.parameters.grad_sums, numbers, 0.0);
+  for (size_t i = 0; i < partial.size(); i++) call.parameters.grad_sums[i % size_t(numbers)] += partial[i];
+}
 
 void run_backward(const Call& call) {
   const Problem& p = call.problem;

@@ -909,25 +909,35 @@ void sum_values(const Job& job, int64_t index) {
                 size_t(p.head_dim) * sizeof(float));
 }
 
-// out = slope out + level value_sum, for some rows of one sample and all heads.
+// Some rows of one sample, of all heads.
+struct Rows {
+  int64_t sample, first, end;
+
+  Rows(const Problem& p, int64_t index) {
+    const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch;
+    sample = index / stretches;
+    first = index % stretches * kStretch;
+    end = smaller(first + kStretch, p.seqlen);
+  }
+};
+
+// out = slope out + level value_sum.
 void finish(const Job& job, int64_t index) {
   const Problem& p = job.problem;
-  const int64_t stretches = (p.seqlen + kStretch - 1) / kStretch, sample = index / stretches,
-                first = index % stretches * kStretch, padded = round_up(p.head_dim, kLanes);
-  float level[128 + kLanes] = {}, row[128 + kLanes];
-  for (int64_t g = 0; g < p.heads_out; g++) {
-    const float slope = job.mixing.slope[g];
-    for (int64_t r = first; r < smaller(first + kStretch, p.seqlen); r++) {
-      if (r == first || p.value_rows > 1) {
-        const float* sums = value_sum(p, sample, g, r);
-        for (int64_t d = 0; d < p.head_dim; d++) level[d] = job.mixing.level[g] * sums[d];
-      }
-      char* out = row_of(p.out, p.dtype, sample, g, r);
+  const Rows rows(p, index);
+  const int64_t padded = round_up(p.head_dim, kLanes);
+  float row[128 + kLanes];
+  for (int64_t r = rows.first; r < rows.end; r++)
+    for (int64_t g = 0; g < p.heads_out; g++) {
+      if (r + kAhead < rows.end) prefetch_row<true>(p.out, p.dtype, rows.sample, g, r + kAhead, p.head_dim);
+      const float *sums = value_sum(p, rows.sample, g, r), slope = job.mixing.slope[g], level = job.mixing.level[g];
+      char* out = row_of(p.out, p.dtype, rows.sample, g, r);
       load_row(p.dtype, out, p.out.dim, p.head_dim, row, padded);
-      for (int64_t d = 0; d < padded; d += kLanes) store(row + d, load(row + d) * slope + load(level + d));
+      int64_t d = 0;
+      for (; d + kLanes <= p.head_dim; d += kLanes) store(row + d, load(row + d) * slope + load(sums + d) * level);
+      for (; d < p.head_dim; d++) row[d] = row[d] * slope + sums[d] * level;
       store_row(p.dtype, out, p.out.dim, p.head_dim, row);
     }
-  }
 }
 
 // The keys, to whole vectors, to which blocks up to end have gradients: with a causal mask a query sees none behind it.
@@ -1080,10 +1090,15 @@ void pack(const Job& job, int64_t index, bool backward) {
     // None where the last stretch is padding alone.
     const int64_t end = smaller(stretch.end, p.seqlen_k);
     if (p.mask.any() && end > stretch.first) mask.load_terms(sample, h, 0, stretch.first, end - stretch.first, terms);
-    for (int64_t key = stretch.first; key < end; key++) {
+    // In float32 they are packed as they are, but for those that a mask may hide.
+    const bool packed = E::kGroup == 1 && !p.mask.any();
+    const float* rows = reinterpret_cast<const float*>(job.work.value_rows) +
+                        (stretch.sample * p.heads_out + h) * row_size + stretch.first * plan.ld_dim;
+    for (int64_t key = stretch.first; key < end; key++, rows += plan.ld_dim) {
       if (p.mask.any() && terms[key - stretch.first] == -kInfinity) continue;
-      load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);
-      for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+      if (!packed) load_row(p.dtype, row_of(p.value, p.dtype, sample, h, key), p.value.dim, p.head_dim, row, padded);
+      const float* from = packed ? rows : row;
+      for (int64_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) + load(from + d));
     }
     const int64_t stretches = (plan.keys + kStretch - 1) / kStretch;
     std::memcpy(job.work.value_sums + ((sample * stretches + stretch.first / kStretch) * p.heads_out + h) * p.head_dim,
@@ -1156,25 +1171,32 @@ void reduce(const Job& job, int64_t index) {
   }
 }
 
-// Sums of grad * out and of grad * value_sum, for one head of one sample.
+// Sums by head of grad * out and of grad * value_sum.
 void grad_sums(const Job& job, int64_t index) {
   const Problem& p = job.problem;
-  const int64_t sample = index / p.heads_out, head = index % p.heads_out, padded = round_up(p.head_dim, kLanes);
-  float grad[128 + kLanes], out[128 + kLanes], values[128 + kLanes] = {}, sums[2 * kLanes] = {};
+  const Rows rows(p, index);
+  const int64_t padded = round_up(p.head_dim, kLanes), heads = p.heads_out;
+  float grad[128 + kLanes], out[128 + kLanes], values[128 + kLanes] = {}, sums[2 * kMostHeads * kLanes] = {};
   double* partial = job.work.partial + index * job.partial_size;
-  for (int64_t r = 0; r < p.seqlen; r++) {
-    load_row(p.dtype, row_of(p.grad, p.dtype, sample, head, r), p.grad.dim, p.head_dim, grad, padded);
-    load_row(p.dtype, row_of(p.out, p.dtype, sample, head, r), p.out.dim, p.head_dim, out, padded);
-    if (r == 0 || p.value_rows > 1)
-      std::memcpy(values, value_sum(p, sample, head, r), size_t(p.head_dim) * sizeof(float));
-    Vec of_out{}, of_values{};
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      of_out += load(grad + d) * load(out + d);
-      of_values += load(grad + d) * load(values + d);
+  for (int64_t r = rows.first; r < rows.end; r++) {
+    for (int64_t g = 0; g < heads; g++) {
+      if (r + kAhead < rows.end) {
+        prefetch_row<false>(p.grad, p.dtype, rows.sample, g, r + kAhead, p.head_dim);
+        prefetch_row<false>(p.out, p.dtype, rows.sample, g, r + kAhead, p.head_dim);
+      }
+      load_row(p.dtype, row_of(p.grad, p.dtype, rows.sample, g, r), p.grad.dim, p.head_dim, grad, padded);
+      load_row(p.dtype, row_of(p.out, p.dtype, rows.sample, g, r), p.out.dim, p.head_dim, out, padded);
+      std::memcpy(values, value_sum(p, rows.sample, g, r), size_t(p.head_dim) * sizeof(float));
+      Vec of_out{}, of_values{};
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        of_out += load(grad + d) * load(out + d);
+        of_values += load(grad + d) * load(values + d);
+      }
+      float *to_out = sums + g * kLanes, *to_values = to_out + heads * kLanes;
+      store(to_out, load(to_out) + of_out);
+      store(to_values, load(to_values) + of_values);
     }
-    store(sums, load(sums) + of_out);
-    store(sums + kLanes, load(sums + kLanes) + of_values);
-    if (r % kFlushRows == kFlushRows - 1 || r == p.seqlen - 1) flush(sums, 2, partial);
+    if ((r - rows.first) % kFlushRows == kFlushRows - 1 || r == rows.end - 1) flush(sums, 2 * heads, partial);
   }
 }
 

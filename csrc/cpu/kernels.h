@@ -55,7 +55,7 @@ struct Mixing {
   float eps;
 };
 
-constexpr int64_t kMostGroups = 8;
+constexpr int64_t kMostGroups = 8, kMostHeads = 32;
 
 // How a problem is cut. A block is some query rows of all heads against a stretch of keys: its maps stay in the L2
 // cache. What is summed, and in which order, depends on the problem and the machine alone, never on the number of
@@ -132,7 +132,7 @@ struct Kernels {
   void (*forward)(const Job&, int64_t unit, char* scratch);   // samples * row blocks; sums by head: A, A^2, 1
   void (*sum_values)(const Job&, int64_t unit);               // batch * heads_out * stretches_of_queries
   void (*finish)(const Job&, int64_t unit);                   // batch * stretches of queries
-  void (*grad_sums)(const Job&, int64_t unit);                // batch * heads_out
+  void (*grad_sums)(const Job&, int64_t unit);                // batch * stretches of queries; sums by head
   void (*backward)(const Job&, int64_t unit, char* scratch);  // parts * units of a sample at work
   void (*reduce)(const Job&, int64_t unit);                   // samples * stretches of keys
 };

@@ -18,7 +18,7 @@ from reattn.problem import Problem
 try:
     import reattn._cpu as _cpu
 
-    # (name, whether this CPU runs it), the best last; here, where no graph is being traced.
+    # (name, whether this CPU runs it, whether it pays), the best last; here, where no graph is being traced.
     INSTRUCTION_SETS = _cpu.instruction_sets()
     _import_error = ""
 except ImportError as error:
@@ -48,7 +48,7 @@ def not_supported(problem: Problem) -> list[str]:
 
 
 def instruction_set() -> str:
-    """The one in use: the best that was built and this CPU runs, or the one that ``REATTN_CPU_ISA`` names.
+    """The one in use: the best that was built and this CPU runs well, or the one that ``REATTN_CPU_ISA`` names.
 
     Raises ``ValueError`` where that one is unknown, was not built, or does not run here.
     """
@@ -57,12 +57,17 @@ def instruction_set() -> str:
 
 def _choose_isa() -> int:
     """Position among the extension's instruction sets."""
-    forced = os.environ.get("REATTN_CPU_ISA") or None
-    candidates = [i for i, (name, runs) in enumerate(INSTRUCTION_SETS) if runs and forced in (None, name)]
-    if not candidates:
-        usable = [name for name, runs in INSTRUCTION_SETS if runs]
-        raise ValueError(f"REATTN_CPU_ISA must be one of {usable} on this machine, got {forced!r}")
-    return candidates[-1]
+    return _find_isa(os.environ.get("REATTN_CPU_ISA") or None)
+
+
+@functools.cache
+def _find_isa(forced: str | None) -> int:
+    usable = {name: i for i, (name, runs, _) in enumerate(INSTRUCTION_SETS) if runs}
+    if forced is None:
+        return max(i for i, (_, runs, pays) in enumerate(INSTRUCTION_SETS) if runs and pays)
+    if forced not in usable:
+        raise ValueError(f"REATTN_CPU_ISA must be one of {list(usable)} on this machine, got {forced!r}")
+    return usable[forced]
 
 
 def empty_cache() -> None:
