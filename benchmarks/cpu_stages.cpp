@@ -12,6 +12,7 @@
 
 #include "driver.h"
 #include "kernels.cpp"
+#include "parallel.h"
 
 using namespace reattn;
 using namespace reattn::REATTN_ISA;
@@ -203,6 +204,9 @@ Kernels timed(Kernels kernels) {
   return kernels;
 }
 
+// What threads that took the units as they came would take for all parallel regions, and what they would work of it.
+double elapsed, worked;
+
 void run(Call call, const char* direction, void (*work)(const Call&), double rate, int repetitions) {
   stages = {};
   for (int i = 0; i < repetitions; i++) {
@@ -210,9 +214,34 @@ void run(Call call, const char* direction, void (*work)(const Call&), double rat
     stages.end_repetition();
   }
   stages.print(direction, rate);
+  for (const int threads : {2, 8, 64}) {
+    call.threads = threads;
+    double best = 0, busy = 0;
+    for (int i = 0; i < repetitions; i++) {
+      elapsed = worked = 0;
+      work(call);
+      if (i > 0 && elapsed > best) continue;
+      best = elapsed, busy = worked / (threads * elapsed);
+    }
+    std::printf("  by %2d threads %31.2f%17.0f %% busy\n", threads, 1e3 * best, 100 * busy);
+  }
 }
 
 }  // namespace
+
+// In the place of parallel.cpp: one thread does all units, whose times tell what more would take.
+void reattn::parallel_for(int threads, int64_t units, const std::function<void(int, int64_t)>& work) {
+  std::vector<double> ends(size_t(std::max(threads, 1)), 0.0);
+  for (int64_t unit = 0; unit < units; unit++) {
+    const auto next = std::min_element(ends.begin(), ends.end());
+    const double start = seconds();
+    work(int(next - ends.begin()), unit);
+    *next += seconds() - start;
+  }
+  if (threads == 1) return;  // a region within one, or a run by one thread
+  elapsed += *std::max_element(ends.begin(), ends.end());
+  for (const double end : ends) worked += end;
+}
 
 // Arguments: dtype, norm, batch, heads, seqlen, head_dim, repetitions.
 int main(int count, char** arguments) {

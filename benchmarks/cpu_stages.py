@@ -1,7 +1,8 @@
-"""``python3 -m benchmarks.cpu_stages``: where the time of the CPU kernels goes, stage by stage, against the peak.
+"""``python3 -m benchmarks.cpu_stages``: where the time of the CPU kernels goes, stage by stage, against the peak; and,
+from the times of the units of work, what more threads would take, memory apart, and how busy they would be.
 
-Compiles ``cpu_stages.cpp`` with the kernels of the instruction set in use, for one thread, and prints the table. Needs
-g++ or clang++ (``CXX``) and the built extension, which tells the instruction set.
+Compiles ``cpu_stages.cpp`` with the kernels of the instruction set in use and prints the tables. Needs g++ or clang++
+(``CXX``) and the built extension, which tells the instruction set.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def compile_program(isa: str, target: pathlib.Path) -> None:
     from build_extensions import CPU_FLAGS, X86_FLAGS
 
     flags = ["-O3", *CPU_FLAGS.split(), *X86_FLAGS.get(isa, "").split(), f"-DREATTN_ISA={isa}", f"-I{ROOT}/csrc/cpu"]
-    sources = [ROOT / "benchmarks" / "cpu_stages.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "parallel"))]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, *map(str, sources), "-ldl", "-o", str(target)], check=True)
+    sources = [ROOT / "benchmarks" / "cpu_stages.cpp", ROOT / "csrc" / "cpu" / "driver.cpp"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *map(str, sources), "-o", str(target)], check=True)
 
 
 def main() -> None:

@@ -128,8 +128,9 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
       largest = std::max(largest, plan.group_ends[g] - (g > 0 ? plan.group_ends[g - 1] : 0));
     // Besides the blocks of a group, the sum of the groups before it.
     const int64_t affordable = kGroupBytes / grad_bytes, least = std::min(largest + 1, plan.blocks);
-    plan.by_block = !sums_mask && !plan.alone && p.batch * plan.groups < 2 * threads && least <= affordable;
-    plan.slots = plan.by_block ? std::min(plan.blocks, affordable) : plan.alone ? std::min<int64_t>(plan.groups, 2) : plan.groups;
+    plan.by_block = !sums_mask && !plan.alone && p.batch * plan.groups < threads && least <= affordable;
+    plan.slots = plan.alone ? std::min<int64_t>(plan.groups, 2) : plan.groups;
+    if (plan.by_block) plan.slots = std::min({plan.blocks, affordable, std::max(least, 2 * threads)});
   }
   const int64_t sample_bytes = (backward ? 2 : 1) * packed_bytes + plan.slots * grad_bytes;
   const int64_t units = !backward || plan.by_block ? plan.blocks : plan.groups;
