@@ -25,7 +25,8 @@ double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-// Operations a second of independent multiply-adds out of registers, as A's products do them: the best of several tries.
+// Operations a second of independent multiply-adds out of registers, as A's products do them: the best of several
+// tries.
 template <class A>
 double peak(double terms) {
   double best = 0;
@@ -266,8 +267,8 @@ int main(int count, char** arguments) {
   std::printf("%ldx%ldx%ldx%ld %s, %s norm, one thread; multiply-adds out of registers: %.1f GFLOP/s\n", long(batch),
               long(heads), long(seqlen), long(dim), dtype.c_str(), norm.c_str(), 1e-9 * rate);
 
-  std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim),
-                     theta = random_values(heads * heads), vector(size_t(heads), 1.0f);
+  std::vector<float> projection = random_values(batch * seqlen * 4 * heads * dim), theta = random_values(heads * heads),
+                     vector(size_t(heads), 1.0f);
   if (half)
     for (size_t i = 0; i < projection.size(); i += kLanes)
       store_as(reinterpret_cast<uint16_t*>(projection.data()) + i, to_bfloat16(load(projection.data() + i)));

@@ -331,9 +331,8 @@ class Run {
       const auto scratch_of = [&](int thread) { return first_scratch + thread * scratch; };
       parallel_for(threads_of_wave, stretches, [&](int, int64_t unit) { kernels_.pack(job, unit, backward_); });
       if (!backward_)
-        return parallel_for(threads_of_wave, job.samples * plan.blocks, [&](int thread, int64_t unit) {
-          kernels_.forward(job, unit, scratch_of(thread));
-        });
+        return parallel_for(threads_of_wave, job.samples * plan.blocks,
+                            [&](int thread, int64_t unit) { kernels_.forward(job, unit, scratch_of(thread)); });
       for (job.first_group = 0; job.first_group < plan.groups; job.first_group = job.end_group) {
         // As many groups as there are slots for, one at least.
         for (job.end_group = job.first_group + 1;

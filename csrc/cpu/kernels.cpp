@@ -215,7 +215,8 @@ class Block {
     }
   }
 
-  // A row's softmax maps, from its scores; not yet divided by their sums, which are in row_sums, unless the LSE is known.
+  // A row's softmax maps, from its scores; not yet divided by their sums, which are in row_sums, unless the LSE is
+  // known.
   void softmax(int64_t r, bool lse_known, bool keep_undropped) {
     if (by_row_) load_terms(r);
     mix_scores(r);
@@ -341,8 +342,8 @@ class Block {
       const bool last = v + vecs == span_.vecs;
       if (m_.gamma) {
         mix_tile(r, key, vecs, m_.weight, false);
-        // Beyond the keys: for batch norm nothing, that is not summed; for layer norm ones, since without eps the norm of
-        // zeros would be NaN.
+        // Beyond the keys: for batch norm nothing, that is not summed; for layer norm ones, since without eps the norm
+        // of zeros would be NaN.
         for (int64_t g = 0; g < heads_out_ && last; g++) {
           float* end = row(s_.maps, g, r) + key + (vecs - 1) * kLanes;
           put(end, span_.tail ? vec(end) : broadcast(m_.over_heads ? 1.0f : 0.0f));
@@ -472,8 +473,8 @@ class Block {
     for (int64_t h = 1; h < heads_ && ld_terms_ > 0; h++) any |= is_visible(vec(terms(h) + key));
     return any;
   }
-  // The LSE of a row whose exponentials, less shifts, sum up to sums. -infinity if the query sees no key; NaN if of those
-  // that it sees none has a finite score.
+  // The LSE of a row whose exponentials, less shifts, sum up to sums. -infinity if the query sees no key; NaN if of
+  // those that it sees none has a finite score.
   void store_row_of_lse(int64_t r, const float* shifts, const float* sums) {
     for (int64_t first = 0; first < heads_; first += kLanes) {
       const Vec all = vec(shifts + first) + log2(vec(sums + first));
@@ -599,7 +600,8 @@ class Block {
     if constexpr (E::kGroup > 1) {
       Operand* maps = operands(s_.maps, r) + key;
       for (int64_t g = 0; g < heads_out_; g++)
-        for (int64_t i = 0; i < vecs * kLanes; i += kLanes) E::store(maps + g * operand_stride() + i, vec(mixed + g * ld + i));
+        for (int64_t i = 0; i < vecs * kLanes; i += kLanes)
+          E::store(maps + g * operand_stride() + i, vec(mixed + g * ld + i));
     }
   }
 
@@ -657,8 +659,8 @@ class Block {
     }
   }
 
-  // From mixed maps to the normalised ones, with store, and from the gradients of these to those of the mixed ones, both
-  // in place; with sum, sums for the parameters.
+  // From mixed maps to the normalised ones, with store, and from the gradients of these to those of the mixed ones,
+  // both in place; with sum, sums for the parameters.
   template <bool kMasked>
   void norm_backward(int64_t r, int64_t key, int64_t vecs, bool sum, bool store) {
     if (!m_.over_heads) return scale_backward<kMasked>(r, key, vecs, sum, store);
@@ -667,8 +669,8 @@ class Block {
     if (at < key + vecs * kLanes) normalise_backward<kMasked, 1>(r, at, sum, store);
   }
 
-  // Layer norm, kVecs vectors of keys at once so that none waits for the other's sums over heads. What all heads share is
-  // taken away: weight sums to zero over them.
+  // Layer norm, kVecs vectors of keys at once so that none waits for the other's sums over heads. What all heads share
+  // is taken away: weight sums to zero over them.
   template <bool kMasked, int kVecs>
   void normalise_backward(int64_t r, int64_t at, bool sum, bool store) {
     const int64_t ld = plan_.ld_head, maps_stride = operand_stride(), heads = heads_out_, ld_terms = ld_terms_;
@@ -712,7 +714,8 @@ class Block {
     }
   }
 
-  // Batch norm left an affine map of every head: A has unit variance, and the statistics' part in its gradient is known.
+  // Batch norm left an affine map of every head: A has unit variance, and the statistics' part in its gradient is
+  // known.
   template <bool kMasked>
   void scale_backward(int64_t r, int64_t key, int64_t vecs, bool sum, bool store) {
     const bool statistics = m_.common;

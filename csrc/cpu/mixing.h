@@ -59,12 +59,12 @@ __attribute__((noinline)) void mix_heads(const Weights& w, const float* maps, in
   if (at < size) mix_vectors<kHeads, 1, kOrder>(weights, maps, ld, at, copy);
 }
 
-// Hands the products for so many heads, [heads, size], to finish(at, sums), some vectors from at on; maps are [depth, ld].
-// False, and nothing is done, if heads are more than registers hold.
+// Hands the products for so many heads, [heads, size], to finish(at, sums), some vectors from at on; maps are [depth,
+// ld]. False, and nothing is done, if heads are more than registers hold.
 template <Order kOrder, class Finish>
 bool mix(int64_t heads, const Weights& w, const float* maps, int64_t ld, int64_t size, const Finish& finish) {
-#define REATTN_CASE(M)                                                                                 \
-  case M:                                                                                              \
+#define REATTN_CASE(M)                                                                                \
+  case M:                                                                                             \
     if constexpr (mixed_vectors(M) > 0) return mix_heads<M, kOrder>(w, maps, ld, size, finish), true; \
     break;
   switch (heads) {

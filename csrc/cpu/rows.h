@@ -16,8 +16,8 @@ inline char* row_of(const Tensor& t, Dtype dtype, int64_t sample, int64_t head, 
   return static_cast<char*>(t.data) + (sample * t.batch + head * t.head + row * t.row) * int64_t(bytes(dtype));
 }
 
-// Has the lines of a row of one head on their way when they are wanted. Rows lie far apart, so that the CPU does not see
-// it coming; a head's neighbour is a good guess of what comes next even where it lies elsewhere.
+// Has the lines of a row of one head on their way when they are wanted. Rows lie far apart, so that the CPU does not
+// see it coming; a head's neighbour is a good guess of what comes next even where it lies elsewhere.
 template <bool kWrite>
 inline void prefetch_row(const Tensor& t, Dtype dtype, int64_t sample, int64_t head, int64_t row, int64_t size) {
   const char* from = row_of(t, dtype, sample, head, row);

@@ -144,8 +144,9 @@ class Scores {
     return scale_ >= 0 ? extreme<true>(products, span) * scale_ : extreme<false>(products, span) * scale_;
   }
 
-  // probs = 2^(products * scale - shift), zero in the padding; returns their sum. The product is rounded before shift is
-  // taken away, as it was when shift was made of it: the largest of scores in the millions shall have the exponent zero.
+  // probs = 2^(products * scale - shift), zero in the padding; returns their sum. The product is rounded before shift
+  // is taken away, as it was when shift was made of it: the largest of scores in the millions shall have the exponent
+  // zero.
   float exponentiate(const float* products, float* probs, Span span, float shift) const {
     const float scale = scale_;
     const auto at = [=](int64_t i) { return exp2(rounded(load(products + i * kLanes) * scale) - shift); };

@@ -148,7 +148,8 @@ inline Vec exp2(Vec x) {
 // The logarithm to base 2 to two units in the last place; of 0 it is -infinity, of less NaN. Not for numbers below the
 // normal ones.
 inline Vec log2(Vec x) {
-  // x = 2^exponent m, m between the roots of 1/2 and 2; s = (m - 1) / (m + 1) and log m = 2 (s + s^3 / 3 + s^5 / 5 ...).
+  // x = 2^exponent m, m between the roots of 1/2 and 2; s = (m - 1) / (m + 1) and log m = 2 (s + s^3 / 3 + s^5 / 5
+  // ...).
   const VecU bits = reinterpret_cast<VecU>(x) - 0x3f3504f3u;
   const VecI exponent = reinterpret_cast<VecI>(bits) >> 23;
   const Vec m = reinterpret_cast<Vec>((bits & 0x7fffffu) + 0x3f3504f3u);
@@ -160,7 +161,8 @@ inline Vec log2(Vec x) {
   p = p * t + 2.8853900817779268f;
   const Vec result = s * p + __builtin_convertvector(exponent, Vec);
   const float infinity = __builtin_inff();
-  const Vec special = x == 0.0f ? broadcast(-infinity) : (x == infinity ? broadcast(infinity) : broadcast(__builtin_nanf("")));
+  const Vec special =
+      x == 0.0f ? broadcast(-infinity) : (x == infinity ? broadcast(infinity) : broadcast(__builtin_nanf("")));
   return (x > 0.0f) & (x < infinity) ? result : special;
 }
 
