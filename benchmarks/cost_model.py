@@ -1,27 +1,19 @@
-"""``python -m benchmarks.cost_model``: forecasts of the GPU kernels; on a CPU predicted times beside measured ones.
+"""``python -m benchmarks.cost_model``: forecasts of the GPU kernels.
 
-GPU: what a kernel does is counted by executing it (``kernel_counts``); its time lies between that of the resource it
-keeps busiest and that of all of them together. CPU: a call is stages one after the other, at rates that ``cpu_stages``
-measured; its predicted time is their sum on the busiest thread. Prints Markdown.
+What a kernel does is counted by executing it (``kernel_counts``); its time lies between that of the resource it keeps
+busiest and that of all of them together. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import json
 import math
 import pathlib
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.kernel_counts import Counts, ceil_div, read_counts, round_up
-from benchmarks.measure import Problem
 from reattn.backends import cuda_plan
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -122,212 +114,9 @@ def forecasts(card: str) -> list[Forecast]:
     return [forecast(counts, found[0]) for counts in read_counts()]
 
 
-# A core of the AMD EPYC (Zen 3, AVX2) of benchmarks/results/amd-epyc-zen3, as cpu_stages measured it.
-LANES, FLOPS_PER_CYCLE = 8, 32
-# A product reaches this share, as if every sum had so many terms more: at head_dim 16, 32, 64 and over 98 keys.
-PRODUCT_SHARE, PRODUCT_START = 0.88, 3.1
-# Cycles an element of the maps: the softmax, and with the LSE known; the norm; what is no product in a row of the
-# backward pass, and the norm there.
-SOFTMAX, EXPONENTIALS, NORMALISE, BACKWARD_ROW, NORM_BACKWARD = 1.8, 1.3, 0.6, 2.0, 1.5
-# The same of batch norm: its sums in training, and the backward pass. By how much longer calls take than those without
-# a norm, on a core that is not the one above.
-MOMENTS_SUMS, BATCH_BACKWARD = 0.4, 0.6
-# Nanoseconds, whatever the clock, a float that comes from or goes to memory; cycles more if head_dim is not aligned.
-PACK, PACK_BACKWARD, LOAD, STORE, STORE_GRADIENT, REDUCE, UNALIGNED = 0.58, 1.55, 0.83, 0.28, 0.68, 1.19, 1.4
-# Million cycles of a call of next to no work, forward and with backward: Python and autograd; with layer norm and
-# running statistics those of the code that the committed results are of, which folded the norm in PyTorch.
-CALL = {"none": (0.35, 1.3), "layer": (0.5, 1.6), "batch-eval": (0.5, 1.7), "batch": (0.41, 1.5)}
-# The folder of results that the model is for; other cores have other rates. Its batch norm in training is that of older
-# kernels, which took the statistics in a sweep of their own and computed every score twice: that is left out.
-MODELLED = "amd-epyc-zen3"
-# Cycles of plain attention, forward and with backward: an element of its maps, more for each of head_dim in whole
-# sixteens, a call: the yardstick of a core's speed. Fitted to committed results, as the next two are.
-PLAIN = ((3.0, 0.18, 0.15e6), (10.5, 0.52, 0.5e6))
-# What stays in the L3 cache of a shared host, and bytes a second of what does not, for all threads: read off the growth
-# beyond 1024 tokens.
-CACHE, BEYOND_CACHE = 12e6, 24e9
-
-Stages = Counter[str]  # seconds by name
-
-
-class CpuPlan(NamedTuple):
-    """As csrc/cpu/driver.cpp cuts a problem with AVX2; ``keys`` are padded, ``whole`` rows are swept once."""
-
-    keys: int
-    whole: bool
-    block_rows: int
-    groups: int
-    group_rows: int
-    wave: int
-
-
-def cpu_plan(problem: Problem, backward: bool) -> CpuPlan:
-    batch, heads, seqlen, head_dim = problem.shape
-    keys = round_up(seqlen, LANES)
-    row_length = 16 * (ceil_div(keys, 16) | 1)
-    row_bytes = (8 if backward else 4) * heads * row_length
-    fewest, most, wanted_bytes = (24, 48, 1 << 20) if backward else (12, 48, 384 << 10)
-    block_rows = min(max(wanted_bytes // row_bytes, fewest), most)
-    whole = block_rows * row_bytes <= 5 << 20
-    block_rows = block_rows if whole else most
-    sample_bytes, groups = 8 * heads * round_up(keys, 16) * head_dim, 1
-    if backward:
-        grad_bytes = 8 * heads * row_length * head_dim
-        groups = max(min(ceil_div(8, batch), (192 << 20) // grad_bytes, seqlen // 48), 1)
-        sample_bytes = 2 * sample_bytes + groups * grad_bytes
-    else:
-        block_rows = min(max(ceil_div(batch * seqlen, 16), fewest), block_rows)
-    group_rows = ceil_div(seqlen, groups)
-    block_rows = round_up(ceil_div(group_rows, ceil_div(group_rows, block_rows)), 6)
-    return CpuPlan(keys, whole, block_rows, groups, group_rows, min(max((16 << 20) // sample_bytes, 1), batch))
-
-
-@dataclass(frozen=True)
-class Core:
-    """Seconds of what a core does for a problem."""
-
-    problem: Problem
-    clock: float
-
-    def cycles(self, number: float) -> float:
-        return number / self.clock
-
-    def moved(self, floats: float, nanoseconds: float) -> float:
-        unaligned = self.problem.head_dim % LANES > 0
-        return floats * (1e-9 * nanoseconds + unaligned * self.cycles(UNALIGNED))
-
-    def product(self, rows: int, columns: int, depth: int) -> float:
-        parts = 1 << (ceil_div(depth, 128) - 1).bit_length()  # sums of more than 128 terms are cut
-        terms = (depth + parts * PRODUCT_START) / PRODUCT_SHARE
-        return self.cycles(2 * rows * round_up(columns, LANES) * terms / FLOPS_PER_CYCLE)
-
-    def rows(self, call: str, plan: CpuPlan, rows: int) -> Stages:
-        """Some query rows of a sample, all heads of them."""
-        _, heads, seqlen, head_dim = self.problem.shape
-        layer, batch = self.problem.norm == "layer", self.problem.norm.startswith("batch")
-        sweeps, maps, floats = 1 if plan.whole else 2, heads * rows * plan.keys, heads * rows * head_dim
-        scores = sweeps * heads * self.product(rows, seqlen, head_dim)
-        values = heads * self.product(rows, head_dim, seqlen)
-        mixing = rows * self.product(heads, seqlen, heads)
-        if call == "backward":
-            row = self.cycles((BACKWARD_ROW + NORM_BACKWARD * layer + BATCH_BACKWARD * batch) * maps) + 3 * mixing
-            gradients = 2 * heads * self.product(head_dim, seqlen, rows)
-            stages = {"load": self.moved(2 * floats, LOAD), "scores": scores, "gradients of the maps": scores}
-            stages |= {"softmax, mixing, norm and back": sweeps * row, "gradients of keys and values": gradients}
-            return Stages(stages | {"gradient of queries": values, "store": self.moved(floats, STORE_GRADIENT)})
-        softmax = self.cycles((SOFTMAX + EXPONENTIALS * (sweeps - 1)) * maps)
-        stages = {"load": self.moved(floats, LOAD), "scores": scores, "softmax": softmax}
-        norm = NORMALISE * layer + MOMENTS_SUMS * (self.problem.norm == "batch")
-        stages["mixing and norm"] = mixing + self.cycles(norm * maps)
-        return Stages(stages | {"product with values": values, "store": self.moved(floats, STORE)})
-
-    def waiting(self, call: str, plan: CpuPlan, threads: int) -> float:
-        """For packed keys and values and the sums of their gradients, where all that is in use exceeds the cache."""
-        batch, heads, seqlen, head_dim = self.problem.shape
-        backward, tensor = call == "backward", 4 * heads * plan.keys * head_dim
-        maps = (8 if backward else 4) * heads * plan.block_rows * plan.keys * plan.whole
-        packed, sums = 2 * tensor, 2 * tensor * backward
-        if min(batch, threads) * packed + threads * (maps + sums) <= CACHE:
-            return 0.0
-        again = 0 if plan.whole else tensor
-        return batch * ceil_div(seqlen, plan.block_rows) * (packed + again + 2 * sums) / BEYOND_CACHE
-
-    def run(self, call: str, threads: int) -> Stages:
-        """Wave after wave of samples: keys are packed, rows computed, in the backward pass groups' gradients summed."""
-        batch, heads, seqlen, head_dim = self.problem.shape
-        backward = call == "backward"
-        plan = cpu_plan(self.problem, backward)
-        units = []
-        for first in range(0, seqlen, plan.group_rows):
-            end = min(first + plan.group_rows, seqlen)
-            blocks = [min(plan.block_rows, end - row) for row in range(first, end, plan.block_rows)]
-            done = [self.rows(call, plan, rows) for rows in blocks]
-            units += [sum(done, Stages())] if backward else done
-        stretches = [heads * head_dim * min(48, seqlen - key) for key in range(0, seqlen, 48)]
-        pack = [Stages(pack=self.moved(2 * floats, PACK_BACKWARD if backward else PACK)) for floats in stretches]
-        reduce = [Stages(reduce=self.moved((1 + plan.groups) * floats, REDUCE)) for floats in stretches]
-        total = Stages()
-        for first in range(0, batch, plan.wave):
-            for region in (pack, units, reduce * backward):
-                total += busiest(min(plan.wave, batch - first) * region, threads)
-        return total + Stages({"waiting for memory": self.waiting(call, plan, threads)})
-
-
-def busiest(units: list[Stages], threads: int) -> Stages:
-    """What the last thread to be done has done, as each takes the next unit when it is free."""
-    team = [(0.0, thread, Stages()) for thread in range(threads)]
-    for unit in units:
-        _, thread, stages = team[0]
-        heapq.heapreplace(team, ((stages + unit).total(), thread, stages + unit))
-    return max(team)[2]
-
-
-def cpu_stages(problem: Problem, backward: bool, clock: float, threads: int) -> Stages:
-    """Of a call, on the busiest thread."""
-    core, batch = Core(problem, clock), problem.norm == "batch"
-    total = Stages({"Python": core.cycles(1e6 * CALL[problem.norm][backward])})
-    for call in ["forward"] + ["backward"] * backward:
-        total += core.run(call, threads)
-    numbers = math.prod(problem.shape) / threads
-    if batch:  # what the maps made of the values becomes the output
-        total["finish"] += core.moved(numbers, LOAD + STORE)
-    if batch and backward:  # grad * out is summed, and grad
-        total["load"] += core.moved(2 * numbers, LOAD)
-    return total
-
-
-class Result(NamedTuple):
-    """Of a committed file: a call of the operator on the CPU, and the plain attention that took turns."""
-
-    folder: str
-    device: str
-    threads: int
-    problem: Problem
-    backward: bool
-    ms: float
-    plain_ms: float
-
-    def clock(self) -> float:
-        """The speed of a core meanwhile. The host is shared: it changes by the second, and is not recorded."""
-        start, each, call = PLAIN[self.backward]
-        batch, heads, seqlen, head_dim = self.problem.shape
-        cycles = batch * heads * seqlen**2 * (start + each * round_up(head_dim, 16)) / self.threads + call
-        return cycles / (1e-3 * self.plain_ms)
-
-
-def results(folder: pathlib.Path = RESULTS) -> list[Result]:
-    """Of every CPU, at the shapes of the operator's benchmarks and as the sequence grows."""
-    found = []
-    for path in sorted(folder.glob("*/*.json")):
-        contents = json.loads(path.read_text())
-        machine = contents["machine_info"]["reattn"]
-        for facts in (benchmark["extra_info"] for benchmark in contents["benchmarks"]):
-            if facts["kind"] in ("operator", "scaling") and facts["contender"] == "cpu":
-                sizes = [facts[name] for name in ("batch", "heads", "seqlen", "head_dim", "norm")]
-                problem = Problem(*sizes, getattr(torch, facts["dtype"]))
-                times = facts["ms"], facts["ms"] / (facts["ratio_to_sdpa"] or math.nan)
-                call = problem, facts["direction"] != "forward", *times
-                found.append(Result(path.parent.name, machine["device"], machine["threads"], *call))
-    return found
-
-
-def cpu_results(folder: pathlib.Path = RESULTS) -> list[Result]:
-    """Those that the model is for."""
-    found = [each for each in results(folder) if each.problem.dtype == torch.float32]
-    return [each for each in found if each.problem.norm != "batch" and each.folder == MODELLED]
-
-
-def predict(result: Result) -> Stages:
-    return cpu_stages(result.problem, result.backward, result.clock(), result.threads)
-
-
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     assert all(len(row) == len(columns) for row in rows), (columns, rows)
     return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)] + [""]
-
-
-def name(problem: Problem) -> list[str]:
-    return ["x".join(map(str, problem.shape)), problem.norm]
 
 
 def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
@@ -424,24 +213,12 @@ def mask_table() -> list[str]:
     return table(["a padding mask over none", "norm", "backend", *columns], rows)
 
 
-def cpu_table(measured: list[Result]) -> list[str]:
-    rows = []
-    for result in measured:
-        stages = predict(result)
-        ms, (stage, most) = 1e3 * stages.total(), stages.most_common(1)[0]
-        times = [f"{result.clock() / 1e9:.1f}", f"{ms:.2f}", f"{result.ms:.2f}", f"{ms / result.ms:.2f}"]
-        direction = "forward + backward" if result.backward else "forward"
-        rows.append([*name(result.problem), direction, *times, f"{stage}, {1e5 * most / ms:.0f} %"])
-    columns = ["problem", "norm", "direction", "speed, GHz", "predicted ms", "measured ms", "ratio", "takes most"]
-    return [f"Float32, {measured[0].device}, {measured[0].threads} threads:", "", *table(columns, rows)]
-
-
 def tables() -> list[str]:
     """Lines of Markdown."""
     shapes = dict.fromkeys(each.shape for each in read_counts())
     gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table() + mask_table()
     title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
-    return [title, "", *gpu, *cpu_table(cpu_results())]
+    return [title, "", *gpu]
 
 
 def updated(page: str, lines: list[str]) -> str:

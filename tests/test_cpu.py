@@ -18,6 +18,7 @@ from parity import MODES, assert_parity, assert_same, compute, drawn_mask, make_
 
 from reattn import re_attention
 from reattn.backends import choose, cpu
+from reattn.backends.contract import Inputs
 from reattn.problem import Problem
 
 pytestmark = pytest.mark.extension
@@ -78,6 +79,20 @@ def test_best_instruction_set_is_the_default(monkeypatch):
     assert cpu.instruction_set() == "portable"
 
 
+def test_instruction_set_that_does_not_pay_is_taken_when_named(monkeypatch):
+    """As dot products of bfloat16 pairs on Intel's CPUs, which take longer than float32's."""
+    monkeypatch.setattr(cpu, "INSTRUCTION_SETS", [("plain", True, True), ("dots", True, False), ("tiles", False, True)])
+    cpu._find_isa.cache_clear()
+    try:
+        assert cpu._find_isa(None) == 0 and cpu._find_isa("dots") == 1
+        with pytest.raises(
+            ValueError, match=re.escape("must be one of ['plain', 'dots'] on this machine, got 'tiles'")
+        ):
+            cpu._find_isa("tiles")
+    finally:
+        cpu._find_isa.cache_clear()
+
+
 def test_instruction_set_that_is_not_there(monkeypatch):
     monkeypatch.setenv("REATTN_CPU_ISA", "mmx")
     monkeypatch.delenv("REATTN_BACKEND", raising=False)
@@ -106,6 +121,11 @@ def test_what_it_does_not_take(sizes, reason):
         re_attention(**problem.tensors, **problem.options, backend="cpu")
 
 
+# Samples by one thread each, by groups of blocks, block by block, and so in several rounds: see make_plan in
+# csrc/cpu/driver.cpp.
+THREADS = (2, 3, 5, 7, 7, 16, 1)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("mode", ["batch-training", "layer"])
@@ -114,18 +134,49 @@ def test_threads_change_nothing(mode, dropout_p, batch, use_threads):
     problem = make_problem(mode, heads=6, seqlen=300, seqlen_k=50, batch=batch, dropout_p=dropout_p)
     use_threads(1)
     expected = compute(problem, "cpu")
-    for number in (2, 3, 7, 7, 1):
+    for number in THREADS:
         use_threads(number)
         assert_same(compute(problem, "cpu"), expected)
 
 
-# Rows too long for a cache are cut into stretches of keys, in two sweeps: see make_plan in csrc/cpu/driver.cpp. Those
-# of the first are cut in the backward pass alone.
-@pytest.mark.parametrize("seqlen_k", [1500, pytest.param(4100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_threads_change_nothing_in_two_sweeps(mode, is_causal, use_threads, short_rows):
+    problem = make_problem(mode, heads=6, seqlen=300, seqlen_k=800, batch=2, is_causal=is_causal)
+    use_threads(1)
+    expected = compute(problem, "cpu")
+    for number in THREADS:
+        use_threads(number)
+        assert_same(compute(problem, "cpu"), expected)
+
+
+@pytest.mark.parametrize("mode", ["batch-training", "layer"])
+def test_every_number_of_heads(mode, isa):
+    """As many as registers hold, in which they are mixed, and more."""
+    for heads in (*range(2, 20), 32):
+        assert_parity(make_problem(mode, heads=heads, batch=1, seqlen=5, seqlen_k=35), "cpu")
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 2, 3, 17, 100, 197, 3000])
+def test_lse(seqlen_k, isa):
+    """Of scores that are all alike it is their number's logarithm, whose rounding is all that it may differ by."""
+    maps = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, seqlen_k, 8), torch.zeros(1, 3, seqlen_k, 8)
+    lse = torch.ops.reattn.forward(*Inputs(*maps, torch.eye(3)), backend="cpu", scale=1.0)[1]
+    torch.testing.assert_close(lse.double(), torch.full_like(lse, seqlen_k).double().log2(), rtol=2e-7, atol=0)
+
+
+@pytest.fixture
+def short_rows():
+    """Rows of all keys never fit into a cache: they are cut into stretches, in two sweeps."""
+    usual = cpu._cpu.set_whole_bytes(0)
+    yield
+    cpu._cpu.set_whole_bytes(usual)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @modes
-def test_long_rows(mode, dropout_p, seqlen_k, isa):
-    sizes = {"heads": 32, "seqlen": 9, "seqlen_k": seqlen_k, "batch": 1}
+def test_long_rows(mode, dropout_p, isa, short_rows):
+    sizes = {"heads": 12, "seqlen": 9, "seqlen_k": 900, "batch": 1}
     problem = make_problem(mode, **sizes, head_dim=8, dropout_p=dropout_p)
     assert_parity(with_mask(problem, "cpu", **sizes), "cpu")
 
@@ -180,17 +231,17 @@ def test_threads_change_nothing_with_a_mask(mode, shape, use_threads):
     problem = masked(problem, shape, is_causal=shape[2] == 1)
     use_threads(1)
     expected = compute(problem, "cpu")
-    for number in (2, 3, 7, 7, 1):
+    for number in THREADS:
         use_threads(number)
         assert_same(compute(problem, "cpu"), expected)
     assert_parity(problem, "cpu")
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1500), (1, 32, 9, 1500), (1, 1, 9, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 900), (1, 12, 9, 900), (1, 1, 9, 1)])
 @modes
-def test_masks_of_long_rows(mode, shape, is_causal):
-    problem = make_problem(mode, heads=32, seqlen=9, seqlen_k=1500, batch=1, head_dim=8)
+def test_masks_of_long_rows(mode, shape, is_causal, short_rows):
+    problem = make_problem(mode, heads=12, seqlen=9, seqlen_k=900, batch=1, head_dim=8)
     assert_parity(masked(problem, shape, is_causal), "cpu")
 
 

@@ -73,6 +73,8 @@ PYBIND11_MODULE(_cpu, m) {
       "(name, whether this CPU runs it, whether it is taken unless named) of each that was built, the best last.");
   m.def("use_openmp_of", &use_openmp_of, "Takes threads from the OpenMP runtime of a loaded library; whether it can.");
   m.def("uses_openmp", &uses_openmp);
+  m.def("set_whole_bytes", &set_whole_bytes,
+        "What a block with all keys may take of the caches, for tests; returns what it was.");
   m.def("empty_cache", &empty_cache, "Frees the memory that calls leave for each other.");
 
   py::class_<Call> call(m, "Call", "A call by its parts: see reattn.backends.contract and csrc/cpu/driver.h.");

@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -47,14 +48,15 @@ constexpr int64_t kUnitsPerThread = 4;
 
 // What the maps of a block may take for the sake of whole rows, which need one sweep over the keys instead of two: a
 // core's share of the L3 cache, at least 5 MB and at most 12.
-int64_t whole_bytes() {
+int64_t find_whole_bytes() {
 #ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t share = sysconf(_SC_LEVEL3_CACHE_SIZE) / std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L);
+  const int64_t share = sysconf(_SC_LEVEL3_CACHE_SIZE) / std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L);
   return std::clamp(share, kLongBytes, int64_t(12) << 20);
 #else
   return kLongBytes;
 #endif
 }
+std::atomic<int64_t> whole_bytes{find_whole_bytes()};
 
 // Cuts the blocks of a sample into groups that take about the same time: with a causal mask a row takes as long as it
 // sees keys.
@@ -93,7 +95,7 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   const int64_t tall = std::clamp(kLongBytes / row_bytes, fewest, 4 * tile);
   plan.block_rows = std::clamp(wanted_bytes / row_bytes, tall, most);
   plan.block_keys = p.seqlen_k;
-  if (tall * row_bytes > whole_bytes()) {
+  if (tall * row_bytes > whole_bytes) {
     plan.block_rows = 4 * tile;
     plan.block_keys = kStretchOfKeys;
   }
@@ -147,7 +149,8 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
 // Memory that calls leave for each other: fresh pages cost as much as the work on a small problem.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : bytes_(round_up(int64_t(bytes), 64)) {
+  Memory(size_t bytes, int64_t threads)
+      : bytes_(round_up(int64_t(bytes), 64)), kept_bytes_(std::max(kKept, size_t(threads) * kKeptByThread)) {
     std::lock_guard<std::mutex> lock(mutex());
     std::vector<Part>& parts = kept();
     auto best = parts.end();
@@ -168,7 +171,7 @@ class Memory {
     parts.push_back({data_, bytes_});
     size_t total = 0;
     for (const Part& part : parts) total += part.bytes;
-    for (; total > kKept; parts.erase(parts.begin())) {
+    for (; total > kept_bytes_; parts.erase(parts.begin())) {
       total -= parts.front().bytes;
       std::free(parts.front().data);
     }
@@ -189,7 +192,7 @@ class Memory {
     char* data;
     size_t bytes;
   };
-  static constexpr size_t kKept = 128 << 20;
+  static constexpr size_t kKept = 128 << 20, kKeptByThread = 8 << 20;
 
   // Neither is ever destroyed: threads may outlive what is static.
   static std::vector<Part>& kept() {
@@ -206,7 +209,7 @@ class Memory {
   }
 
   char* data_ = nullptr;
-  size_t bytes_;
+  size_t bytes_, kept_bytes_;
 };
 
 // The norm as the kernels take it.
@@ -297,7 +300,7 @@ class Run {
     const int64_t value_sums =
         values ? p.batch * stretches_of_keys * p.heads_out * p.head_dim * int64_t(sizeof(float)) : 0;
     const int64_t waves = plan.alone ? threads : 1;
-    Memory memory{size_t(waves * wave_bytes + threads * scratch + value_sums)};
+    Memory memory(size_t(waves * wave_bytes + threads * scratch + value_sums), threads);
     char* const scratches = memory.data() + waves * wave_bytes;
     job_.partial_size = sums;
     partial_.resize(size_t(p.batch * plan.blocks * sums));
@@ -494,5 +497,7 @@ void run_backward(const Call& call) {
 }
 
 void empty_cache() { Memory::free_kept(); }
+
+int64_t set_whole_bytes(int64_t bytes) { return whole_bytes.exchange(bytes); }
 
 }  // namespace reattn

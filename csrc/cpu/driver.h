@@ -26,5 +26,8 @@ void run_grad_sums(const Call& call);
 void run_backward(const Call& call);
 // Frees the memory that calls leave for each other.
 void empty_cache();
+// What a block with all keys may take of the caches, in the place of what this machine has: tests make it small.
+// Returns what it was.
+int64_t set_whole_bytes(int64_t bytes);
 
 }  // namespace reattn
