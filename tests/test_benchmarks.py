@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import compare, machine, measure, peers, test_model, test_module, test_scaling, tune
+from benchmarks import compare, cpu_stages, machine, measure, peers, test_model, test_module, test_scaling, tune
 from benchmarks.measure import Oracle, Problem
 from reattn.kernels import configs
 
@@ -494,3 +495,18 @@ def test_a_graph_is_of_all_calls_and_says_what_it_cannot_hold(monkeypatch):
 
 def test_without_a_gpu_there_is_neither_a_graph_nor_a_host():
     assert measure.graph_ms([lambda: None], CPU) is None and measure.host_us(lambda: None, CPU) is None
+
+
+@pytest.mark.extension
+def test_stages_of_the_cpu_kernels(monkeypatch, capfd):
+    """Every stage is timed, and those of a pass are all of it; more threads take no longer."""
+    monkeypatch.setenv("REATTN_CPU_ISA", "portable")
+    monkeypatch.setattr(sys, "argv", ["cpu_stages", *"--shape 2 3 60 16 --norm batch --repetitions 3".split()])
+    cpu_stages.main()
+    passes = capfd.readouterr().out.split("\nforward\n")[1].split("\nbackward\n")
+    for lines, last in zip(passes, ("finish the output", "store gradients of keys, values"), strict=True):
+        stages = {name: float(ms) for name, ms in re.findall(r"^  (\S.*?) {2,}(\d+\.\d+)", lines, re.MULTILINE)}
+        threads = [stages.pop(name) for name in list(stages) if name.startswith("by ")]
+        assert stages.pop("all") == pytest.approx(sum(stages.values()), abs=0.01 * len(stages))
+        assert {"scores", last} <= set(stages)
+        assert len(threads) == 3 and threads[0] >= threads[-1] > 0

@@ -1,6 +1,5 @@
-"""Every GPU kernel as it is compiled, executed: each head count with each dtype and each norm, two thirds of them for
-compute capability 9.0 and a third for 8.0, on both every two of these together. `make test-all` runs another third,
-marked by "pairs", with the oldest Triton.
+"""Every GPU kernel as it is compiled, executed: every two of a head count, a dtype and a norm together, for compute
+capability 9.0 and, other threes, for 8.0. `make test-all` runs those for 9.0 with the oldest Triton too.
 
 ``test_parity.py`` runs the same kernels on fewer problems. What the compilers make of a kernel depends on heads,
 head_dim, dtype, norm and architecture: Triton has miscompiled single head counts. head_dim, lengths, dropout and large
@@ -27,17 +26,15 @@ def cases():
     """(arch, heads, dtype, mode), and what takes turns: head_dim, lengths, dropout, a factor on the scores."""
     every = itertools.product(ARCHS, enumerate(HEADS), enumerate(FLOATS), enumerate(MODES))
     for number, (arch, (place, heads), (row, dtype), (column, mode)) in enumerate(every):
-        third = (place + row + column) % 3  # each has every two of heads, dtype and norm together
-        if (arch == 80) != (third == 0):
+        if (place + row + column) % 3 != (0 if arch == 80 else 1):
             continue
-        pairs = third == 1
         turn = number + number // (len(FLOATS) * len(MODES))  # another one at the next head count
         head_dim, (seqlen, seqlen_k) = HEAD_DIMS[turn % len(HEAD_DIMS)], LENGTHS[turn // 2 % len(LENGTHS)]
         dropout, large = turn % 5 == 1, turn % 7 == 3
         if mode == "batch-training":
             seqlen_k = max(seqlen_k, 2)
         name = f"sm_{arch}-{dtype}-{heads}x{head_dim}-{seqlen}x{seqlen_k}-{mode}"
-        name += "-dropout" * dropout + "-large" * large + "-pairs" * pairs
+        name += "-dropout" * dropout + "-large" * large
         yield pytest.param(arch, heads, head_dim, seqlen, seqlen_k, dtype, mode, dropout, large, id=name)
 
 
