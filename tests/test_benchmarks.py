@@ -501,7 +501,8 @@ def test_without_a_gpu_there_is_neither_a_graph_nor_a_host():
 def test_stages_of_the_cpu_kernels(monkeypatch, capfd):
     """Every stage is timed, and those of a pass are all of it; more threads take no longer."""
     monkeypatch.setenv("REATTN_CPU_ISA", "portable")
-    monkeypatch.setattr(sys, "argv", ["cpu_stages", *"--shape 2 3 60 16 --norm batch --repetitions 3".split()])
+    options = ["--shape", "2", "3", "60", "16", "--norm", "batch", "--repetitions", "3"]
+    monkeypatch.setattr(sys, "argv", ["cpu_stages", *options])
     cpu_stages.main()
     passes = capfd.readouterr().out.split("\nforward\n")[1].split("\nbackward\n")
     for lines, last in zip(passes, ("finish the output", "store gradients of keys, values"), strict=True):
