@@ -43,6 +43,8 @@ constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
 constexpr int64_t kMaskUnits = 32;
 // The blocks and the groups that a call has at least, if blocks do not become too low.
 constexpr int64_t kFewestBlocks = 16, kFewestGroups = 4;
+// The blocks of a group where there are many.
+constexpr int64_t kBlocksOfGroup = 16;
 // Units of work for each thread, so that all end at about one time.
 constexpr int64_t kUnitsPerThread = 4;
 
@@ -122,7 +124,8 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   plan.groups = 1;
   if (backward) {
     // What sums the gradient of a mask over samples takes these one after the other.
-    const int64_t wanted = ceil_div(kFewestGroups, sums_mask && p.mask.sizes[0] < p.batch ? 1 : p.batch);
+    const int64_t at_a_time = sums_mask && p.mask.sizes[0] < p.batch ? 1 : p.batch;
+    const int64_t wanted = ceil_div(std::clamp(plan.blocks / kBlocksOfGroup, kFewestGroups, kMostGroups), at_a_time);
     plan.groups = std::clamp(std::min(wanted, kGroupBytes / grad_bytes), int64_t(1), plan.blocks);
     cut_groups(p, plan);
     int64_t largest = 0;

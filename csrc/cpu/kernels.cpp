@@ -372,21 +372,23 @@ class Block {
       }
       if (!second_sweep) continue;
       Operand* grad_scores = operands(s_.grad_maps, r) + h * operand_stride();
-      // Maps from a rounded LSE do not quite sum to one; what all keys share in grad_probs would show it.
-      // Of a query that sees no key they are zero.
-      const float along = mass == 0 ? 0 : delta / mass, scale = p_.scale;
+      // Maps from a rounded LSE do not quite sum to one, but to mass, by which they are divided here. Of a query that
+      // sees no key they are zero.
+      const float inverse = mass == 0 ? 0 : 1 / mass, along = delta * inverse, scale = p_.scale * inverse;
       const int64_t end = span_.vecs * kLanes;
       if (masked_)
         for (int64_t i = 0; i < end; i += kLanes) {
           const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
           const Vec grad = dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along);
-          put(grad_probs + i, is_visible(vec(terms(h) + i)) ? grad : Vec{});
-          E::store(grad_scores + i, vec(grad_probs + i) * scale);
+          const Vec visible = is_visible(vec(terms(h) + i)) ? grad : Vec{};
+          put(grad_probs + i, visible * inverse);
+          E::store(grad_scores + i, visible * scale);
         }
       else if (m_.of_scores)
         for (int64_t i = 0; i < end; i += kLanes) {
           const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
-          put(grad_probs + i, dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along));
+          const Vec grad = dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along);
+          put(grad_probs + i, grad * inverse);
         }
       else if (dropped)
         for (int64_t i = 0; i < end; i += kLanes)
