@@ -36,16 +36,20 @@ def compile_all(commands):
         list(pool.map(compile_one, commands))
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """tests/cpu/compare_instruction_sets.cpp with AddressSanitizer and UndefinedBehaviorSanitizer."""
+def usual_flags():
     # In a process of its own: importing setuptools after distutils is refused.
     code = "from build_extensions import CPU_FLAGS; print(CPU_FLAGS)"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+    return [*finished.stdout.split(), "-Wno-psabi", f"-I{SOURCES}", f"-I{ROOT / 'tests' / 'cpu'}"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """tests/cpu/compare_instruction_sets.cpp with AddressSanitizer and UndefinedBehaviorSanitizer."""
     folder = tmp_path_factory.mktemp("instruction_sets")
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags = ["-O1", *sanitizers, *finished.stdout.split(), "-Wno-psabi", f"-I{SOURCES}", f"-I{ROOT / 'tests' / 'cpu'}"]
+    flags = ["-O1", *sanitizers, *usual_flags()]
     units = [
         (f"{isa}.o", [*defines.split(), f"-DREATTN_ISA={isa}", str(SOURCES / "kernels.cpp")])
         for isa, defines in EMULATED.items()
@@ -91,3 +95,27 @@ def test_emulated_instructions_are_the_cpus(tmp_path):
     finished = subprocess.run([program], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     assert "4800000 numbers, 0 wrong" in finished.stdout
+
+
+ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ARM_COMPILER and ARM_EMULATOR), reason="needs the packages g++-aarch64-linux-gnu and qemu-user-static"
+)
+def test_arm(tmp_path):
+    """NEON, in an emulator of the CPU, against what this one computes."""
+    flags = ["-O2", "-DREATTN_ISA=portable", *usual_flags()]
+    sources = [str(SOURCES / f"{name}.cpp") for name in ("kernels", "driver", "dispatch", "parallel")]
+    sources.append(str(ROOT / "tests" / "cpu" / "compare_instruction_sets.cpp"))
+    here, there, results = tmp_path / "here", tmp_path / "there", tmp_path / "results"
+    commands = [[COMPILER, *flags, *sources, "-ldl", "-o", str(here)]]
+    commands.append([ARM_COMPILER, *flags, "-static", *sources, "-ldl", "-o", str(there)])
+    with ThreadPoolExecutor(2) as pool:
+        for finished in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+            assert finished.returncode == 0, finished.stderr[-4000:]
+    subprocess.run([here, "save", results], check=True)
+    finished = subprocess.run([ARM_EMULATOR, there, "against", results], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    assert "29 comparisons, 0 wrong" in finished.stdout

@@ -1,6 +1,8 @@
 // Every instruction set that this CPU, or an emulator of another one, can run, against the portable one: forward and
 // backward pass on small problems, with every norm. Needs neither Python nor torch, so that it runs wherever a static
 // program does. Prints a line for each comparison; exits with 1 if any result is off, NaN or missing.
+//
+// With "save FILE" the results of the portable one are written, with "against FILE" compared with those of another machine.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -166,9 +168,36 @@ double relative_error(const std::vector<double>& found, const std::vector<double
   return std::sqrt(difference / size);
 }
 
+using Results = std::vector<std::vector<double>>;
+
+void save(std::FILE* file, const Results& results) {
+  for (const std::vector<double>& values : results) {
+    const uint64_t size = values.size();
+    std::fwrite(&size, sizeof size, 1, file);
+    std::fwrite(values.data(), sizeof(double), values.size(), file);
+  }
+}
+
+// As many as there are here, of the same sizes.
+Results load(std::FILE* file, Results results) {
+  for (std::vector<double>& values : results) {
+    uint64_t size = 0;
+    if (std::fread(&size, sizeof size, 1, file) != 1 || size != values.size() ||
+        std::fread(values.data(), sizeof(double), values.size(), file) != values.size()) {
+      std::printf("the file is of other cases\n");
+      std::exit(2);
+    }
+  }
+  return results;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const bool saves = count == 3 && !std::strcmp(arguments[1], "save"),
+             compares = count == 3 && !std::strcmp(arguments[1], "against");
+  std::FILE* file = saves || compares ? std::fopen(arguments[2], saves ? "wb" : "rb") : nullptr;
+  if (count != 1 && !file) return 2;
   const Dtype f32 = Dtype::kFloat32, bf16 = Dtype::kBFloat16;
   const Norm none = Norm::kNone, layer = Norm::kLayer, batch = Norm::kBatch;
   const Case cases[] = {
@@ -211,14 +240,20 @@ int main() {
   sets.push_back({"emulated bf16", &emulated_dots::kFloat32, &emulated_dots::kBFloat16, true});
   sets.push_back({"emulated amx", &emulated_amx::kFloat32, &emulated_amx::kBFloat16, true});
 #endif
+  if (saves) {
+    for (const Case& c : cases) save(file, run(*sets[0].float32, c, 1));
+    return std::fclose(file) != 0;
+  }
   for (const InstructionSet& set : sets) {
+    if (file) std::rewind(file);
     if (!set.runs_here) {
       std::printf("%s: this CPU does not run it\n", set.name.c_str());
       continue;
     }
     for (const Case& c : cases) {
       const bool rounded = c.dtype == bf16 && set.bfloat16;
-      const auto right = run(*sets[0].float32, c, 1), found = run(rounded ? *set.bfloat16 : *set.float32, c, 1);
+      const Results here = run(*sets[0].float32, c, 1), right = file ? load(file, here) : here,
+                    found = run(rounded ? *set.bfloat16 : *set.float32, c, 1);
       double worst = 0;
       const char* where = "";
       for (size_t i = 0; i < right.size(); i++) {
