@@ -274,6 +274,27 @@ def test_hidden_values_that_are_not_finite(mode, dtype, number, isa):
     assert torch.equal(found["output"][~sees], clean["output"][~sees])
 
 
+@pytest.mark.parametrize("pre_mixed", [False, True])
+@pytest.mark.parametrize("mode", ["none", "layer", "batch-training"])
+def test_hidden_keys_get_no_gradient_from_rows_that_are_not_finite(mode, pre_mixed, isa):
+    """A key that is NaN and seen by one query: keys that this one does not see have the gradients of the others."""
+    problem = make_problem(mode, heads=3, seqlen=3, seqlen_k=6, batch=1)
+    mask = torch.zeros(1, 1, 3, 6)
+    mask[..., 4] = mask[..., 0, 5] = mask[..., 1:, 2] = -torch.inf
+    key = problem["key"].clone()
+    key[0, 0, 2, 0] = torch.nan
+    problem = problem.with_tensors(attn_mask=mask, key=key)
+    if pre_mixed:
+        problem = problem.with_tensors(pre_theta=torch.eye(3) + 0.1)
+    found = compute(problem, "cpu")
+    # Statistics of the batch take NaN to every key that is seen.
+    seen = [] if mode == "batch-training" else [5]
+    assert found["output"][0, :, 0].isnan().all()
+    for name in ("key gradient", "value gradient"):
+        assert not found[name][0, :, [4, *seen]].isnan().any()
+    assert not found["attn_mask gradient"][mask == -torch.inf].isnan().any()
+
+
 def test_scores_that_overflow_are_not_hidden():
     """A query all of whose scores are -infinity is NaN, as without a mask; it is not one that sees nothing."""
     query, key = torch.full((1, 1, 2, 4), -1e30), torch.full((1, 1, 2, 4), 1e30)

@@ -39,6 +39,8 @@ constexpr int64_t kTileBytes = 12 << 10;
 constexpr int64_t kStretchOfKeys = 384;
 // Of the L3 cache, the packed keys and values of a wave; of memory, the gradients of all units.
 constexpr int64_t kWaveBytes = 16 << 20, kGroupBytes = 192 << 20;
+// What a thread that takes whole samples may have for one.
+constexpr int64_t kAloneBytes = 64 << 20;
 // Units of work that the gradient of a mask which samples share is summed by, if memory for the parts suffices.
 constexpr int64_t kMaskUnits = 32;
 // The blocks and the groups that a call has at least, if blocks do not become too low.
@@ -119,8 +121,10 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
   const int64_t packed_bytes = both_heads * plan.packed_keys * plan.depth * kernels.operand_bytes;
   const int64_t grad_bytes = backward ? both_heads * plan.ld_keys * p.head_dim * int64_t(sizeof(float)) : 0;
   const bool sums_mask = backward && p.mask.grad && !grad_mask_in_place(p);
+  const int64_t alone_bytes = (backward ? 2 : 1) * packed_bytes + 2 * grad_bytes;
   // Threads that would wait while others take their last sample are an eighth of all at most.
-  plan.alone = !sums_mask && 8 * ceil_div(p.batch, threads) * threads <= 9 * p.batch;
+  plan.alone = !sums_mask && 8 * ceil_div(p.batch, threads) * threads <= 9 * p.batch &&
+               threads * alone_bytes <= std::max(kGroupBytes, threads * kAloneBytes);
   plan.groups = 1;
   if (backward) {
     // What sums the gradient of a mask over samples takes these one after the other.
@@ -133,13 +137,17 @@ Plan make_plan(const Kernels& kernels, const Problem& p, bool backward, int64_t 
       largest = std::max(largest, plan.group_ends[g] - (g > 0 ? plan.group_ends[g - 1] : 0));
     // Besides the blocks of a group, the sum of the groups before it.
     const int64_t affordable = kGroupBytes / grad_bytes, least = std::min(largest + 1, plan.blocks);
-    plan.by_block = !sums_mask && !plan.alone && p.batch * plan.groups < threads && least <= affordable;
+    const int64_t together = kGroupBytes / (2 * packed_bytes + plan.groups * grad_bytes);
+    const int64_t units = std::clamp(together, int64_t(1), p.batch) * plan.groups;
+    plan.by_block = !sums_mask && !plan.alone && units < threads && least <= affordable;
     plan.slots = plan.alone ? std::min<int64_t>(plan.groups, 2) : plan.groups;
     if (plan.by_block) plan.slots = std::min({plan.blocks, affordable, std::max(least, 2 * threads)});
   }
   const int64_t sample_bytes = (backward ? 2 : 1) * packed_bytes + plan.slots * grad_bytes;
   const int64_t units = !backward || plan.by_block ? plan.blocks : plan.groups;
-  const int64_t enough_samples = std::max(kWaveBytes / sample_bytes, ceil_div(kUnitsPerThread * threads, units));
+  // Where samples share the gradient of a mask, the parts that sum it depend on the wave.
+  const int64_t by_threads = sums_mask ? 1 : ceil_div(kUnitsPerThread * threads, units);
+  const int64_t enough_samples = std::max(kWaveBytes / sample_bytes, by_threads);
   plan.wave = plan.alone ? 1 : std::clamp<int64_t>(std::min(enough_samples, kGroupBytes / sample_bytes), 1, p.batch);
   plan.parts = plan.wave;
   if (sums_mask && p.mask.sizes[0] < p.batch) {
@@ -195,7 +203,7 @@ class Memory {
     char* data;
     size_t bytes;
   };
-  static constexpr size_t kKept = 128 << 20, kKeptByThread = 8 << 20;
+  static constexpr size_t kKept = 128 << 20, kKeptByThread = 32 << 20;
 
   // Neither is ever destroyed: threads may outlive what is static.
   static std::vector<Part>& kept() {

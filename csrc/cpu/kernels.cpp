@@ -380,9 +380,9 @@ class Block {
         for (int64_t i = 0; i < end; i += kLanes) {
           const Vec prob = vec(probs + i), grad_prob = vec(grad_probs + i);
           const Vec grad = dropped ? prob * grad_prob - vec(undropped + i) * along : prob * (grad_prob - along);
-          const Vec visible = is_visible(vec(terms(h) + i)) ? grad : Vec{};
-          put(grad_probs + i, visible * inverse);
-          E::store(grad_scores + i, visible * scale);
+          // What is hidden has none, whatever mass is.
+          put(grad_probs + i, is_visible(vec(terms(h) + i)) ? grad * inverse : Vec{});
+          E::store(grad_scores + i, vec(grad_probs + i) * p_.scale);
         }
       else if (m_.of_scores)
         for (int64_t i = 0; i < end; i += kLanes) {

@@ -71,7 +71,7 @@ def _find_isa(forced: str | None) -> int:
 
 
 def empty_cache() -> None:
-    """Gives back the memory, up to 128 MB or 8 for each thread, that calls leave for the next ones."""
+    """Gives back the memory, up to 128 MB or 32 for each thread, that calls leave for the next ones."""
     _cpu.empty_cache()
 
 

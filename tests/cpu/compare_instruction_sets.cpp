@@ -2,7 +2,8 @@
 // backward pass on small problems, with every norm. Needs neither Python nor torch, so that it runs wherever a static
 // program does. Prints a line for each comparison; exits with 1 if any result is off, NaN or missing.
 //
-// With "save FILE" the results of the portable one are written, with "against FILE" compared with those of another machine.
+// With "save FILE" the results of the portable one are written, with "against FILE" compared with those of another
+// machine.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
