@@ -107,81 +107,24 @@ Stages stages;
 // Operations of a product of all maps with query, key or value, and with the weights.
 double in_products, in_mixing;
 
-// The units of kernels.cpp, stage by stage.
-template <class E>
-void timed_forward(const Job& job, int64_t index, char* memory) {
-  const Session<E> session;
-  const Unit unit(job, index);
-  Scratch<E> scratch(job, false, memory);
-  Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
-  const int64_t heads_out = job.problem.heads_out;
-  std::memset(scratch.norm_sums, 0, size_t(2 * heads_out) * sizeof(Vec));
-  stages.time("load queries", 0, [&] { block.load_queries(false); });
-  const bool lse_known = !whole_rows(job, block);
-  if (lse_known) stages.time("sweep for the LSE", in_products, [&] { find_lse(job, block); });
-  double* partial = job.work.partial + index * job.partial_size;
-  for (int64_t key = 0; key < block.end_key(); key += job.plan.block_keys) {
-    block.set_keys(key);
-    stages.time("scores", in_products, [&] { block.compute_scores(); });
-    for (int64_t r = 0; r < unit.rows; r++) {
-      const float* weights = nullptr;
-      stages.time("softmax", 0, [&] {
-        block.softmax(r, lse_known, false);
-        weights = block.weights(lse_known);
-      });
-      stages.time("mixing and norm", in_mixing, [&] {
-        block.mix(r, weights);
-        if (!job.mixing.sum_maps) return;
-        block.add_counts(partial + 2 * heads_out);
-        if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1) flush(scratch.norm_sums, 2 * heads_out, partial);
-      });
-    }
-    stages.time("product with values", in_products, [&] { block.multiply_values(); });
-  }
-  stages.time("store the output", 0, [&] { block.store_outs(job.problem.out, heads_out); });
+// The operations of a stage, in all units.
+double operations(const std::string& stage) {
+  if (stage == "mixing and norm") return in_mixing;
+  if (stage == "softmax, mixing, norm and back") return 3 * in_mixing;
+  if (stage == "gradients of keys and values") return 2 * in_products;
+  for (const char* one :
+       {"sweep for the LSE", "scores", "gradients of the maps", "product with values", "gradient of queries"})
+    if (stage == one) return in_products;
+  return 0;
 }
 
-template <class E>
-void timed_backward(const Job& job, int64_t index, char* memory) {
-  const Session<E> session;
-  const Problem& p = job.problem;
-  const Plan& plan = job.plan;
-  const BackwardUnit unit(job, index);
-  const int64_t sample = unit.part, products = (p.heads + 1) * p.heads_out,
-                at = (sample * plan.slots + job.slot(unit.number)) * p.head_dim * plan.ld_keys;
-  Scratch<E> scratch(job, true, memory);
-  std::memset(scratch.products, 0, size_t(products) * sizeof(Vec));
-  std::memset(scratch.norm_sums, 0, size_t(2 * p.heads_out) * sizeof(Vec));
-  for (int64_t b = unit.first; b < unit.end; b++) {
-    const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
-    double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
-    Block<E> block(job, scratch, job.first + sample, row, rows);
-    stages.time("load queries and gradients", 0, [&] { block.load_queries(true); });
-    const bool whole = whole_rows(job, block);
-    for (int sweep = whole ? 1 : 0; sweep < 2; sweep++)
-      for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
-        block.set_keys(key);
-        stages.time("scores", in_products, [&] { block.compute_scores(); });
-        stages.time("gradients of the maps", in_products, [&] { block.compute_grad_maps(); });
-        stages.time("softmax, mixing, norm and back", 3 * in_mixing, [&] {
-          for (int64_t r = 0; r < rows; r++) {
-            block.backward_row(r, whole || sweep == 0, sweep == 1);
-            if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
-              flush(scratch.products, products, partial);
-              flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
-            }
-          }
-        });
-        if (sweep == 0) continue;
-        stages.time("gradients of keys and values", 2 * in_products, [&] {
-          block.add_grad_columns(job.work.grad_key + at * p.heads, job.work.grad_value + at * p.heads_out,
-                                 b == unit.first);
-        });
-        stages.time("gradient of queries", in_products, [&] { block.multiply_keys(); });
-      }
-    stages.time("store the gradient of queries", 0, [&] { block.store_outs(p.grad_query, p.heads); });
+// Takes the place of Untimed.
+struct Timed {
+  template <class Work>
+  void operator()(const char* name, Work work) const {
+    stages.time(name, operations(name), work);
   }
-}
+};
 
 template <class E>
 void timed_pack(const Job& job, int64_t unit, bool backward) {
@@ -200,7 +143,7 @@ void timed_grad_sums(const Job& job, int64_t unit) {
 template <class E>
 Kernels timed(Kernels kernels) {
   kernels.pack = timed_pack<E>, kernels.reduce = timed_reduce;
-  kernels.forward = timed_forward<E>, kernels.backward = timed_backward<E>;
+  kernels.forward = forward<E, Timed>, kernels.backward = backward<E, Timed>;
   kernels.finish = timed_finish, kernels.grad_sums = timed_grad_sums;
   return kernels;
 }

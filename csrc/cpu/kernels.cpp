@@ -811,31 +811,40 @@ void flush(float* sums, int64_t count, double* to) {
   std::memset(sums, 0, count * sizeof(Vec));
 }
 
-template <class E>
+// Does the stages of a unit; benchmarks/cpu_stages.cpp has one that times them.
+struct Untimed {
+  template <class Work>
+  void operator()(const char*, Work work) const {
+    work();
+  }
+};
+
+template <class E, class Stage = Untimed>
 void forward(const Job& job, int64_t index, char* memory) {
+  const Stage stage;
   const Session<E> session;
   const Unit unit(job, index);
   Scratch<E> scratch(job, false, memory);
   Block<E> block(job, scratch, unit.sample, unit.first_row, unit.rows);
   const int64_t heads_out = job.problem.heads_out;
   std::memset(scratch.norm_sums, 0, 2 * heads_out * sizeof(Vec));
-  block.load_queries(false);
+  stage("load queries", [&] { block.load_queries(false); });
   const bool lse_known = !whole_rows(job, block);
-  if (lse_known) find_lse(job, block);
+  if (lse_known) stage("sweep for the LSE", [&] { find_lse(job, block); });
   double* partial = job.work.partial + index * job.partial_size;
   for (int64_t key = 0; key < block.end_key(); key += job.plan.block_keys) {
     block.set_keys(key);
-    block.compute_scores();
+    stage("scores", [&] { block.compute_scores(); });
     for (int64_t r = 0; r < unit.rows; r++) {
-      block.softmax(r, lse_known, false);
-      block.mix(r, block.weights(lse_known));
+      stage("softmax", [&] { block.softmax(r, lse_known, false); });
+      stage("mixing and norm", [&] { block.mix(r, block.weights(lse_known)); });
       if (!job.mixing.sum_maps) continue;
       block.add_counts(partial + 2 * heads_out);
       if (r % kFlushRows == kFlushRows - 1 || r == unit.rows - 1) flush(scratch.norm_sums, 2 * heads_out, partial);
     }
-    block.multiply_values();
+    stage("product with values", [&] { block.multiply_values(); });
   }
-  block.store_outs(job.problem.out, heads_out);
+  stage("store the output", [&] { block.store_outs(job.problem.out, heads_out); });
 }
 
 // Some queries of one sample and head.
@@ -967,8 +976,9 @@ struct BackwardUnit {
   }
 };
 
-template <class E>
+template <class E, class Stage = Untimed>
 void backward(const Job& job, int64_t index, char* memory) {
+  const Stage stage;
   const Session<E> session;
   const Problem& p = job.problem;
   const Plan& plan = job.plan;
@@ -986,29 +996,31 @@ void backward(const Job& job, int64_t index, char* memory) {
       const int64_t row = b * plan.block_rows, rows = smaller(plan.block_rows, p.seqlen - row);
       double* partial = job.work.partial + (sample * plan.blocks + b) * job.partial_size;
       Block<E> block(job, scratch, job.first + sample, row, rows);
-      block.load_queries(true);
+      stage("load queries and gradients", [&] { block.load_queries(true); });
       block.set_grad_mask(unit.part, unit.group);
       const bool whole = whole_rows(job, block);
       for (int sweep = whole ? 1 : 0; sweep < 2; sweep++) {
         for (int64_t key = 0; key < block.end_key(); key += plan.block_keys) {
           block.set_keys(key);
-          block.compute_scores();
-          block.compute_grad_maps();
-          for (int64_t r = 0; r < rows; r++) {
-            block.backward_row(r, whole || sweep == 0, sweep == 1);
-            if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
-              flush(scratch.products, products, partial);
-              flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
-              flush(scratch.score_products, score_products, partial + products + 2 * p.heads_out);
+          stage("scores", [&] { block.compute_scores(); });
+          stage("gradients of the maps", [&] { block.compute_grad_maps(); });
+          stage("softmax, mixing, norm and back", [&] {
+            for (int64_t r = 0; r < rows; r++) {
+              block.backward_row(r, whole || sweep == 0, sweep == 1);
+              if (r % kFlushRows == kFlushRows - 1 || r == rows - 1) {
+                flush(scratch.products, products, partial);
+                flush(scratch.norm_sums, 2 * p.heads_out, partial + products);
+                flush(scratch.score_products, score_products, partial + products + 2 * p.heads_out);
+              }
             }
-          }
+          });
           if (sweep == 0) continue;
-          block.add_grad_columns(grad_key, grad_value, b == unit.first);
-          block.multiply_keys();
+          stage("gradients of keys and values", [&] { block.add_grad_columns(grad_key, grad_value, b == unit.first); });
+          stage("gradient of queries", [&] { block.multiply_keys(); });
         }
       }
       if (b == unit.first) block.clear_grad_columns(grad_key, grad_value, end_of_columns(job, unit.end));
-      block.store_outs(p.grad_query, p.heads);
+      stage("store the gradient of queries", [&] { block.store_outs(p.grad_query, p.heads); });
     }
   }
 }
