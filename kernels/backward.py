@@ -15,10 +15,10 @@ from .fold import load_mixing, load_unmixing, normalise, normalise_backward
 from .masks import find_hidden, find_span, find_visible_keys, find_visible_positions
 from .scores import (
     LOG2E,
-    OUTSIDE,
     as_exponents,
     as_operand,
     dropout,
+    find_hidden_by_head,
     load_pre_mixing,
     map_tile,
     mix_scores,
@@ -28,6 +28,7 @@ from .scores import (
     unless_blind,
 )
 from .tiles import (
+    OUTSIDE,
     accumulate,
     after_mixing,
     any_broken,
@@ -50,6 +51,7 @@ from .tiles import (
     position_keys,
     position_rows,
     positions,
+    reached_heads,
     store_rows,
     sum_by_halves,
     which_block,
@@ -194,7 +196,7 @@ def grad_maps_kernel(
                 normed = tl.where(inside_both, normed, 0.0)
                 grad_normed = tl.where(inside_both, grad_normed, 0.0)
             pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, OUT)
-            tl.store(pointers, poison_rows(by_head(normed.to(dtype), BLOCK_N, SHAPE), lse, SHAPE), mask=inside)
+            tl.store(pointers, by_head(normed.to(dtype), BLOCK_N, SHAPE), mask=inside)
 
             grad_mixed = normalise_backward(grad_normed, unit, inverse_rms, mixing, unmixing, SHAPE)
             if SHAPE.TRAINING:
@@ -202,24 +204,40 @@ def grad_maps_kernel(
                 grad_mixed = tl.where(inside_both, grad_mixed, 0.0)
             grad_shift += fold_positions(grad_mixed, dtype, SHAPE)
             if SHAPE.NORM != "none":
-                grad_gamma += fold_positions(grad_normed * unit, dtype, SHAPE)
+                of_gamma = grad_normed * unit
+                if SHAPE.MASK_HEADS:
+                    of_gamma = tl.where(inside_both, of_gamma, 0.0)  # zero times NaN of another head
+                grad_gamma += fold_positions(of_gamma, dtype, SHAPE)
                 grad_beta += fold_positions(grad_normed, dtype, SHAPE)
             rounded = grad_mixed.to(dtype)
             grad_weight += tl.dot(heads_by_position, rounded, input_precision=SHAPE.PRECISION)
             grad_kept = by_head(mix_heads(rounded, unmixing[0], SHAPE).to(dtype), BLOCK_N, SHAPE)
             grad_kept = laid_out_like(grad_kept, probs)
-            if SHAPE.BY_ROW and SHAPE.PACK > 1 and sweep == 0:
-                # A row that shares the dot may see what is not finite here.
+            if (SHAPE.MASK_HEADS or (SHAPE.BY_ROW and SHAPE.PACK > 1)) and sweep == 0:
+                # A head, or a row that shares the dot, may see what is not finite here.
                 grad_kept = tl.where(hidden_by_head, 0.0, grad_kept).to(dtype)
             pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
             tl.store(pointers, grad_kept, mask=inside)
             delta += kept * grad_kept.to(tl.float32)
             mass += tl.sum(probs, axis=2)
 
+    if SHAPE.PACK > 1:
+        if tl.sum(tl.where(is_finite(lse), 0, 1)) > 0:
+            # Seldom: see ``probabilities``.
+            tl.debug_barrier()
+            for column in range(0, keys, BLOCK_N):
+                pointers, inside = map_pointers(mixed_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, OUT)
+                normed = poison_rows(tl.load(pointers, mask=inside, other=0.0), lse, SHAPE)
+                if SHAPE.BY_ROW:
+                    hidden = find_hidden_by_head(q, row_start, k, column, batch, 0, mask, BLOCK_M, BLOCK_N, SHAPE)
+                    normed = tl.where(hidden, 0.0, normed)
+                tl.store(pointers, normed.to(dtype), mask=inside)
+
     # Large scores leave rows of P that sum to 1 only nearly: what dP has in common would then not cancel.
+    sees = row_mask
     if SHAPE.HIDES:
-        row_mask &= mass != 0  # of a row that sees no key
-    delta = tl.where(row_mask, tl.sum(delta, axis=2) / mass, 0.0)
+        sees &= mass != 0  # of a row that sees no key
+    delta = tl.where(sees, tl.sum(delta, axis=2) / mass, 0.0)
     grad_shift = sum_by_halves(tl.reshape(grad_shift, (8 * GROUPS, HEADS_PACKED)))
     grad_gamma = sum_by_halves(tl.reshape(grad_gamma, (8 * GROUPS, HEADS_PACKED)))
     grad_beta = sum_by_halves(tl.reshape(grad_beta, (8 * GROUPS, HEADS_PACKED)))
@@ -230,7 +248,10 @@ def grad_maps_kernel(
         reached = lse
         if SHAPE.NORM == "layer":
             reached = over_heads(lse)
-        delta = tl.where(is_finite(reached), delta, float("nan"))
+        sound = is_finite(reached)
+        if SHAPE.MASK_HEADS:
+            sound |= lse == OUTSIDE
+        delta = tl.where(sound, delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
         grad_weight = tl.where(clean[:, None], grad_weight, float("nan"))
@@ -238,8 +259,10 @@ def grad_maps_kernel(
             grad_shift = tl.where(clean, grad_shift, float("nan"))
         if SHAPE.NORM != "none":
             # Mixing takes it to all heads.
-            broken = tl.sum(tl.sum(tl.where(is_finite(lse), 0, 1), axis=1), axis=0)
-            grad_gamma = tl.where(broken > 0, float("nan"), grad_gamma)
+            broken = reached_heads(lse, row_mask, SHAPE)
+            if SHAPE.MASK_HEADS:
+                broken = tl.reshape(tl.broadcast_to(broken[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))
+            grad_gamma = tl.where(broken, float("nan"), grad_gamma)
     delta_block, row_mask = per_row_pointers(delta_ptr, batch, 0, row_start, q.seqlen, BLOCK_M, SHAPE)
     tl.store(delta_block, delta, mask=row_mask)
     block = tl.cast(batch, tl.int64) * tl.cdiv(q.seqlen, BLOCK_M) + row_start // BLOCK_M
@@ -316,7 +339,10 @@ def grad_scores_kernel(
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
         if grad_scores_ptr is not None:
             of_mask, inside = map_pointers(grad_scores_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
-            tl.store(of_mask, poison_rows(grad_scores, reached, SHAPE), mask=inside)
+            of_bias = poison_rows(grad_scores, reached, SHAPE)
+            if SHAPE.BY_ROW:
+                of_bias = tl.where(scores == float("-inf"), 0.0, of_bias)
+            tl.store(of_mask, of_bias.to(dtype), mask=inside)
         grad_scores = laid_out_like(by_position(grad_scores, SHAPE), layout)
         grad_weight += tl.dot(operand, grad_scores, input_precision=SHAPE.PRECISION)
         grad_dots = by_head(mix_heads(grad_scores, unmixing, SHAPE).to(dtype), BLOCK_N, SHAPE)
@@ -393,7 +419,8 @@ def grad_query_kernel(
             dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
     if SHAPE.BY_ROW:
         if any_broken(dq_main, dq_tail, SHAPE) > 0:
-            # Zero times a key that is not finite is NaN. Seldom, so once more; rows that see it are NaN already.
+            # Zero times a key that is not finite is NaN, and so is zero times the delta of a row that sees one. Seldom,
+            # so once more; gradients of rows that see it are NaN already.
             tl.debug_barrier()
             dq_main, dq_tail = zero_rows(BLOCK_M, SHAPE)
             for column in range(0, keys, BLOCK_N):
@@ -404,6 +431,12 @@ def grad_query_kernel(
                     grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
                 )
                 grad_scores = tl.load(pointers, mask=inside, other=0.0)
+                if not (SHAPE.PRE_MIX and SHAPE.MASK_HEADS):  # there the scores of other heads need the key
+                    hidden = find_hidden_by_head(
+                        q, row_start, k, column, batch, first_head, mask, BLOCK_M, BLOCK_N, SHAPE
+                    )
+                    grad_scores = tl.where(hidden, 0.0, grad_scores).to(dtype)
+                    tl.store(pointers, grad_scores, mask=inside)
                 dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
     store_rows(grad_q, batch, first_head, row_start, 0, dq_main * scale, dq_tail * scale, BLOCK_M, SHAPE)
 

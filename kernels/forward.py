@@ -15,7 +15,6 @@ from .tiles import (
     dot_layout,
     fold_positions,
     held,
-    is_finite,
     laid_out_like,
     load_rows,
     only_finite,
@@ -24,6 +23,7 @@ from .tiles import (
     position_keys,
     position_rows,
     positions,
+    reached_heads,
     store_rows,
     sum_by_halves,
     which_block,
@@ -113,7 +113,7 @@ def forward_kernel(
         store_head_sums(sums_ptr, 0, sums, lse, row_mask, dtype, SHAPE)
         store_head_sums(sums_ptr, SHAPE.HEADS_OUT, squares, lse, row_mask, dtype, SHAPE)
         if SHAPE.HIDES:
-            store_head_sums(sums_ptr, 2 * SHAPE.HEADS_OUT, counts, lse, row_mask, dtype, SHAPE)
+            store_head_sums(sums_ptr, 2 * SHAPE.HEADS_OUT, counts, lse, row_mask, dtype, SHAPE, COUNTS=True)
 
 
 @triton.jit
@@ -165,17 +165,18 @@ def forward_step(
 
 
 @triton.jit
-def store_head_sums(ptr, first, sums, lse, row_mask, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """This program's sums by head, of positions that were folded, to column first + head of (.., programs); NaN if the
-    softmax of a row is."""
+def store_head_sums(
+    ptr, first, sums, lse, row_mask, dtype: tl.constexpr, SHAPE: tl.constexpr, COUNTS: tl.constexpr = False
+):
+    """This program's sums by head, of positions that were folded, to column first + head of (.., programs); NaN, unless
+    they are COUNTS, if the softmax of a row is."""
     if dtype == tl.float32 and SHAPE.PRECISION == "ieee":
         total = sum_by_halves(tl.reshape(sums, (sums.shape[0] * sums.shape[1] * SHAPE.PACK, SHAPE.HEADS_PADDED)))
     else:
         total = tl.sum(tl.sum(sums, axis=1), axis=0)
         total = tl.sum(tl.reshape(total, (SHAPE.PACK, SHAPE.HEADS_PADDED)), axis=0)
-    if SHAPE.PACK > 1:
-        broken = tl.sum(tl.sum(tl.where(is_finite(lse) | ~row_mask, 0, 1), axis=1), axis=0)
-        total = tl.where(broken > 0, float("nan"), total)
+    if SHAPE.PACK > 1 and not COUNTS:
+        total = tl.where(reached_heads(lse, row_mask, SHAPE), float("nan"), total)
     heads = tl.arange(0, SHAPE.HEADS_PADDED)
     pointers = ptr + (first + heads).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(pointers, total, mask=heads < SHAPE.HEADS_OUT)

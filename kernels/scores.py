@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .masks import HIDDEN, find_visible_keys, hides, load_mask
 from .tiles import (
+    OUTSIDE,
     by_head,
     by_position,
     dot_layout,
@@ -81,9 +82,12 @@ def mix_scores(scaled, pre_mixing, SHAPE: tl.constexpr):
 
 @triton.jit
 def spread_over_heads(lse, SHAPE: tl.constexpr):
-    """NaN in every head of a row whose LSE is NaN in one: every head's scores are made of all."""
+    """NaN in every head of a row whose LSE is NaN in one, but for heads that see no key: every head's scores are made of
+    all."""
     if SHAPE.PACK > 1:
         broken = over_heads(tl.where(lse == lse, 0.0, float("nan"))) != 0.0
+        if SHAPE.MASK_HEADS:
+            broken &= lse != float("-inf")
         lse = tl.where(broken, float("nan"), lse)
     return lse
 
@@ -135,6 +139,19 @@ def as_exponents(
     return scores
 
 
+@triton.jit
+def find_hidden_by_head(
+    q, row_start, k, column_start, batch, first_head, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Which keys are outside the sequence or hidden: [HEADS_PADDED, BLOCK_M, BLOCK_N]."""
+    zeros = tl.full((SHAPE.HEADS_PADDED, BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
+    return as_exponents(
+        zeros, q, row_start, k, column_start, batch, first_head, mask, tl.cast(0.0, tl.float32), BLOCK_M, BLOCK_N,
+        SHAPE, False,
+    ) == float("-inf")  # fmt: skip
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FARTHEST = tl.constexpr(-3.4e38)
@@ -158,8 +175,6 @@ def rounded_sum(a, b, c):
     )
 
 
-# What stands for the LSE of rows outside the sequence, and of those that see no key.
-OUTSIDE = tl.constexpr(1e30)
 # Keys at a time while the LSE is computed: more than in the other sweep, which has to keep other tiles as well.
 LSE_KEYS = tl.constexpr(32)
 

@@ -441,8 +441,32 @@ def broken_rows(tile, SHAPE: tl.constexpr):
 def poison_rows(tile, lse, SHAPE: tl.constexpr):
     """NaN in every head of a row whose softmax is NaN in one of them, as mixing would leave it: by head."""
     if SHAPE.PACK > 1:
-        tile = tl.where(is_finite(over_heads(lse))[:, :, None], tile, float("nan"))
+        tile = tl.where(sound_rows(lse, SHAPE)[:, :, None], tile, float("nan"))
     return tile
+
+
+@triton.jit
+def sound_rows(lse, SHAPE: tl.constexpr):
+    """Which rows no head's softmax makes NaN, or see no key, by head: [HEADS_PADDED, BLOCK_M]."""
+    sound = is_finite(over_heads(lse))
+    if SHAPE.MASK_HEADS:
+        sound |= lse == OUTSIDE
+    return sound
+
+
+@triton.jit
+def reached_heads(lse, row_mask, SHAPE: tl.constexpr):
+    """Whether NaN of a row's softmax is in the mixed maps of a head: [HEADS_PADDED], or one for all. ``row_mask``: rows
+    in the sequence."""
+    if SHAPE.MASK_HEADS:
+        reached = tl.sum(tl.where(sound_rows(lse, SHAPE) | ~row_mask, 0, 1), axis=1) > 0
+    else:
+        reached = tl.sum(tl.sum(tl.where(is_finite(lse) | ~row_mask, 0, 1), axis=1), axis=0) > 0
+    return reached
+
+
+# What stands for the LSE of rows outside the sequence, and of those that see no key.
+OUTSIDE = tl.constexpr(1e30)
 
 
 @triton.jit

@@ -197,6 +197,8 @@ def batch_norm(
     ``group``, if given, and of its positions over those that are ``visible``. ``momentum``: the share of this batch in
     the running statistics."""
     running_mean, running_var = running
+    if visible is not None:
+        mixed = mixed.where(visible, 0.0)  # what other heads see may be NaN
     if not training:
         assert running_mean is not None and running_var is not None
         return F.batch_norm(mixed, running_mean.to(mixed.dtype), running_var.to(mixed.dtype), *affine, eps=eps)
@@ -210,9 +212,9 @@ def batch_norm(
     over = (0, 2, 3)
     taken = torch.ones_like(mixed) if visible is None else visible.to(mixed.dtype).expand(mixed.shape)
     count = _all_reduce(taken.sum(over), group)
-    mean = _all_reduce((mixed * taken).sum(over), group) / count.clamp(min=1)
-    centred = mixed - mean[:, None, None]
-    var = _all_reduce((centred.square() * taken).sum(over), group) / count.clamp(min=1)
+    mean = _all_reduce(mixed.sum(over), group) / count.clamp(min=1)
+    centred = (mixed - mean[:, None, None]) * taken
+    var = _all_reduce(centred.square().sum(over), group) / count.clamp(min=1)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             # Too few positions for an estimate leave it as it is.

@@ -384,6 +384,51 @@ def test_what_is_hidden_from_one_head_alone(heads, backend):
         assert torch.equal(found[name].isnan(), expected[name].isnan()), name
 
 
+SPREADING = [(3, "layer", False), (4, "batch-training", True), (12, "none", True), (12, "layer", False)]
+
+
+@fused
+@pytest.mark.parametrize(("heads", "mode", "pre"), SPREADING)
+def test_a_row_that_is_not_finite_reaches_no_key_that_it_does_not_see(heads, mode, pre, backend):
+    """Not even as gradients; but for batch statistics, which are of all rows."""
+    device = device_of(backend)
+    mode = "batch-eval" if mode == "batch-training" else mode
+    problem = mixing_problem(mode, heads=heads, pre=pre, head_dim=16, dtype=torch.float32, device=device)
+    mask = torch.ones(1, 1, 7, 9, dtype=torch.bool, device=device)
+    mask[..., 3] = False
+    mask[..., 2, :] = torch.arange(9, device=device) < 5
+    key = problem["key"].clone()
+    key[0, 1, 3] = float("nan")
+    found = compute(problem.with_tensors(key=key, attn_mask=mask), backend)
+    assert found["output"][0, :, 2].isnan().all()
+    seen, heads_reached = torch.arange(9) < 5, torch.arange(heads) == 1
+    for name, of_all_heads in (("value gradient", True), ("key gradient", pre or mode == "layer")):
+        reached = found[name].isnan().any(-1)
+        expected = (heads_reached | of_all_heads)[:, None] & seen
+        assert torch.equal(reached[0].cpu(), expected) and not reached[1].any(), name
+
+
+@fused
+@pytest.mark.parametrize(("heads", "mode", "pre"), SPREADING)
+def test_a_head_that_sees_nothing_takes_nothing_of_the_others(heads, mode, pre, backend):
+    """Neither does one where it does not see some keys, nor its running statistics."""
+    device = device_of(backend)
+    problem = mixing_problem(mode, heads=heads, pre=pre, head_dim=16, dtype=torch.float32, device=device)
+    mask = torch.ones(1, heads, 7, 9, dtype=torch.bool, device=device)
+    mask[:, 1, 3] = False
+    mask[:, 2, 3, 5:] = False
+    query = problem["query"].clone()
+    query[0, 0, 3] = float("nan")
+    problem = problem.with_tensors(query=query, attn_mask=mask, pre_bias=None)
+    found, expected = compute(problem, backend), compute(problem, "reference")
+    assert not found["output"][0, 1, 3].any()
+    for name in {"output", "query gradient", "key gradient", "value gradient", *STATISTICS} & expected.keys():
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+    if mode == "batch-training":
+        for name in ("running_mean", "running_var"):
+            assert (torch.arange(heads)[expected[name].isfinite().cpu()]).tolist() == [1]
+
+
 @fused
 def test_a_key_without_weight(backend):
     """All of whose scores are -infinity; see docs/performance.md for Triton with at most 8 heads."""

@@ -730,12 +730,14 @@ class Block {
       Vec gamma_sum{}, beta_sum{};
       // Running statistics have no gradient, which NaN in the maps must not make one of.
       for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
-        const Vec unit = vec(mixed + i), grad = vec(grads + i);
+        Vec unit = vec(mixed + i);
+        const Vec grad = vec(grads + i);
+        const VecI visible = kMasked ? is_visible(vec(of_mask + i)) : VecI{};
+        if (kMasked) unit = visible ? unit : Vec{};  // may be NaN, if another head sees the key
         gamma_sum += grad * unit;
         beta_sum += grad;
         Vec of_mixed = statistics ? grad * gamma - common - unit * along : grad * gamma, map = unit * gamma + beta;
         if (kMasked) {
-          const VecI visible = is_visible(vec(of_mask + i));
           of_mixed = visible ? of_mixed : Vec{};
           map = visible ? map : Vec{};
         }

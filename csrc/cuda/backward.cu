@@ -175,21 +175,26 @@ class RowGradients {
     HeadsTile mix, grad, result;
     read(grad, grads, row, key);
     mix_heads(mix, operand, row, key);
+    const bool hides = kMasked && kRagged && !place_.range.is_whole(first_key_ + key);
+    const auto find_visible = [&] { return Visible(p_, place_, place_.first_row + row, first_key_ + key); };
+    Visible visible;
+    if (kMaskByHead && hides) {
+      visible = find_visible();
+      if constexpr (kBatch) visible.clear_hidden(mix);  // NaN of another head must be in no sum
+    }
     undo_norm<kRagged>(mix, grad, grads, sums, inside);
     if constexpr (kRagged)
       for_each_element([&](int block, int i, int, int lower) {
         if (8 * lower + lane() / 4 >= inside) grad[block][i] = 0;
       });
-    if (kMasked && kRagged && !place_.range.is_whole(first_key_ + key)) {
-      const Visible visible(p_, place_, place_.first_row + row, first_key_ + key);
-      for_each_element([&](int block, int i, int, int) {
-        if (visible(block, i)) return;
-        mix[block][i] = 0;
-        if constexpr (kStatistics) grad[block][i] = 0;
-      });
+    if (hides) {
+      if constexpr (!kMaskByHead) visible = find_visible();
+      visible.clear_hidden(mix);
+      if constexpr (kStatistics) visible.clear_hidden(grad);
     }
     write_mixed(mix, mixed, head_stride);
     unmix(result, sums, grad, heads, row, key);
+    if (kMaskByHead && hides) visible.clear_hidden(result);  // a map of zero times NaN of another head
     if constexpr (kDropout) drop(result, map, row, key);
     store(heads, result, row, key);
   }
@@ -757,7 +762,10 @@ class HeadGradients {
         multiply_tile(grad_query, keys, delta, grad_scores, first_key, last_key);
       }
     }
-    if (kMasked && !finite(grad_query)) multiply_again<true>(grad_query, grad_scores);
+    if (kMasked && !finite(grad_query)) {
+      forget_hidden(grad_scores);
+      multiply_again<true>(grad_query, grad_scores);
+    }
     // A lane has pairs of columns, or those of ColumnsAhead.
     const int first_column = lane() % 4 * (kDirect ? kDims / 4 : 2);
     Element* all = head_rows(p_.grad_query, place_.sample, head_) + first_column;
@@ -926,6 +934,15 @@ class HeadGradients {
         }
       }
     }
+  }
+  // The delta of a row that sees what is not finite is NaN, and so is zero times that: in the workspace, zero for what
+  // is hidden. Where scores are mixed and masks differ between heads, others may see it.
+  REATTN_DEVICE void forget_hidden(Element* grad_scores) const {
+    if constexpr (kPreMixed && kMaskByHead) return;
+    sync_warp();  // what other lanes have written is there
+    for (int row = 0; row < place_.rows; row++)
+      for (int key = lane(); key < smaller(place_.range.end, p_.key.rows); key += kWarp)
+        if (!mask_.sees(place_.first_row + row, key)) write(grad_scores + (int64_t(row) * place_.keys + key), Element());
   }
   // As of an Output: one row says it.
   static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {

@@ -103,6 +103,7 @@ REATTN_DEVICE void for_each_head_of_lane(Function function) {
 // Which heads see which of 16 keys of a row; a lane knows it of its elements.
 class Visible {
  public:
+  Visible() = default;
   REATTN_DEVICE Visible(const Params& p, const Block& block, int row, int key) {
     if constexpr (kMaskByHead)
       for_each_element([&](int eight, int i, int head, int lower) {
@@ -115,6 +116,11 @@ class Visible {
       bits_ = ballot(block.mask(p, 0).sees(row, key + lane() % 16)) & 0xffff;
   }
   REATTN_DEVICE bool operator()(int block, int i) const { return bits_ >> place(block, i) & 1; }
+  REATTN_DEVICE void clear_hidden(HeadsTile& tile) const {
+    for_each_element([&](int block, int i, int, int) {
+      if (!(*this)(block, i)) tile[block][i] = 0;
+    });
+  }
   // Keys, where heads do not differ.
   REATTN_DEVICE int count() const { return count_bits(bits_); }
 
