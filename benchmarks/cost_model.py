@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.kernel_counts import Counts, ceil_div, read_counts, round_up
 from reattn.backends import cuda_plan
@@ -45,7 +45,7 @@ START = 2e-6
 # Tensors of (batch, heads, seqlen, head_dim) that a kernel has to read or write, once each.
 # The maps that kernels of a backward pass leave each other are not counted: they stay in L2.
 TENSORS = {"forward": 4, "finish": 3, "grad_sums": 2, "add_up": 0, "unfold": 0}
-TENSORS |= {"grad_maps": 4, "grad_query": 3, "grad_key": 4, "backward": 5, "products": 4}
+TENSORS |= {"grad_maps": 4, "grad_scores": 2, "grad_query": 3, "grad_key": 4, "backward": 5, "unmix": 3, "products": 4}
 
 
 class Forecast(NamedTuple):
@@ -147,7 +147,7 @@ def kernel_table(shape: tuple[int, int, int, int]) -> list[str]:
     return table(columns + [f"on an {card.name}" for card in CARDS[1:]], rows)
 
 
-BACKWARD = ("grad_sums", "add_up", "backward", "products", "unfold")
+BACKWARD = ("grad_sums", "add_up", "backward", "unmix", "products", "unfold")
 
 
 def instructions(
@@ -189,12 +189,12 @@ def call_table() -> list[str]:
     return table(["forecast", "norm", "backend", *columns], rows)
 
 
-def mask_table() -> list[str]:
-    """What a padding mask costs: over the same call without one, instructions and the time that is expected."""
+def extra_table(name: str, **extra: Any) -> list[str]:
+    """What the ``extra`` of counts costs: over the same call without it, instructions and the time that is expected."""
     card = CARDS[0]
-    with_mask = [forecast(counts, card) for counts in read_counts("padding")]
+    with_extra = [forecast(counts, card) for counts in read_counts(**extra)]
     rows = []
-    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in with_mask):
+    for call in dict.fromkeys((each.shape, each.norm, each.backend) for each in with_extra):
         cells = []
         for number in (lambda each: each.counts.blocks * each.counts.instructions, lambda each: each.seconds):
             for only in (("forward", "finish"), None):
@@ -204,19 +204,20 @@ def mask_table() -> list[str]:
                         for each in found
                         if (each.shape, each.norm, each.backend) == call and (only is None or each.kernel in only)
                     )
-                    for found in (with_mask, forecasts(card.name))
+                    for found in (with_extra, forecasts(card.name))
                 )
                 cells.append(f"{mine / others:.2f}")
         rows.append(["x".join(map(str, call[0])), call[1], call[2], *cells])
     of, parts = ("instructions", f"time on an {card.name}"), ("forward", "with backward")
     columns = [f"{what}, {part}" for what in of for part in parts]
-    return table(["a padding mask over none", "norm", "backend", *columns], rows)
+    return table([f"{name} over none", "norm", "backend", *columns], rows)
 
 
 def tables() -> list[str]:
     """Lines of Markdown."""
     shapes = dict.fromkeys(each.shape for each in read_counts())
-    gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table() + mask_table()
+    gpu = [line for shape in shapes for line in kernel_table(shape)] + instruction_table() + call_table()
+    gpu += extra_table("a padding mask", mask="padding") + extra_table("mixing before the softmax", pre_theta=True)
     title = f"GPU, bfloat16; counts for 32 elements of the maps, microseconds on an {CARDS[0].name}:"
     return [title, "", *gpu]
 

@@ -68,6 +68,7 @@ class Counts(NamedTuple):
     barriers: int  # of a block
     launches: int = 1
     mask: str = "none"
+    pre_theta: bool = False  # scores are mixed before the softmax
 
     @property
     def resident(self) -> int:
@@ -77,17 +78,23 @@ class Counts(NamedTuple):
         return min(by_registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads, 32)
 
 
-def read_counts(mask: str = "none") -> list[Counts]:
-    """What this module wrote, of calls with a mask or without."""
-    rows = json.loads(COUNTS.read_text())["counts"]
-    return [Counts(**{**row, "shape": tuple(row["shape"])}) for row in rows if row["mask"] == mask]
+def read_counts(mask: str = "none", pre_theta: bool = False) -> list[Counts]:
+    """What this module wrote, of such calls."""
+    rows = (Counts(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(COUNTS.read_text())["counts"])
+    return [row for row in rows if (row.mask, row.pre_theta) == (mask, pre_theta)]
 
 
 def count(
-    backend: str, shape: tuple[int, int, int, int], norm: str, mask: str = "none", blocks: Sequence[int] = (0,)
+    backend: str,
+    shape: tuple[int, int, int, int],
+    norm: str,
+    mask: str = "none",
+    blocks: Sequence[int] = (0,),
+    pre_theta: bool = False,
 ) -> list[Counts]:
     """Of every kernel of a training step in bfloat16; ``norm``: one of NORMS, batch norm in training; ``mask``: one of
-    MASKS. ``blocks``: which are executed, of those that a kernel has, and added up.
+    MASKS; ``pre_theta``: scores are mixed before the softmax. ``blocks``: which are executed, of those that a kernel
+    has, and added up.
 
     Needs the emulator in the place of a GPU, as :func:`install` puts it there, or the tests do.
     """
@@ -95,11 +102,11 @@ def count(
 
     run = {"triton": run_triton, "cuda": run_cuda}[backend]
     with emulator.executing(blocks=list(blocks), check_races=False, count_wavefronts=True, once=True) as launches:
-        run(shape, norm, mask)
+        run(shape, norm, mask, pre_theta)
     kernels: dict[str, list[emulator.Launched]] = {}
     for launch in launches:
         kernels.setdefault(launch.kernel, []).append(launch)
-    return [_counts(each, backend, shape, norm)._replace(mask=mask) for each in kernels.values()]
+    return [_counts(each, backend, shape, norm)._replace(mask=mask, pre_theta=pre_theta) for each in kernels.values()]
 
 
 def _counts(launches: list[emulator.Launched], backend: str, shape: tuple[int, int, int, int], norm: str) -> Counts:
@@ -146,7 +153,7 @@ class Filled(TorchDispatchMode):
         return result.fill_(1) if "empty" in func.__name__ else result
 
 
-def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str, mask: str) -> None:
+def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str, mask: str, pre_theta: bool) -> None:
     """Both directions on the CPU's memory. Only the first sample has numbers: blocks of others are not executed."""
     from reattn.backends import common
     from reattn.backends.contract import Inputs
@@ -162,17 +169,19 @@ def train_step(backend: Any, shape: tuple[int, int, int, int], norm: str, mask: 
     if norm == "batch":
         running = torch.zeros(heads), torch.ones(heads), torch.zeros((), dtype=torch.int64)
         inputs = inputs._replace(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+    if pre_theta:
+        inputs = inputs._replace(pre_theta=torch.eye(heads))
     named = None if norm == "none" else norm
     if mask == "padding":
         inputs = inputs._replace(attn_mask=torch.ones(batch, 1, 1, seqlen, dtype=torch.bool))
-    masks = {"mask": "bool" if mask == "padding" else None, "is_causal": mask == "causal"}
-    problem = Problem.of(inputs.query, norm=named, training=norm == "batch", scale=head_dim**-0.5, **masks)
+    around = {"mask": "bool" if mask == "padding" else None, "is_causal": mask == "causal", "pre_mixed": pre_theta}
+    problem = Problem.of(inputs.query, norm=named, training=norm == "batch", scale=head_dim**-0.5, **around)
     with Filled():
         outputs = backend.forward(problem, inputs)
         backend.backward(problem, common.empty_heads_last(inputs.query).zero_(), inputs, outputs, None)
 
 
-def run_triton(shape: tuple[int, int, int, int], norm: str, mask: str = "none") -> None:
+def run_triton(shape: tuple[int, int, int, int], norm: str, mask: str = "none", pre_theta: bool = False) -> None:
     """A training step on the Triton backend."""
     import triton
 
@@ -186,12 +195,12 @@ def run_triton(shape: tuple[int, int, int, int], norm: str, mask: str = "none") 
             mock.patch.object(backend, "_arch", lambda device: ARCH),
             mock.patch.object(backend, "_processors", lambda tensor: MULTIPROCESSORS),
         ):
-            train_step(backend, shape, norm, mask)
+            train_step(backend, shape, norm, mask, pre_theta)
     finally:
         triton_driver.install(before)
 
 
-def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none") -> None:
+def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none", pre_theta: bool = False) -> None:
     """The same on the CUDA backend. A block of the forward pass, which takes many groups of rows, stands for as many
     that take one."""
     import emulator.cuda
@@ -212,7 +221,7 @@ def run_cuda(shape: tuple[int, int, int, int], norm: str, mask: str = "none") ->
             mock.patch.object(backend, "_describe", lambda device: (SHARED_LIMIT[ARCH], MULTIPROCESSORS)),
             mock.patch.object(cuda_driver, "launch", launch_all),
         ):
-            train_step(backend, shape, norm, mask)
+            train_step(backend, shape, norm, mask, pre_theta)
     finally:
         cuda_driver.use(before)
 
@@ -239,12 +248,14 @@ def main() -> None:
     parser.parse_args()
     install()
     rows = []
-    for backend, shape, norm, mask in (
-        *itertools.product(BACKENDS, SHAPES, NORMS, ["none"]),
-        *itertools.product(BACKENDS, SHAPES[:2], NORMS[:2], ["padding"]),
+    for backend, shape, norm, mask, pre_theta in (
+        *itertools.product(BACKENDS, SHAPES, NORMS, ["none"], [False]),
+        *itertools.product(BACKENDS, SHAPES[:2], NORMS[:2], ["padding"], [False]),
+        *itertools.product(BACKENDS, SHAPES[:2], NORMS[::2], ["none"], [True]),
     ):
-        rows += [json.dumps(each._asdict()) for each in count(backend, shape, norm, mask)]
-        print(backend, shape, norm, mask, flush=True)
+        counts = count(backend, shape, norm, mask, pre_theta=pre_theta)
+        rows += [json.dumps(each._asdict()) for each in counts]
+        print(backend, shape, norm, mask, "pre_theta" * pre_theta, flush=True)
     made_with = {backend: version(backend) for backend in BACKENDS}
     head = f'{{"made with": {json.dumps(made_with)},\n"counts": [\n'
     COUNTS.write_text(head + ",\n".join(rows) + "\n]}\n")

@@ -398,7 +398,7 @@ def grad_query_kernel(
             visible = find_visible_keys(mask, batch, first_head, column, k, BLOCK_N, SHAPE, sweep > 0)
             k_tile = load_rows(k, batch, first_head, column, 0, BLOCK_N, SHAPE, sweep > 0, visible=visible)
             pointers, inside = map_pointers(
-                grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
+                grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE, OPERANDS=SHAPE.PRE_MIX
             )
             grad_kept = tl.load(pointers, mask=inside, other=0.0)
             if SHAPE.PRE_MIX:

@@ -22,13 +22,15 @@ def laid_out(tensor, draw, may_expand):
     """The tensor with strides of one kind or another, NaN between its elements; how."""
     kind = draw.choice(["as it was", "permuted", "sliced", *["expanded"] * bool(may_expand)])
     if kind == "permuted":
-        order = draw.sample(range(4), 4)
-        return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)]), f"permuted {order}"
+        order = draw.sample(range(tensor.ndim), tensor.ndim)
+        back = [order.index(dim) for dim in range(tensor.ndim)]
+        return tensor.permute(order).contiguous().permute(back), f"permuted {order}"
     if kind == "sliced":
-        steps = [draw.randint(1, 3) for _ in range(4)]
+        steps = [draw.randint(1, 3) for _ in range(tensor.ndim)]
         around = [2 + step * size for step, size in zip(steps, tensor.shape, strict=True)]
         slices = tuple(slice(1, -1, step) for step in steps)
-        return tensor.new_full(around, float("nan"))[slices].copy_(tensor), f"sliced {steps}"
+        between = float("nan") if tensor.is_floating_point() else True
+        return tensor.new_full(around, between)[slices].copy_(tensor), f"sliced {steps}"
     if kind == "expanded":
         dim = draw.choice(may_expand)
         return tensor.narrow(dim, 0, 1).expand(tensor.shape), f"expanded {dim}"

@@ -23,18 +23,24 @@ LIMITS = {
 SMALLER_HEADS, CONFLICTS = {"forward": 0.92, "backward": 0.97}, 1.3
 
 
+# The same where scores are mixed before the softmax, without a norm; and conflicts of the way back through it.
+PRE_MIXED = {"forward": 38, "backward": 97}
+UNMIX_CONFLICTS = 1.45
+
+
 @functools.cache
-def counted(head_dim, norm):
+def counted(head_dim, norm, pre_theta=False):
     """The kernels of a training step, by name."""
     if torch.cuda.is_available():
         pytest.skip("the emulator takes the place of a GPU")
     pytest.importorskip("triton", reason="needs ptxas, which triton ships")
-    return {each.kernel: each for each in kernel_counts.count("cuda", (BATCH, HEADS, SEQLEN, head_dim), norm)}
+    shape = BATCH, HEADS, SEQLEN, head_dim
+    return {each.kernel: each for each in kernel_counts.count("cuda", shape, norm, pre_theta=pre_theta)}
 
 
-def instructions(head_dim, norm, which):
+def instructions(head_dim, norm, which, pre_theta=False):
     kernels = ("forward",) if which == "forward" else BACKWARD
-    found = [cost_model.forecast(each, cost_model.CARDS[0]) for each in counted(head_dim, norm).values()]
+    found = [cost_model.forecast(each, cost_model.CARDS[0]) for each in counted(head_dim, norm, pre_theta).values()]
     return sum(each.for_32_computed(each.counts.instructions) for each in found if each.kernel in kernels)
 
 
@@ -54,6 +60,14 @@ def test_bank_conflicts(head_dim, norm):
     for name in ("forward", "backward", "products"):
         found = counted(head_dim, norm)[name]
         assert found.wavefronts <= CONFLICTS * found.conflict_free, name
+
+
+@pytest.mark.parametrize("which", PRE_MIXED)
+def test_mixing_before_the_softmax(which):
+    assert instructions(64, "none", which, pre_theta=True) <= PRE_MIXED[which]
+    for name in ("forward", "backward", "unmix", "products"):
+        found = counted(64, "none", pre_theta=True)[name]
+        assert found.wavefronts <= (UNMIX_CONFLICTS if name == "unmix" else CONFLICTS) * found.conflict_free, name
 
 
 def test_elements_that_are_computed():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from error_bound import simulate
+from fuzz import laid_out
 from parity import (
     FUSED,
     MODES,
@@ -295,7 +296,15 @@ def random_problem(draw, backend):
     if options["dropout_p"]:
         sizes = {name: made[name] for name in ("heads", "seqlen", "seqlen_k", "batch")}
         problem = replace(problem, keep=drawn_mask(backend, **sizes, head_dim=128))
-    return problem, {"mode": mode, "kind": kind, **made, **options}
+    layouts = {}
+    for name in ("query", "key", "value", "grad", "attn_mask"):
+        tensor = problem.grad if name == "grad" else problem.tensors.get(name)
+        if tensor is None:
+            continue
+        # Keys that are all the same leave batch statistics of zero.
+        tensor, layouts[name] = laid_out(tensor, draw, [0] if name == "key" else [])
+        problem = replace(problem, grad=tensor) if name == "grad" else problem.with_tensors(**{name: tensor})
+    return problem, {"mode": mode, "kind": kind, **made, **options, **layouts}
 
 
 RANDOM = [("cpu", seed) for seed in range(40)]

@@ -34,13 +34,24 @@ BARRIERS = {"forward": 280, "grad_maps": 300, "grad_query": 40, "grad_key": 80}
 INSTRUCTIONS = {("layer", 32): (38, 112), ("batch", 32): (36, 103), ("layer", 64): (51, 127), ("batch", 64): (51, 120)}
 
 
+# Where scores are mixed before the softmax, head_dim 64, no norm: wavefronts of a block, and instructions for
+# 32 elements that are no padding.
+PRE_MIXED = {
+    "forward": (57_000, 85),
+    "grad_maps": (28_500, 119),
+    "grad_scores": (39_000, 52),
+    "grad_query": (4_400, 10.2),
+}
+
+
 @functools.cache
-def counted(head_dim, norm):
+def counted(head_dim, norm, pre_theta=False):
     """The kernels of a training step, by name."""
     if torch.cuda.is_available():
         pytest.skip("the emulator takes the place of a GPU")
     pytest.importorskip("emulator", exc_type=ImportError)
-    return {each.kernel: each for each in kernel_counts.count("triton", (BATCH, HEADS, SEQLEN, head_dim), norm)}
+    shape = BATCH, HEADS, SEQLEN, head_dim
+    return {each.kernel: each for each in kernel_counts.count("triton", shape, norm, pre_theta=pre_theta)}
 
 
 cases = pytest.mark.parametrize(("norm", "head_dim"), INSTRUCTIONS)
@@ -72,3 +83,11 @@ def test_instructions(norm, head_dim):
     forward, backward = INSTRUCTIONS[norm, head_dim]
     assert issued("forward") / (HEADS * 224 * 208 / 32) <= forward
     assert sum(map(issued, SWEEPS[1:])) / (HEADS * 208 * 208 / 32) <= backward
+
+
+@pytest.mark.parametrize("kernel", PRE_MIXED)
+def test_mixing_before_the_softmax(kernel):
+    found = counted(64, "none", pre_theta=True)[kernel]
+    wavefronts, instructions = PRE_MIXED[kernel]
+    assert found.wavefronts <= wavefronts
+    assert found.blocks * found.instructions / (BATCH * HEADS * SEQLEN**2 / 32) <= instructions
