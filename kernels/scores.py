@@ -82,7 +82,7 @@ def mix_scores(scaled, pre_mixing, SHAPE: tl.constexpr):
 
 @triton.jit
 def spread_over_heads(lse, SHAPE: tl.constexpr):
-    """NaN in every head of a row whose LSE is NaN in one, since scores are made of all; not in those that see no key."""
+    """NaN in every head of a row whose LSE is NaN in one: scores are made of all. Not in heads that see no key."""
     if SHAPE.PACK > 1:
         broken = over_heads(tl.where(lse == lse, 0.0, float("nan"))) != 0.0
         if SHAPE.MASK_HEADS:
