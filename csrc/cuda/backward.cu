@@ -942,7 +942,8 @@ class HeadGradients {
     sync_warp();  // what other lanes have written is there
     for (int row = 0; row < place_.rows; row++)
       for (int key = lane(); key < smaller(place_.range.end, p_.key.rows); key += kWarp)
-        if (!mask_.sees(place_.first_row + row, key)) write(grad_scores + (int64_t(row) * place_.keys + key), Element());
+        if (!mask_.sees(place_.first_row + row, key))
+          write(grad_scores + (int64_t(row) * place_.keys + key), Element());
   }
   // As of an Output: one row says it.
   static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {
