@@ -1,6 +1,7 @@
 """What every test shares: backend and device, kernels that run without a GPU, and a choice of tiles."""
 
 import functools
+import gc
 import importlib.machinery
 import importlib.util
 import os
@@ -70,6 +71,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("device")
         for marker in skipped.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skipped[marker]))
+
+
+def pytest_collection_finish():
+    # Triton's compiler makes objects by the million, and none of them are garbage that keeps much: a tenth of its time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 def touches_gpu(item) -> bool:

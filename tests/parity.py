@@ -30,11 +30,8 @@ MODES = {
     "none": (None, False),
 }
 STATISTICS = ("running_mean", "running_var")
-FUSED = (
-    "triton",
-    pytest.param("cuda", marks=pytest.mark.cuda),
-    pytest.param("cpu", marks=pytest.mark.extension),
-)
+MARKS = {"triton": (), "cuda": pytest.mark.cuda, "cpu": pytest.mark.extension}
+FUSED = tuple(pytest.param(name, marks=marks) for name, marks in MARKS.items())
 BACKENDS = (*FUSED, "reference")
 ORDERS = 12
 NORMS = (2, math.inf)

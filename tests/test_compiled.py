@@ -1,5 +1,5 @@
 """Every GPU kernel as it is compiled, executed: every two of a head count, a dtype and a norm together, for compute
-capability 9.0 and, other threes, for 8.0. `make test-all` runs those for 9.0 with the oldest Triton too.
+capability 9.0, and other threes, half as many, for 8.0. `make test-all` runs those for 9.0 with the oldest Triton too.
 
 ``test_parity.py`` runs the same kernels on fewer problems. What the compilers make of a kernel depends on heads,
 head_dim, dtype, norm and architecture: Triton has miscompiled single head counts. head_dim, lengths, dropout and large
@@ -26,7 +26,7 @@ def cases():
     """(arch, heads, dtype, mode), and what takes turns: head_dim, lengths, dropout, a factor on the scores."""
     every = itertools.product(ARCHS, enumerate(HEADS), enumerate(FLOATS), enumerate(MODES))
     for number, (arch, (place, heads), (row, dtype), (column, mode)) in enumerate(every):
-        if (place + row + column) % 3 != (0 if arch == 80 else 1):
+        if (place + row + column) % 3 != (0 if arch == 80 else 1) or (arch == 80 and (place + column) % 2):
             continue
         turn = number + number // (len(FLOATS) * len(MODES))  # another one at the next head count
         head_dim, (seqlen, seqlen_k) = HEAD_DIMS[turn % len(HEAD_DIMS)], LENGTHS[turn // 2 % len(LENGTHS)]

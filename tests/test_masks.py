@@ -10,6 +10,7 @@ from fuzz import random_problem
 from parity import (
     BACKENDS,
     FUSED,
+    MARKS,
     MODES,
     assert_defined_by,
     assert_parity,
@@ -25,7 +26,6 @@ from reattn import re_attention
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 modes = pytest.mark.parametrize("mode", MODES)
-MARKS = {"triton": (), "cuda": pytest.mark.cuda, "cpu": pytest.mark.extension}
 
 
 def by_backend(names, choices, few, backends=FUSED):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import MODES, assert_parity, compute, drawn_mask, make_problem
+from parity import MARKS, MODES, assert_parity, compute, drawn_mask, make_problem
 
 from reattn import re_attention
 
@@ -31,18 +31,23 @@ modes = pytest.mark.parametrize("mode", MODES)
 
 
 def shape_cases():
-    """Every shape with every mode, dtypes in turn: each pair of a shape, a mode and a dtype occurs."""
-    for index, (heads, head_dim, seqlen, seqlen_k, batch) in enumerate(SHAPES):
-        for turn, mode in enumerate(MODES):
-            dtype = list(FLOATS)[(index + turn) % 3]
-            name = f"{batch}x{heads}x{seqlen}x{seqlen_k}x{head_dim}-{mode}-{dtype}"
-            sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": batch}
-            # Long in the emulator.
-            slow = heads * seqlen * seqlen_k >= 12 * 197 * 197 and mode != "batch-training"
-            yield pytest.param(sizes, mode, FLOATS[dtype], id=name, marks=[pytest.mark.slow] * slow)
+    """Every shape with every mode, dtypes in turn: each pair of a shape, a mode and a dtype occurs on the CPU, and by
+    one of the GPU backends."""
+    for row, (backend, marks) in enumerate(MARKS.items()):
+        for index, (heads, head_dim, seqlen, seqlen_k, batch) in enumerate(SHAPES):
+            for turn, mode in enumerate(MODES):
+                if backend != "cpu" and (row + index + turn) % 2:
+                    continue
+                dtype = list(FLOATS)[(index + turn) % 3]
+                name = f"{backend}-{batch}x{heads}x{seqlen}x{seqlen_k}x{head_dim}-{mode}-{dtype}"
+                sizes = {"heads": heads, "head_dim": head_dim, "seqlen": seqlen, "seqlen_k": seqlen_k, "batch": batch}
+                # Long in the emulator.
+                slow = heads * seqlen * seqlen_k >= 12 * 197 * 197 and mode != "batch-training"
+                marked = [marks] * bool(marks) + [pytest.mark.slow] * slow
+                yield pytest.param(sizes, mode, FLOATS[dtype], backend, id=name, marks=marked)
 
 
-@pytest.mark.parametrize(("sizes", "mode", "dtype"), list(shape_cases()))
+@pytest.mark.parametrize(("sizes", "mode", "dtype", "backend"), list(shape_cases()))
 def test_shapes(sizes, mode, dtype, backend, device):
     assert_parity(make_problem(mode, **sizes, dtype=dtype, device=device), backend)
 
