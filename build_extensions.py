@@ -127,7 +127,7 @@ class CpuExtension(Extension):
         flags = [*CPU_FLAGS.split(), *(f"-isystem{include}" for include in includes)]
         link_flags = shlex.split("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
         if sanitizers := os.environ.get("REATTN_CPU_SANITIZE"):
-            flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+            flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
             flags.append(f"-fsanitize={sanitizers}")
             link_flags.append(f"-fsanitize={sanitizers}")
         else:
