@@ -188,6 +188,7 @@ def test_sdist_holds_what_a_checkout_needs(sdist):
         "constraints-libraries.txt",
         "CHANGELOG.md",
         "CITATION.cff",
+        "CONTRIBUTING.md",
         "LICENSE",
         "README.md",
     } <= names
