@@ -163,7 +163,7 @@ inline Vec log2(Vec x) {
   const float infinity = __builtin_inff();
   const Vec special =
       x == 0.0f ? broadcast(-infinity) : (x == infinity ? broadcast(infinity) : broadcast(__builtin_nanf("")));
-  return (x > 0.0f) & (x < infinity) ? result : special;
+  return ((x > 0.0f) & (x < infinity)) ? result : special;
 }
 
 inline Vec from_bfloat16(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
