@@ -12,7 +12,7 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benc
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format bench bench-quick aot gpu clean
+.PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format wheel bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -87,6 +87,17 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+# What the wheel holds is laid out from nothing: build/ keeps modules that were removed. Objects are those of `extension`.
+# Without a patcher auditwheel refuses a library that it would have to take along: a second OpenMP, as an example.
+wheel: $(STAMP) ## build a wheel with the CPU extension, tagged for the oldest glibc that it runs on, into out/dist
+	rm -rf out/wheel out/dist
+	REATTN_BUILD_CPU=1 $(PY) -W 'ignore:setup.py install is deprecated' setup.py --quiet build --build-lib out/wheel/lib bdist_wheel --dist-dir out/wheel
+ifeq ($(shell uname -s),Linux)
+	$(PY) -m auditwheel repair --patcher none --wheel-dir out/dist out/wheel/*.whl
+else
+	mkdir out/dist && mv out/wheel/*.whl out/dist
+endif
 
 bench: extension ## measure operator, masks, module, models and growth on this machine: out/bench, seven minutes on two cores
 	@mkdir -p out/bench

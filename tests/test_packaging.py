@@ -3,11 +3,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import zipfile
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from filelock import FileLock
 
 import reattn
+from reattn.backends import common
 
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = 77  # the build requirement of pyproject.toml, which a build without isolation has to find installed
@@ -35,6 +38,18 @@ pytestmark = [
 
 compiles = pytest.mark.skipif(not COMPILES, reason="needs pybind11, ninja and GCC or Clang")
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64's instruction sets")
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="about Linux's wheels")
+
+# What every Linux has. The extension finds torch's OpenMP where torch is, and links none.
+SYSTEM_LIBRARIES = re.compile(r"(ld-linux[\w-]*|libc|libdl|libgcc_s|libm|libpthread|libstdc\+\+)\.so\.\d+")
+
+# Without what an editable install would find in the source tree.
+INFO = (
+    "import runpy, sys\n"
+    "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+    "runpy.run_module('reattn.info', run_name='__main__')"
+)
 
 # Stand-ins for csrc/cpu that compile in no time: the module tells for each instruction set what it was compiled with.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -315,15 +330,100 @@ def test_wheel_without_the_extension(settings, reason, sdist, poison, tmp_path):
         "torch.Size([1, 2, 3, 4",
         f"{tmp_path / 'site' / 'reattn' / '__init__.py'}\n",
     ]
-    # Without what an editable install would find in the source tree.
-    code = (
-        "import runpy, sys\n"
-        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
-        "runpy.run_module('reattn.info', run_name='__main__')"
-    )
-    finished = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    finished = run_python("-c", INFO, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     (line,) = (line for line in finished.stdout.splitlines() if line.startswith("backend cpu "))
     assert f"the CPU extension was not built: {reason}" in line
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [("win32", "it needs GCC or Clang, and has no build for Windows"), ("darwin", "no working GCC or Clang (tried ")],
+    ids=["Windows", "macOS"],
+)
+def test_wheel_on_other_systems(system, reason, sdist, poison, tmp_path, monkeypatch):
+    """The name is pretended, and that there is no compiler: a wheel for every machine, which says what it lacks."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    code = (
+        "import sys, sysconfig\n"
+        "from setuptools import build_meta\n"
+        "sysconfig.get_config_vars()\n"  # read once, from a file that the system's name is part of
+        "sys.platform = sys.argv[1]\n"
+        "build_meta.build_wheel(sys.argv[2])"
+    )
+    finished = run_python("-c", code, system, tmp_path, cwd=tree, **poison, PATH="/nonexistent", CXX="")
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = tmp_path.glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        not_built = Path(wheel.extract("reattn/not_built.txt", tmp_path))
+    monkeypatch.setattr(common, "NOT_BUILT", not_built)
+    told = common.why_not_imported("reattn._cpu", ModuleNotFoundError())
+    assert told.startswith(f"the CPU extension was not built: {reason}")
+
+
+@compiles
+@on_linux
+def test_wheel_for_any_linux(wheel, tmp_path):
+    """auditwheel has nothing to add but the tag; installed by pip, the wheel's CPU backend is there."""
+    pytest.importorskip("auditwheel")
+    from elftools.elf.elffile import ELFFile
+
+    options = ["--patcher", "none", "--wheel-dir", tmp_path / "dist"]
+    finished = run_python("-m", "auditwheel", "repair", *options, wheel, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    assert re.search(r"-cp3\d+-cp3\d+-(many|musl)linux_\d+_\d+_\w+\.whl$", archive.name)
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(archive) as after:
+        assert {name for name in after.namelist() if not name.endswith("/")} == set(before.namelist())
+
+    site = tmp_path / "site"
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--target", site]
+    finished = run_python("-m", "pip", "install", *options, archive, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    with (site / EXTENSION).open("rb") as file:
+        tags = [*ELFFile(file).get_section_by_name(".dynamic").iter_tags()]
+    assert not [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+    needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
+    assert needed and [name for name in needed if not SYSTEM_LIBRARIES.fullmatch(name)] == []
+    for folder in (tempfile.gettempdir(), ROOT):  # pip builds in the first
+        assert os.fsencode(folder) not in (site / EXTENSION).read_bytes()
+
+    code = f"{INFO}\nimport reattn._cpu\nprint(reattn._cpu.__file__)"
+    finished = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert finished.returncode == 0, finished.stderr
+    *report, file = finished.stdout.splitlines()
+    assert file == str(site / EXTENSION)
+    assert [line.split() for line in report if line.startswith("backend cpu ")] == [["backend", "cpu", "available"]]
+
+
+@compiles
+@on_linux
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_wheel(stub_tree):
+    pytest.importorskip("auditwheel")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "REATTN_"))}
+    command = ["make", "wheel", f"PY={sys.executable}", "STAMP="]
+    build_lib = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for made_before in (build_lib, "out/wheel/lib", "out/dist"):
+        removed = stub_tree / made_before / "reattn" / "removed.py"
+        removed.parent.mkdir(parents=True)
+        removed.touch()
+
+    no_compiler = environment | {"CXX": "/nonexistent/g++"}
+    finished = subprocess.run(command, cwd=stub_tree, env=no_compiler, capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert "CPU extension not built, though REATTN_BUILD_CPU=1: no working GCC or Clang" in finished.stderr
+    assert not list((stub_tree / "out").rglob("*.whl"))
+
+    finished = subprocess.run(command, cwd=stub_tree, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (archive,) = (stub_tree / "out" / "dist").iterdir()
+    assert "linux_" in archive.name and "-linux_" not in archive.name
+    with zipfile.ZipFile(archive) as wheel:
+        names = wheel.namelist()
+    assert {EXTENSION, "reattn/py.typed", "reattn/csrc/fold.h", "reattn/kernels/fold.py"} <= {*names}
+    assert "reattn/removed.py" not in names
 
 
 def test_extension_that_is_asked_for(stub_tree):
