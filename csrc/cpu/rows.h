@@ -126,13 +126,13 @@ inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t 
       const float* source = from + r * ld_from + c;
       const Vec4 a = load_as<Vec4>(source), b = load_as<Vec4>(source + ld_from),
                  d = load_as<Vec4>(source + 2 * ld_from), e = load_as<Vec4>(source + 3 * ld_from);
-      const Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), de = __builtin_shufflevector(d, e, 0, 4, 1, 5);
-      const Vec4 ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), de2 = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+      const Vec4 ab = shuffled<0, 4, 1, 5>(a, b), de = shuffled<0, 4, 1, 5>(d, e);
+      const Vec4 ab2 = shuffled<2, 6, 3, 7>(a, b), de2 = shuffled<2, 6, 3, 7>(d, e);
       float* target = to + c * ld_to + r;
-      store_as(target, __builtin_shufflevector(ab, de, 0, 1, 4, 5));
-      store_as(target + ld_to, __builtin_shufflevector(ab, de, 2, 3, 6, 7));
-      store_as(target + 2 * ld_to, __builtin_shufflevector(ab2, de2, 0, 1, 4, 5));
-      store_as(target + 3 * ld_to, __builtin_shufflevector(ab2, de2, 2, 3, 6, 7));
+      store_as(target, shuffled<0, 1, 4, 5>(ab, de));
+      store_as(target + ld_to, shuffled<2, 3, 6, 7>(ab, de));
+      store_as(target + 2 * ld_to, shuffled<0, 1, 4, 5>(ab2, de2));
+      store_as(target + 3 * ld_to, shuffled<2, 3, 6, 7>(ab2, de2));
     }
 }
 

@@ -20,6 +20,10 @@
 #if defined(REATTN_EMULATED_AMX) || defined(__AMX_BF16__)
 #define REATTN_AMX
 #endif
+// GCC 11 has only its own __builtin_shuffle.
+#if defined(__clang__) || __GNUC__ >= 12
+#define REATTN_SHUFFLEVECTOR
+#endif
 
 namespace reattn {
 namespace REATTN_ISA {
@@ -79,10 +83,21 @@ inline VecI lane_numbers() {
   return v;
 }
 
+// Lanes of two vectors by number, b's counted on from a's.
+template <int... kLane, class V>
+inline V shuffled(V a, V b) {
+#if defined(REATTN_SHUFFLEVECTOR)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(sizeof...(kLane) * sizeof(int32_t))));
+  return __builtin_shuffle(a, b, Lanes{kLane...});
+#endif
+}
+
 // Lane i of the result is lane i ^ step.
 template <int kStep, int... kLane>
 inline Vec exchanged(Vec v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+  return shuffled<(kLane ^ kStep)...>(v, v);
 }
 
 // All lanes taken together by an operation, in pairs: a chain of four steps instead of sixteen.
@@ -104,7 +119,11 @@ template <int... kLane>
 inline double wide_sum(Vec v, std::integer_sequence<int, kLane...>) {
   typedef float Half __attribute__((vector_size(2 * kLanes)));
   typedef double Wide __attribute__((vector_size(4 * kLanes)));
+#if defined(REATTN_SHUFFLEVECTOR)
   const Half low = __builtin_shufflevector(v, v, kLane...), high = __builtin_shufflevector(v, v, kLanes / 2 + kLane...);
+#else
+  const Half low{v[kLane]...}, high{v[kLanes / 2 + kLane]...};
+#endif
   Wide sums = __builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide);
   double total[kLanes / 2];
   std::memcpy(total, &sums, sizeof sums);
