@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SETUPTOOLS = 77  # the build requirement of pyproject.toml, which a build without isolation has to find installed
 EXTENSION = f"reattn/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+CLANG = shutil.which("clang++") or shutil.which("clang++-14")
 COMPILES = bool(COMPILER and importlib.util.find_spec("pybind11") and importlib.util.find_spec("ninja"))
 
 pytestmark = [
@@ -504,4 +505,16 @@ def test_sources_compile_for_aarch64(name, aarch64_compiler):
     options = ["-std=c++17", "-fsyntax-only", "-DREATTN_ISA=portable", "-DREATTN_BUILT_PORTABLE=1"]
     source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
     finished = subprocess.run([*aarch64_compiler, *options, source], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+@on_x86
+@pytest.mark.skipif(not CLANG, reason="needs Clang")
+@pytest.mark.parametrize("name", ["kernels", "driver", "dispatch", "parallel"])
+def test_sources_compile_with_clang(name):
+    """Without a warning; what GCC alone takes would leave those who have Clang without the extension."""
+    sets = [f"-DREATTN_BUILT_{name.upper()}=1" for name in INSTRUCTION_SETS]
+    options = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DREATTN_ISA=portable", *sets]
+    source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+    finished = subprocess.run([CLANG, *options, source], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
