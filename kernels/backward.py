@@ -19,6 +19,7 @@ from .scores import (
     as_operand,
     dropout,
     find_hidden_by_head,
+    hidden_from_all,
     load_pre_mixing,
     map_tile,
     mix_scores,
@@ -337,16 +338,22 @@ def grad_scores_kernel(
         pointers, inside = map_pointers(grad_maps_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
         grad_kept = laid_out_like(tl.load(pointers, mask=inside, other=0.0), scores).to(tl.float32)
         grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
+        if SHAPE.BY_ROW:
+            # Zero times the delta of a row that sees what is not finite.
+            grad_scores = tl.where(scores == float("-inf"), 0.0, grad_scores).to(dtype)
         if grad_scores_ptr is not None:
             of_mask, inside = map_pointers(grad_scores_ptr, rows, sample, 0, row, column, BLOCK_M, BLOCK_N, SHAPE)
             of_bias = poison_rows(grad_scores, reached, SHAPE)
-            if SHAPE.BY_ROW:
+            if SHAPE.HIDES:
                 of_bias = tl.where(scores == float("-inf"), 0.0, of_bias)
             tl.store(of_mask, of_bias.to(dtype), mask=inside)
         grad_scores = laid_out_like(by_position(grad_scores, SHAPE), layout)
         grad_weight += tl.dot(operand, grad_scores, input_precision=SHAPE.PRECISION)
         grad_dots = by_head(mix_heads(grad_scores, unmixing, SHAPE).to(dtype), BLOCK_N, SHAPE)
-        tl.store(pointers, poison_rows(grad_dots, reached, SHAPE), mask=inside)
+        grad_dots = poison_rows(grad_dots, reached, SHAPE)
+        if SHAPE.BY_ROW and SHAPE.PACK > 1:
+            grad_dots = tl.where(hidden_from_all(scores, SHAPE), 0.0, grad_dots).to(dtype)
+        tl.store(pointers, grad_dots, mask=inside)
     grad_weight = sum_by_halves(tl.reshape(grad_weight, (GROUPS, HEADS_PACKED * HEADS_PACKED)))
     grad_weight = tl.reshape(grad_weight, (HEADS_PACKED, HEADS_PACKED))
     if SHAPE.PACK > 1:
@@ -417,7 +424,7 @@ def grad_query_kernel(
                 grad_scores = (kept * grad_kept - probs * delta[:, :, None]).to(dtype)
                 tl.store(pointers, grad_scores, mask=inside)
             dq_main, dq_tail = accumulate(dq_main, dq_tail, grad_scores, k_tile, SHAPE)
-    if SHAPE.BY_ROW:
+    if SHAPE.BY_ROW or SHAPE.MASK == "float":
         if any_broken(dq_main, dq_tail, SHAPE) > 0:
             # Zero times a key that is not finite is NaN, and so is zero times the delta of a row that sees one. Seldom,
             # so once more; gradients of rows that see it are NaN already.
@@ -431,7 +438,7 @@ def grad_query_kernel(
                     grad_maps_ptr, rows, sample, first_head, row, column, BLOCK_M, BLOCK_N, SHAPE
                 )
                 grad_scores = tl.load(pointers, mask=inside, other=0.0)
-                if not (SHAPE.PRE_MIX and SHAPE.MASK_HEADS):  # there the scores of other heads need the key
+                if not SHAPE.PRE_MIX:  # there it is zero already
                     hidden = find_hidden_by_head(
                         q, row_start, k, column, batch, first_head, mask, BLOCK_M, BLOCK_N, SHAPE
                     )

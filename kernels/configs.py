@@ -166,7 +166,7 @@ def shape(
     clear = (masked or causal) and mask != "float" and not mask_heads and not mask_rows
     # A key that is hidden from one head is no less needed for the mixed scores of the others.
     by_key = masked and not mask_rows and not (mask_heads and pre_mixed)
-    by_row = mask_rows or causal or (masked and not by_key)
+    by_row = mask_rows or mask_heads or causal or (masked and not by_key)
     masks = mask, mask_heads, mask_rows, causal, masked or causal, by_key, by_row, clear
     return Shape(heads, heads_out, heads_padded, pack, *dims, precision, wide, norm, training, *masks, pre_mixed)
 

@@ -123,7 +123,8 @@ def as_exponents(
         given = load_mask(mask, batch, first_head, row_start, q, column_start, k, BLOCK_M, BLOCK_N, SHAPE)
         hidden = hides(given, mask, SHAPE)
         if SHAPE.MASK == "float":
-            added = tl.maximum(given.to(tl.float32) * LOG2E, FARTHEST)  # what is visible stays so
+            added = given.to(tl.float32) * LOG2E
+            added = tl.where(added < FARTHEST, FARTHEST, added)  # what is visible stays so, and NaN too
             scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), added))
         elif SHAPE.BY_KEY:
             scores = rounded_sum(dots, scale_log2, tl.where(hidden, float("-inf"), 0.0))
@@ -149,6 +150,16 @@ def find_hidden_by_head(
         zeros, q, row_start, k, column_start, batch, first_head, mask, tl.cast(0.0, tl.float32), BLOCK_M, BLOCK_N,
         SHAPE, False,
     ) == float("-inf")  # fmt: skip
+
+
+@triton.jit
+def hidden_from_all(scores, SHAPE: tl.constexpr):
+    """Of scores whose heads are mixed, which keys no head sees: [HEADS_PADDED or 1, BLOCK_M, BLOCK_N]."""
+    hidden = scores == float("-inf")
+    if SHAPE.MASK_HEADS:
+        seen = tl.reshape(tl.where(hidden, 0.0, 1.0), (scores.shape[0], scores.shape[1] * scores.shape[2]))
+        hidden = tl.reshape(sum_by_halves(seen), (1, scores.shape[1], scores.shape[2])) == 0.0
+    return hidden
 
 
 LOG2E = tl.constexpr(1.4426950408889634)

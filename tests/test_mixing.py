@@ -393,39 +393,69 @@ def test_what_is_hidden_from_one_head_alone(heads, backend):
         assert torch.equal(found[name].isnan(), expected[name].isnan()), name
 
 
-SPREADING = [(3, "layer", False), (4, "batch-training", True), (12, "none", True), (12, "layer", False)]
+# heads, mode, pre_theta, dtype
+SPREADING = [
+    (3, "layer", False, "float32"),
+    (4, "batch-training", True, "bfloat16"),
+    (12, "none", True, "float32"),
+    (12, "layer", False, "float16"),
+]
 
 
 @fused
-@pytest.mark.parametrize(("heads", "mode", "pre"), SPREADING)
-def test_a_row_that_is_not_finite_reaches_no_key_that_it_does_not_see(heads, mode, pre, backend):
-    """Not even as gradients; but for batch statistics, which are of all rows."""
+@pytest.mark.parametrize("row", [2, 13])
+@pytest.mark.parametrize(("heads", "mode", "pre", "dtype"), SPREADING)
+def test_a_row_that_is_not_finite_reaches_no_key_that_it_does_not_see(heads, mode, pre, dtype, row, backend):
+    """Not even as gradients, that of a bias among them; but for batch statistics, which are of all rows. The last keys
+    are hidden from all rows."""
     device = device_of(backend)
     mode = "batch-eval" if mode == "batch-training" else mode
-    problem = mixing_problem(mode, heads=heads, pre=pre, head_dim=16, dtype=torch.float32, device=device)
-    mask = torch.ones(1, 1, 7, 9, dtype=torch.bool, device=device)
-    mask[..., 3] = False
-    mask[..., 2, :] = torch.arange(9, device=device) < 5
+    sizes = {"head_dim": 16, "seqlen": 16, "seqlen_k": 37}
+    problem = mixing_problem(mode, heads=heads, pre=pre, **sizes, dtype=FLOATS[dtype], device=device)
+    visible = torch.ones(1, 1, 16, 37, dtype=torch.bool, device=device)
+    visible[..., 3] = False
+    visible[..., 33:] = False
+    visible[..., row, :] = torch.arange(37, device=device) < 5
+    mask = torch.zeros(visible.shape, dtype=FLOATS[dtype], device=device).masked_fill(~visible, float("-inf"))
     key = problem["key"].clone()
     key[0, 1, 3] = float("nan")
     found = compute(problem.with_tensors(key=key, attn_mask=mask), backend)
-    assert found["output"][0, :, 2].isnan().all()
-    seen, heads_reached = torch.arange(9) < 5, torch.arange(heads) == 1
+    assert found["output"][0, :, row].isnan().all()
+    seen, heads_reached = torch.arange(37) < 5, torch.arange(heads) == 1
     for name, of_all_heads in (("value gradient", True), ("key gradient", pre or mode == "layer")):
         reached = found[name].isnan().any(-1)
         expected = (heads_reached | of_all_heads)[:, None] & seen
         assert torch.equal(reached[0].cpu(), expected) and not reached[1].any(), name
+    assert torch.equal(found["attn_mask gradient"].isnan().any((0, 1, 2)).cpu(), seen)
 
 
 @fused
-@pytest.mark.parametrize(("heads", "mode", "pre"), SPREADING)
-def test_a_head_that_sees_nothing_takes_nothing_of_the_others(heads, mode, pre, backend):
+@pytest.mark.parametrize("heads", [3, 12])
+def test_a_row_that_is_not_finite_reaches_no_key_that_no_head_sees(heads, backend):
+    """Where scores are mixed and masks differ between heads."""
+    device = device_of(backend)
+    problem = mixing_problem("none", heads=heads, head_dim=16, dtype=torch.float32, device=device)
+    mask = torch.ones(1, heads, 7, 9, dtype=torch.bool, device=device)
+    mask[..., 3] = False
+    mask[:, :, 2] = torch.arange(9, device=device) < 5
+    mask[:, 1, 2, 5] = True
+    key = problem["key"].clone()
+    key[0, 1, 3] = float("nan")
+    found = compute(problem.with_tensors(key=key, attn_mask=mask), backend)
+    assert torch.equal(found["key gradient"][0].isnan().any(-1).any(0).cpu(), torch.arange(9) < 6)
+
+
+@fused
+@pytest.mark.parametrize("by_row", [True, False], ids=["by-row", "by-key"])
+@pytest.mark.parametrize(("heads", "mode", "pre", "dtype"), SPREADING)
+def test_a_head_that_sees_nothing_takes_nothing_of_the_others(heads, mode, pre, dtype, by_row, backend):
     """Neither does one where it does not see some keys, nor its running statistics."""
     device = device_of(backend)
-    problem = mixing_problem(mode, heads=heads, pre=pre, head_dim=16, dtype=torch.float32, device=device)
-    mask = torch.ones(1, heads, 7, 9, dtype=torch.bool, device=device)
-    mask[:, 1, 3] = False
-    mask[:, 2, 3, 5:] = False
+    problem = mixing_problem(mode, heads=heads, pre=pre, head_dim=16, dtype=FLOATS[dtype], device=device)
+    mask = torch.ones(1, heads, 7 if by_row else 1, 9, dtype=torch.bool, device=device)
+    rows = 3 if by_row else 0
+    mask[:, 1, rows] = False
+    mask[:, 2, rows, 5:] = False
     query = problem["query"].clone()
     query[0, 0, 3] = float("nan")
     problem = problem.with_tensors(query=query, attn_mask=mask, pre_bias=None)
@@ -433,9 +463,21 @@ def test_a_head_that_sees_nothing_takes_nothing_of_the_others(heads, mode, pre, 
     assert not found["output"][0, 1, 3].any()
     for name in {"output", "query gradient", "key gradient", "value gradient", *STATISTICS} & expected.keys():
         assert torch.equal(found[name].isnan(), expected[name].isnan()), name
-    if mode == "batch-training":
+    if mode == "batch-training" and by_row:
         for name in ("running_mean", "running_var"):
             assert (torch.arange(heads)[expected[name].isfinite().cpu()]).tolist() == [1]
+
+
+@fused
+def test_a_bias_that_is_not_a_number(backend):
+    """It hides nothing, and is not ignored."""
+    problem = mixing_problem("layer", "full-bias", pre=False, head_dim=16, dtype=torch.float32, device=device_of(backend))
+    mask = problem["attn_mask"].clone()
+    mask[..., 2, 4] = float("nan")
+    problem = problem.with_tensors(attn_mask=mask)
+    found = compute(problem, backend)["output"].isnan()
+    assert torch.equal(found, compute(problem, "reference")["output"].isnan())
+    assert found[:, :, 2].all() and not found[:, :, 3].any()
 
 
 @fused

@@ -763,7 +763,7 @@ class HeadGradients {
       }
     }
     if (kMasked && !finite(grad_query)) {
-      forget_hidden(grad_scores);
+      if constexpr (!kPreMixed) forget_hidden(grad_scores);
       multiply_again<true>(grad_query, grad_scores);
     }
     // A lane has pairs of columns, or those of ColumnsAhead.
@@ -936,20 +936,18 @@ class HeadGradients {
     }
   }
   // The delta of a row that sees what is not finite is NaN, and so is zero times that: in the workspace, zero for what
-  // is hidden. Where scores are mixed and masks differ between heads, others may see it.
+  // is hidden.
   REATTN_DEVICE void forget_hidden(Element* grad_scores) const {
-    if constexpr (kPreMixed && kMaskByHead) return;
+    const int end = smaller(round_up(place_.range.end, 16), p_.key.rows);  // of what was written
     sync_warp();  // what other lanes have written is there
     for (int row = 0; row < place_.rows; row++)
-      for (int key = lane(); key < smaller(place_.range.end, p_.key.rows); key += kWarp)
-        if (!mask_.sees(place_.first_row + row, key))
-          write(grad_scores + (int64_t(row) * place_.keys + key), Element());
+      for (int key = lane(); key < end; key += kWarp)
+        if (!mask_.sees(place_.first_row + row, key)) write(grad_scores + (int64_t(row) * place_.keys + key), Element());
   }
-  // As of an Output: one row says it.
   static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {
     float zeros = 0;
 #pragma unroll
-    for (int i = 0; i < kDims / 4; i++) zeros = fmaf(sums[i / 2][i % 2], 0.0f, zeros);
+    for (int i = 0; i < kDims / 2; i++) zeros = fmaf(sums[i / 4][i % 4], 0.0f, zeros);
     return all(zeros == 0);
   }
 
@@ -1419,6 +1417,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) backward(const __grid_constant
         head.leave_grad_scores(delta[turn], to, first_key, keys);
       });
     }
+    if constexpr (kMasked)
+      for_each_head([&](int turn, const HeadGradients& head, Element* to) {
+        const bool finite = absolute(delta[turn][0]) < kInfinity && absolute(delta[turn][1]) < kInfinity;
+        if (!all(finite)) head.forget_hidden(to);
+      });
   }
   for_each_head([&](int turn, const HeadGradients& head, Element* to) {
     if constexpr (!kPreMixed) head.run(delta[turn], mass[turn], to);
