@@ -77,8 +77,8 @@ def block_similarity(
 
     Args:
         model, kind: as in :func:`visit_attention_maps`, which leaves the model as it was.
-        images: the model's input, or an iterable of batches, such as a DataLoader, see
-            :func:`reattn.foreign.iterate_batches`.
+        images: the model's input, or an iterable of batches, such as a DataLoader, each a tensor, a tuple or list that
+            begins with one, or, as transformers has it, a mapping with one under ``"pixel_values"``.
         distances: positive ints, smaller than the number of blocks.
 
     Returns:
