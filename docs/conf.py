@@ -28,15 +28,17 @@ highlight_language = "text"
 # The anchors that a code host gives to headings.
 myst_heading_anchors = 4
 
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["timm"]
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 # Else arguments that are described together would each get a line of their own, with the same text.
 napoleon_use_param = False
 python_maximum_signature_line_length = 88
 # With -n, every name of this package that is referred to is described; others are described elsewhere.
-nitpick_ignore_regex = [("py:.*", r"(?!reattn\.).*")]
+nitpick_ignore_regex = [("py:.*", r"(collections|contextlib|os|torch)\..*|Figure|Path|Tensor")]
 nitpick_ignore = [("py:class", "reattn.analysis.attentions.AttentionFunctions")]  # in a constructor that is not called
 
 html_theme = "furo"

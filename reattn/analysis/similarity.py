@@ -42,7 +42,7 @@ def column_similarity(maps_p: Tensor, maps_q: Tensor) -> Tensor:
         maps_p, maps_q: ``(..., seqlen, seqlen_k)``, floating, of one shape.
 
     Returns:
-        The paper's M: ``(..., seqlen_k)`` in [-1, 1], float32 (float64 for float64 maps); 0 where a column is zero.
+        ``(..., seqlen_k)``, the paper's M, in [-1, 1], float32 (float64 for float64 maps); 0 where a column is zero.
 
     Raises:
         ValueError: the shapes differ, or are no maps.
