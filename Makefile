@@ -12,7 +12,7 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu benc
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format wheel bench bench-quick aot gpu clean
+.PHONY: help extension emulator older-triton libraries demo test test-all test-libraries sanitize lint format docs wheel bench bench-quick aot gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -87,6 +87,9 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+docs: $(STAMP) ## build the documentation site, from what is installed alone: out/docs/index.html
+	$(PY) -m sphinx -q -W --keep-going -n -c docs -d out/doctrees . out/docs
 
 # What the wheel holds is laid out from nothing: build/ keeps modules that were removed. Objects are those of `extension`.
 # Without a patcher auditwheel refuses a library that it would have to take along: a second OpenMP, as an example.

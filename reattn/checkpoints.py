@@ -418,7 +418,7 @@ def from_vit_pytorch(
     prefer_ema: bool = True,
     **overrides: Any,
 ) -> DeepViT:
-    """The :class:`DeepViT` that computes what a ``vit_pytorch.deepvit.DeepViT`` does, with its weights.
+    """The :class:`reattn.models.DeepViT` that computes what a ``vit_pytorch.deepvit.DeepViT`` does, with its weights.
 
     Everything but the arguments is read off the shapes: heads from ``reattn_weights``, patches from the embedding,
     images, which vit_pytorch wants square, from the positions. Equivalent to ``DeepViT(image_size, patch_size,
@@ -432,7 +432,7 @@ def from_vit_pytorch(
         pool: "cls" or "mean", as the model was built; no state dict says it.
         in_chans: channels of the images, ``channels`` there.
         prefer_ema: as for :func:`load_checkpoint`.
-        overrides: arguments of :class:`DeepViT` in the place of those, or besides: dropout, say, which is
+        overrides: arguments of :class:`reattn.models.DeepViT` in the place of those, or besides: dropout, say, which is
             ``attn_drop_rate=dropout, proj_drop_rate=dropout, pos_drop_rate=emb_dropout``, or another ``img_size``.
             dtype and device are the checkpoint's otherwise.
 
@@ -484,8 +484,9 @@ def from_vit_pytorch(
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a :class:`DeepViT` with batch norm under the keys of the official code, whose model pools by
-    class token and has GELU and LayerNorms of eps 1e-6: that a state dict does not say.
+    """The state dict of a :class:`reattn.models.DeepViT` with batch norm under the keys of the official code.
+
+    The official model pools by class token and has GELU and LayerNorms of eps 1e-6: that a state dict does not say.
 
     Raises:
         ValueError: the official layout has no place for a key, as it has none for a norm over the heads, registers or

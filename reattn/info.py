@@ -28,11 +28,11 @@ def info() -> dict[str, Any]:
     """Versions, devices, backends and settings, as ``python -m reattn.info`` prints them.
 
     Returns:
-        ``reattn``, ``python``, ``platform``, ``torch``, ``triton``, ``cuda``: str, a version, or why there is none;
-        ``cpu``: str, the CPU backend's instruction set and threads, or why it does not run;
-        ``devices``: list of str, one for each CUDA device, empty without any;
-        ``backends``: dict of name to list of str, see :func:`reattn.available_backends`;
-        ``environment``: dict of variable to its value, None where it is not set.
+        - ``reattn``, ``python``, ``platform``, ``torch``, ``triton``, ``cuda``: str, a version, or why there is none
+        - ``cpu``: str, the CPU backend's instruction set and threads, or why it does not run
+        - ``devices``: list of str, one for each CUDA device, empty without any
+        - ``backends``: dict of name to list of str, see :func:`reattn.available_backends`
+        - ``environment``: dict of variable to its value, None where it is not set
     """
     return {
         "reattn": reattn.__version__,

@@ -189,7 +189,7 @@ def _register() -> None:
 
 
 def _keep_theta_from_muon() -> None:
-    registry = getattr(sys.modules[optim.create_optimizer_v2.__module__], "default_registry", None)
+    registry = getattr(sys.modules.get(optim.create_optimizer_v2.__module__), "default_registry", None)
     if registry is None:  # an older timm, without Muon
         return
     create = registry.create_optimizer

@@ -2,15 +2,14 @@
 
 import copy
 import os
-import pathlib
 import pickle
-import re
 import shutil
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
 
+import documents
 import pytest
 import torch
 from libraries import library
@@ -22,10 +21,9 @@ from reattn.backends import choose
 from reattn.models import DeepViT, SelfAttention
 from reattn.problem import Problem
 
-DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "deployment.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL))
+DOCUMENT = "docs/deployment.md"
+SECTIONS = documents.sections(DOCUMENT)
 COMPILED = ("torch.compile", "AOTInductor")  # by inductor
-CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Loads files where reattn cannot be imported: the results that were saved beside them, and the input's gradient.
 WITHOUT_REATTN = """
@@ -124,12 +122,10 @@ def test_code_of_the_documents(section, tmp_path, monkeypatch):
     if section in COMPILED:
         needs_compiler(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    blocks = CODE.findall(DOCUMENT[: DOCUMENT.index("\n## ")]) + CODE.findall(SECTIONS[section])
+    blocks = documents.blocks(DOCUMENT, section)
     assert len(blocks) >= 2
     torch.manual_seed(0)
-    names = {}
-    for block in blocks:
-        exec(block, names)
+    names = documents.run(blocks)
     if section == "AOTInductor":
         load_without_reattn(tmp_path, names["model"], [names["images"]], "library:compiled.pt2")
 

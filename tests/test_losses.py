@@ -1,10 +1,9 @@
 """``reattn.losses`` against code written from the definition, and what it holds at a time."""
 
 import copy
-import re
 import weakref
-from pathlib import Path
 
+import documents
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from reattn import ReAttention
 from reattn.losses import map_similarity
 from reattn.models import DeepViT
 
-ROOT = Path(__file__).parents[1]
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 
 
@@ -442,12 +440,10 @@ def test_vit_of_timm():
 
 def test_the_loop_in_the_documents():
     """The code of docs/training.md, with a smaller model."""
-    text = (ROOT / "docs" / "training.md").read_text()
-    code = re.search(r"```python\n([^`]*map_similarity.*?)```", text, re.DOTALL)
-    assert code is not None
+    blocks = documents.blocks("docs/training.md", "The similarity of maps as a loss")
     batch = [(images(torch.float32), torch.arange(4))] * 2
     model = make_model(depth=3, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    names = {"batches": batch, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    exec(code[1].replace("pairs=12", "pairs=2"), names)
+    optimizer = torch.optim.AdamW(model.parameters())
+    documents.run(blocks, {"pairs=12": "pairs=2"}, batches=batch, model=model, optimizer=optimizer)
     assert not torch.equal(model.blocks[0].attn.theta, before["blocks.0.attn.theta"])

@@ -1,8 +1,6 @@
 """The code of docs/migration.md, and the models it starts from, with other people's libraries."""
 
-import pathlib
-import re
-
+import documents
 import pytest
 import torch
 from libraries import library
@@ -11,9 +9,8 @@ from torch import nn
 from reattn.checkpoints import from_vit_pytorch, load_checkpoint, to_official, to_vit_pytorch
 from reattn.models import DeepViT, create_model
 
-DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "migration.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL))
-CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENT = "docs/migration.md"
+SECTIONS = documents.sections(DOCUMENT)
 LIBRARIES = {"vit-pytorch": "vit_pytorch", "timm's ViT": "timm", "timm's CaiT": "timm"}
 LIBRARIES |= {"x-transformers": "x_transformers"}
 SMALL = {"depth": 6, "embed_dim": 48, "num_heads": 4}
@@ -33,16 +30,15 @@ def test_code_of_the_documents(section, tmp_path, monkeypatch):
         library(LIBRARIES[section])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    blocks = CODE.findall(DOCUMENT[: DOCUMENT.index("\n## ")]) + CODE.findall(SECTIONS[section])
+    blocks = documents.blocks(DOCUMENT, section)
     assert len(blocks) >= 2
-    names = {}
+    changes = {}
     if section == "The official code":
         source = create_model("deepvit_s", **SMALL)
         torch.save({"state_dict_ema": to_official(source.state_dict()), "epoch": 1}, "DViT_82_16b.pth.tar")
         sizes = ", ".join(f"{name}={size}" for name, size in SMALL.items())
-        blocks = [block.replace('("deepvit_s")', f'("deepvit_s", {sizes})') for block in blocks]
-    for block in blocks:
-        exec(block, names)
+        changes = {'("deepvit_s")': f'("deepvit_s", {sizes})'}
+    names = documents.run(blocks, changes)
     if section == "The official code":
         assert names["report"].source == "state_dict_ema"
         back = torch.load("deepvit_S.pth")

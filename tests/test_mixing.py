@@ -471,7 +471,8 @@ def test_a_head_that_sees_nothing_takes_nothing_of_the_others(heads, mode, pre, 
 @fused
 def test_a_bias_that_is_not_a_number(backend):
     """It hides nothing, and is not ignored."""
-    problem = mixing_problem("layer", "full-bias", pre=False, head_dim=16, dtype=torch.float32, device=device_of(backend))
+    device = device_of(backend)
+    problem = mixing_problem("layer", "full-bias", pre=False, head_dim=16, dtype=torch.float32, device=device)
     mask = problem["attn_mask"].clone()
     mask[..., 2, 4] = float("nan")
     problem = problem.with_tensors(attn_mask=mask)

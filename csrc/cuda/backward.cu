@@ -939,10 +939,11 @@ class HeadGradients {
   // is hidden.
   REATTN_DEVICE void forget_hidden(Element* grad_scores) const {
     const int end = smaller(round_up(place_.range.end, 16), p_.key.rows);  // of what was written
-    sync_warp();  // what other lanes have written is there
+    sync_warp();                                                           // what other lanes have written is there
     for (int row = 0; row < place_.rows; row++)
       for (int key = lane(); key < end; key += kWarp)
-        if (!mask_.sees(place_.first_row + row, key)) write(grad_scores + (int64_t(row) * place_.keys + key), Element());
+        if (!mask_.sees(place_.first_row + row, key))
+          write(grad_scores + (int64_t(row) * place_.keys + key), Element());
   }
   static REATTN_DEVICE bool finite(const float (&sums)[kDims / 8][4]) {
     float zeros = 0;

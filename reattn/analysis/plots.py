@@ -197,8 +197,8 @@ def feature_strength(features: Tensor) -> Tensor:
 
 
 def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample: int = 0) -> Figure:
-    """Feature maps of several blocks, with re-attention above and without mixing below, or of plain attention: see
-    :func:`feature_strength`.
+    """Feature maps of several blocks, with re-attention above and without mixing below, or of plain attention: their
+    length at each place, relative to the mean over the image.
 
     One scale for all, so that features that hardly vary over the image look it.
 
@@ -221,7 +221,8 @@ def plot_feature_maps(image: Tensor, features: Mapping[int, FeatureMaps], sample
 
 
 def plot_feature_strengths(image: Tensor, strengths: Mapping[str, Mapping[int, Tensor]]) -> Figure:
-    """A row for each entry, such as a model, the image at its left, its blocks' :func:`feature_strength` after it.
+    """A row for each entry, such as a model: the image, then its blocks' feature maps, as :func:`plot_feature_maps`
+    draws them.
 
     Args:
         image: ``(channels, height, width)`` in [0, 1].

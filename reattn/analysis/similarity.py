@@ -42,7 +42,7 @@ def column_similarity(maps_p: Tensor, maps_q: Tensor) -> Tensor:
         maps_p, maps_q: ``(..., seqlen, seqlen_k)``, floating, of one shape.
 
     Returns:
-        The paper's M: ``(..., seqlen_k)`` in [-1, 1], float32 (float64 for float64 maps); 0 where a column is zero.
+        ``(..., seqlen_k)``, the paper's M, in [-1, 1], float32 (float64 for float64 maps); 0 where a column is zero.
 
     Raises:
         ValueError: the shapes differ, or are no maps.
@@ -77,8 +77,8 @@ def block_similarity(
 
     Args:
         model, kind: as in :func:`visit_attention_maps`, which leaves the model as it was.
-        images: the model's input, or an iterable of batches, such as a DataLoader, see
-            :func:`reattn.foreign.iterate_batches`.
+        images: the model's input, or an iterable of batches, such as a DataLoader, each a tensor, a tuple or list that
+            begins with one, or, as transformers has it, a mapping with one under ``"pixel_values"``.
         distances: positive ints, smaller than the number of blocks.
 
     Returns:

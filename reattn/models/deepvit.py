@@ -170,7 +170,7 @@ def _softmax_maps(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tenso
 
 
 class SelfAttention(nn.Module):
-    """Multi-head softmax attention, with the shapes, keywords and ``qkv``/``proj`` keys of :class:`ReAttention`.
+    """Multi-head softmax attention, with the shapes, keywords and ``qkv``/``proj`` keys of :class:`reattn.ReAttention`.
 
     Equivalent to ``proj(scaled_dot_product_attention(*qkv(x)))``, heads split and merged in between. Another module
     than Dropout in the place of ``attn_drop``, or one with hooks, is called on the softmax maps ``(batch, num_heads,
@@ -251,7 +251,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The softmax maps of ``x (batch, seqlen, dim)`` without dropout, ``(batch, heads, seqlen, seqlen)``.
 
-        Returned twice, so that the answer has the form of :meth:`ReAttention.attention_maps`.
+        Returned twice, so that the answer has the form of :meth:`reattn.ReAttention.attention_maps`.
         """
         query, key, _ = self._split_heads(x)
         maps = masked_softmax(query * self.head_dim**-0.5, key, attn_mask, is_causal)
@@ -517,15 +517,16 @@ class DeepViT(nn.Module):
         reg_tokens: learned tokens without meaning of their own, after the class token (registers, arXiv 2309.16588).
         fc_norm: norm after pooling, instead of before it. Off unless it is asked for, as of the official models.
         pool_include_prefix: class token and registers are pooled with the patches.
-        init_values: factors of a :class:`LayerScale` of each branch at first; None leaves it out.
+        init_values: factors of a layer scale of each branch at first; None leaves it out.
         attn_head_dim: channels of a head; None means ``embed_dim // num_heads``.
         attention: "re", or "self" for plain softmax attention in every block: the ViT of the same shape.
         re_attention_blocks: the blocks that use re-attention, the others attending plainly: None for all, an int for
             the last so many, or a sequence of indices. Without meaning when ``attention="self"``.
         norm: the norm of the mixed maps, "batch", "layer" or None.
         output_scale: factor of the normalised maps.
-        theta_init: initialisation of theta, see :class:`ReAttention`.
-        pre_mix, post_mix, num_heads_out: which mixings there are, and to how many heads, see :class:`ReAttention`.
+        theta_init: initialisation of theta, see :class:`reattn.ReAttention`.
+        pre_mix, post_mix, num_heads_out: which mixings there are, and to how many heads, see
+            :class:`reattn.ReAttention`.
         residual_scale: the ``s`` of ``x + attn(LN(x * s)) / s``, in plain blocks too.
         conv_stem: embed patches by the official three-layer stem.
         patch_norm: LayerNorm before and after the patch embedding, as in vit_pytorch.
@@ -533,7 +534,7 @@ class DeepViT(nn.Module):
         pos_drop_rate: dropout after the positions are added.
         proj_drop_rate: dropout of the attention's output and inside the MLP.
         attn_drop_rate: dropout of the softmax.
-        patch_drop_rate: share of the patches that a training step leaves out, see :class:`PatchDropout`.
+        patch_drop_rate: share of the patches that a training step leaves out, drawn anew for each image.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         layer_norm_eps: eps of the LayerNorms of blocks, of ``qk_norm`` and of the final one.
         norm_layer: another class for these: ``norm_layer(channels, device=..., dtype=...)``, such as ``nn.RMSNorm``.
@@ -544,7 +545,7 @@ class DeepViT(nn.Module):
 
     Attributes:
         blocks: the blocks; the attention of block i is ``blocks[i].attn``.
-        embed_dim, num_features, head_hidden_size: channels of a token.
+        embed_dim: channels of a token; ``num_features`` and ``head_hidden_size`` are the same.
         num_prefix_tokens: tokens before the patches: the class token and the registers.
         default_cfg: what data pipelines ask of a model: input size, mean, std, crop, names of first and last layer.
 
