@@ -32,7 +32,7 @@ GROUPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "group"),
-    [("installed", group) for group in GROUPS] + [("older", group) for group in GROUPS if group != "other norms"],
+    [*(("installed", group) for group in GROUPS), ("older", "large tiles"), ("older", "small tiles, dropout")],
 )
 def test_default_configurations_compile_without_faults(release: str, group: str) -> None:
     # A process of its own: here what is compiled is executed, and no machine code made of it.
