@@ -53,6 +53,7 @@ from .tiles import (
     position_rows,
     positions,
     reached_heads,
+    sound_rows,
     store_rows,
     sum_by_halves,
     which_block,
@@ -246,12 +247,9 @@ def grad_maps_kernel(
     grad_weight = tl.reshape(grad_weight, (HEADS_PACKED, HEADS_PACKED))
     if SHAPE.PACK > 1:
         # What a row whose softmax is NaN would have left, had it not been zero in ``probabilities``.
-        reached = lse
+        reached, sound = lse, is_finite(lse)
         if SHAPE.NORM == "layer":
-            reached = over_heads(lse)
-        sound = is_finite(reached)
-        if SHAPE.MASK_HEADS:
-            sound |= lse == OUTSIDE
+            reached, sound = over_heads(lse), sound_rows(lse, SHAPE)
         delta = tl.where(sound, delta, float("nan"))
         clean = tl.min(tl.where(is_finite(reached), 1, 0), axis=1) > 0
         clean = tl.reshape(tl.broadcast_to(clean[None, :], (SHAPE.PACK, SHAPE.HEADS_PADDED)), (HEADS_PACKED,))

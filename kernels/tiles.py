@@ -445,6 +445,10 @@ def poison_rows(tile, lse, SHAPE: tl.constexpr):
     return tile
 
 
+# What stands for the LSE of rows outside the sequence, and of those that see no key.
+OUTSIDE = tl.constexpr(1e30)
+
+
 @triton.jit
 def sound_rows(lse, SHAPE: tl.constexpr):
     """Which rows no head's softmax makes NaN, or see no key, by head: [HEADS_PADDED, BLOCK_M]."""
@@ -463,10 +467,6 @@ def reached_heads(lse, row_mask, SHAPE: tl.constexpr):
     else:
         reached = tl.sum(tl.sum(tl.where(is_finite(lse) | ~row_mask, 0, 1), axis=1), axis=0) > 0
     return reached
-
-
-# What stands for the LSE of rows outside the sequence, and of those that see no key.
-OUTSIDE = tl.constexpr(1e30)
 
 
 @triton.jit
